@@ -1,0 +1,52 @@
+"""Certified robustness for Hugging Face image classifiers, by randomized smoothing.
+
+Importing the package registers the mixed-noise ViT with transformers' Auto classes, and the pipeline task
+`certified-image-classification`.
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
+from transformers.pipelines import PIPELINE_REGISTRY
+
+from .bounds import clopper_pearson_lower, confidence_sequence_lower, log_e_value
+from .certificates import ABSTAIN, Certificate, FixedRule, PredictRule, SequentialRule, format_radius
+from .configuration_mixed_noise_vit import MixedNoiseViTConfig
+from .data import load_demo_images
+from .modeling_mixed_noise_vit import (
+    MixedNoiseViTForImageClassification,
+    MixedNoiseViTModel,
+    MixedNoiseViTPreTrainedModel,
+)
+from .noise import GaussianNoise, NoiseMixture
+from .pipeline_certified_image_classification import CertifiedImageClassificationPipeline
+from .smoothing import SmoothedClassifier
+
+AutoConfig.register(MixedNoiseViTConfig.model_type, MixedNoiseViTConfig)
+AutoModel.register(MixedNoiseViTConfig, MixedNoiseViTModel)
+AutoModelForImageClassification.register(MixedNoiseViTConfig, MixedNoiseViTForImageClassification)
+PIPELINE_REGISTRY.register_pipeline(
+    "certified-image-classification",
+    pipeline_class=CertifiedImageClassificationPipeline,
+    pt_model=AutoModelForImageClassification,
+    type="image",
+)
+
+__all__ = [
+    "ABSTAIN",
+    "Certificate",
+    "CertifiedImageClassificationPipeline",
+    "FixedRule",
+    "GaussianNoise",
+    "MixedNoiseViTConfig",
+    "MixedNoiseViTForImageClassification",
+    "MixedNoiseViTModel",
+    "MixedNoiseViTPreTrainedModel",
+    "NoiseMixture",
+    "PredictRule",
+    "SequentialRule",
+    "SmoothedClassifier",
+    "clopper_pearson_lower",
+    "confidence_sequence_lower",
+    "format_radius",
+    "load_demo_images",
+    "log_e_value",
+]

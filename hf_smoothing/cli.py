@@ -1,0 +1,121 @@
+"""The command `hf-smoothing`."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .certificates import Certificate, format_radius
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="Certified robustness for image classifiers, by randomized smoothing.",
+)
+DEMO_MODEL = "model_cards/mixed-noise-vit-nano-cifar10"
+DEMO_RADII = (0.0, 0.25, 0.5)
+
+Model = Annotated[str, typer.Option(help="Image classifier: a name on the Hub or a local folder.")]
+Sigma = Annotated[float, typer.Option(help="Standard deviation of the noise, in [0, 1] pixels.")]
+Alpha = Annotated[float, typer.Option(help="Probability that a certificate is wrong.")]
+Seed = Annotated[int, typer.Option(help="Seed of the noise: the same seed gives the same certificates.")]
+BatchSize = Annotated[int, typer.Option(help="Draws in one forward pass.")]
+
+
+def _fail(error: Exception) -> None:
+    Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False)
+    raise typer.Exit(2)
+
+
+def _table(title: str, rows: list[dict[str, Any]]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in rows[0]:
+        table.add_column(column, justify="right" if column in ("radius", "draws") else "left")
+    for row in rows:
+        table.add_row(*map(str, row.values()))
+    return table
+
+
+@app.command()
+def certify(
+    images: Annotated[list[str], typer.Argument(help="Pictures: paths or http(s) addresses.")],
+    model: Model,
+    sigma: Sigma = 0.25,
+    alpha: Alpha = 0.001,
+    radius: Annotated[
+        float | None, typer.Option(help="Decide this radius and stop once it is settled. Without it the radius is found.")
+    ] = None,
+    max_samples: Annotated[int | None, typer.Option(help="The most draws for one picture.")] = None,
+    method: Annotated[
+        str, typer.Option(help="`sequential` draws until the question is settled, `fixed` is the usual protocol.")
+    ] = "sequential",
+    seed: Seed = 0,
+    batch_size: BatchSize = 128,
+    json_lines: Annotated[bool, typer.Option("--json", help="Print one JSON object a picture instead of a table.")] = False,
+) -> None:
+    """
+    Certify pictures: print for each the answer, and the radius within which nothing changes it.
+
+    The radius is an l2 distance of `[0, 1]` pixels at the size at which the model sees the picture, rounded down.
+
+    Example: `hf-smoothing certify frog.png --model user/repo --sigma 0.5`
+    """
+    settings = {"alpha": alpha, "radius": radius, "max_samples": max_samples, "method": method, "seed": seed}
+    try:
+        pipe = _pipeline(model, sigma, batch_size)
+        found = pipe(images, progress=sys.stderr.isatty(), **{k: v for k, v in settings.items() if v is not None})
+    except (OSError, TypeError, ValueError) as error:
+        return _fail(error)
+    if json_lines:
+        for name, result in zip(images, found):
+            print(json.dumps({"image": name, **result}))
+        return None
+    rows = [
+        {
+            "image": name,
+            "prediction": result["label"] or "(abstains)",
+            "radius": format_radius(result["radius"]),
+            "draws": result["num_samples"],
+            "guarantee": result["guarantee"],
+        }
+        for name, result in zip(images, found)
+    ]
+    Console().print(_table(f"sigma = {sigma:g}, alpha = {alpha:g}, l2 radius in [0, 1] pixels", rows))
+
+
+@app.command()
+def demo(
+    model: Model = DEMO_MODEL,
+    output_dir: Annotated[Path, typer.Option(help="Where to write certificates.parquet and certificates.png.")] = Path("demo"),
+    sigma: Sigma = 0.25,
+    alpha: Alpha = 0.001,
+    max_samples: Annotated[int, typer.Option(help="The most draws for one picture.")] = 1000,
+    seed: Seed = 0,
+    batch_size: BatchSize = 128,
+) -> None:
+    """
+    Certify the 200 CIFAR-10 test images that ship with the package, and show what comes out.
+
+    Run it in a clone of the repository, where the model is, or name a model with `--model`.
+    """
+    from .data import load_demo_images
+
+    started = time.monotonic()
+    console = Console()
+    try:
+        smoothed = _smoothed(model, sigma, batch_size)
+        images = load_demo_images()
+        names = images.features["label"].names
+        pictures, labels = list(images["image"]), list(images["label"])
+        certificates = smoothed.certify(
+            pictures, radii=DEMO_RADII, alpha=alpha, max_samples=max_samples, seed=seed, progress=True
+        )
+    except (OSError, TypeError, ValueError) as error:
+        return _fail(error)
+    return _show_demo(console, pictures, labels, names, certificates, output_dir, started, model)

@@ -1,0 +1,130 @@
+"""Configuration of the mixed-noise ViT."""
+
+import warnings
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+STEMS = ("patch", "conv")
+NORM_LAYERS = ("layernorm", "batchnorm")
+POOLINGS = ("avg", "token")
+
+
+@strict
+class MixedNoiseViTConfig(PreTrainedConfig):
+    r"""
+    Configuration of a [`MixedNoiseViTModel`]: a vision transformer meant to be pretrained on a mixture of clean and noisy
+    images, so that one model serves every noise level (arXiv 2312.09020).
+
+    Args:
+        image_size (`int`, defaults to 32):
+            Height and width of the input, in pixels. A multiple of `patch_size`.
+        patch_size (`int`, defaults to 4):
+            Pixels of the input per token and side. With `stem="conv"` a power of two.
+        num_channels (`int`, defaults to 3):
+            Channels of the input.
+        hidden_size (`int`, defaults to 192):
+            Width of the transformer. A multiple of `num_attention_heads`.
+        num_hidden_layers (`int`, defaults to 12):
+            Number of transformer blocks.
+        num_attention_heads (`int`, defaults to 3):
+            Attention heads of each block.
+        mlp_ratio (`float`, defaults to 4.0):
+            Width of a block's MLP as a multiple of `hidden_size`.
+        stem (`str`, defaults to `"conv"`):
+            How pixels become tokens: `"patch"` is one linear map of each patch, `"conv"` a small residual convolutional
+            trunk with batch-independent norms. The trunk learns far faster where training is short.
+        norm_layer (`str`, defaults to `"layernorm"`):
+            `"layernorm"`, or `"batchnorm"` for ablations: robustness does not transfer through batch statistics.
+        pooling (`str`, defaults to `"avg"`):
+            `"avg"` averages the patch tokens, `"token"` reads a class token.
+        class_token (`bool`, *optional*):
+            Whether there is a class token. Defaults to `pooling == "token"`.
+        num_register_tokens (`int`, defaults to 0):
+            Extra learned tokens.
+        position_embed_prefix_tokens (`bool`, defaults to `True`):
+            Whether class and register tokens have position embeddings of their own.
+        pre_norm (`bool`, defaults to `False`):
+            Whether tokens are normalised before the first block.
+        qkv_bias (`bool`, defaults to `True`), qk_norm (`bool`, defaults to `False`):
+            Bias of the attention projections; normalisation of queries and keys.
+        layer_scale_init (`float`, *optional*):
+            Initial value of a learned scale on each residual branch; none by default.
+        norm_eps (`float`, defaults to 1e-6):
+            Epsilon of the normalisation layers.
+        dropout (`float`, defaults to 0.0), drop_path_rate (`float`, defaults to 0.0):
+            Dropout in front of the classifier; stochastic depth of the last block (linear from 0 at the first).
+        initializer_range (`float`, defaults to 0.02):
+            Standard deviation of the truncated normal initialisation.
+        image_mean (`list[float]`, defaults to 0.5 a channel), image_std (`list[float]`, defaults to 0.5 a channel):
+            `pixel_values` are in `[0, 1]`, noise included; the model itself subtracts the mean and divides by the standard
+            deviation. Noise levels and radii therefore always refer to `[0, 1]` pixels.
+
+    Raises:
+        ValueError: where values do not fit together; the message names the value and the mend.
+    """
+
+    model_type = "mixed_noise_vit"
+
+    image_size: int = 32
+    patch_size: int = 4
+    num_channels: int = 3
+    hidden_size: int = 192
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 3
+    mlp_ratio: float = 4.0
+    stem: str = "conv"
+    norm_layer: str = "layernorm"
+    pooling: str = "avg"
+    class_token: bool | None = None
+    num_register_tokens: int = 0
+    position_embed_prefix_tokens: bool = True
+    pre_norm: bool = False
+    qkv_bias: bool = True
+    qk_norm: bool = False
+    layer_scale_init: float | None = None
+    norm_eps: float = 1e-6
+    dropout: float = 0.0
+    drop_path_rate: float = 0.0
+    initializer_range: float = 0.02
+    image_mean: list[float] | tuple[float, ...] | None = None
+    image_std: list[float] | tuple[float, ...] | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.class_token is None:
+            self.class_token = self.pooling == "token"
+        self.image_mean = [0.5] * self.num_channels if self.image_mean is None else list(self.image_mean)
+        self.image_std = [0.5] * self.num_channels if self.image_std is None else list(self.image_std)
+        if self.norm_layer == "batchnorm":
+            warnings.warn(
+                'norm_layer="batchnorm" is for ablations: its running statistics belong to one mixture of noise levels, so '
+                'robustness does not transfer to a downstream task (arXiv 2312.09020). Use norm_layer="layernorm".',
+                stacklevel=2,
+            )
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Part of `@strict` validation: runs at construction and on save."""
+        for name, allowed in (("stem", STEMS), ("norm_layer", NORM_LAYERS), ("pooling", POOLINGS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {allowed}.")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}."
+            )
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}.")
+        if self.stem == "conv" and self.patch_size & (self.patch_size - 1):
+            raise ValueError(
+                f'stem="conv" halves the image at every stage: patch_size={self.patch_size} must be a power of two.'
+            )
+        if self.pooling == "token" and not self.class_token:
+            raise ValueError('pooling="token" reads the class token: set class_token=True or pooling="avg".')
+        for name in ("image_mean", "image_std"):
+            if len(getattr(self, name)) != self.num_channels:
+                raise ValueError(f"{name} has {len(getattr(self, name))} values for num_channels={self.num_channels}.")
+        if any(std <= 0 for std in self.image_std or ()):
+            raise ValueError(f"image_std={self.image_std} must be positive.")
+
+
+__all__ = ["MixedNoiseViTConfig"]

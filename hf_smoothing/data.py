@@ -1,0 +1,77 @@
+"""Pictures in: what users hand over becomes an RGB image, and the images that ship with the package."""
+
+import io
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow.parquet as pq
+from huggingface_hub import get_session
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+
+def load_image(source: Any) -> Image.Image:
+    """
+    An RGB picture as its viewer shows it.
+
+    16-bit and float greys are scaled to 8 bits, transparent pixels are put on white, the EXIF orientation is applied.
+
+    Args:
+        source: a path, an `http(s)://` address, or a PIL image.
+
+    Returns:
+        A PIL image in mode `RGB`.
+
+    Raises:
+        FileNotFoundError: where a path does not exist.
+        ValueError: where there is something that is no readable picture; the message names it.
+        TypeError: for anything else.
+    """
+    if isinstance(source, Image.Image):
+        return _to_rgb(source, "the image")
+    if not isinstance(source, (str, Path)):
+        raise TypeError(f"An image must be a path, an http(s) address or a PIL image, not {type(source).__name__}.")
+    name = str(source)
+    try:
+        if name.startswith(("http://", "https://")):
+            response = get_session().get(name)
+            response.raise_for_status()
+            image = Image.open(io.BytesIO(response.content))
+        else:
+            image = Image.open(name)
+        image.load()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"There is no image at {name!r}.") from None
+    except UnidentifiedImageError:
+        raise ValueError(f"{name!r} is not a picture in a format that Pillow can read.") from None
+    except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for broken PNG chunks
+        raise ValueError(f"{name!r} cannot be read as a picture: {error}.") from error
+    return _to_rgb(image, repr(name))
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        # Pillow clips these to 255 on conversion; a 16-bit scan would come out white
+        grey = np.asarray(image, np.float64)
+        if not np.isfinite(grey).all() or grey.min() < 0 or grey.max() > 65535:
+            raise ValueError(
+                f"{name} has {image.mode!r} pixels from {grey.min():g} to {grey.max():g}: scale them to 8 bits (0 to 255)."
+            )
+        top = 1.0 if image.mode == "F" and grey.max() <= 1 else 65535.0 if image.mode.startswith("I") else 255.0
+        return Image.fromarray(np.rint(grey.clip(max=top) * (255 / top)).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+    return image.convert("RGB")
+
+
+def load_demo_images() -> datasets.Dataset:
+    """
+    200 test images of CIFAR-10, 20 of each class, lossless: columns `image` and `label` (with class names).
+    """
+    path = files("hf_smoothing").joinpath("cifar10_demo.parquet")
+    with path.open("rb") as file:
+        return datasets.Dataset(pq.read_table(file))

@@ -1,0 +1,348 @@
+"""The mixed-noise ViT: one classifier for clean and noisy images at every noise level (arXiv 2312.09020).
+
+The encoder is timm's `VisionTransformer`; this file adds what certification needs around it: pixels in `[0, 1]`,
+normalisation inside the model, and norms that do not look at the rest of the batch.
+"""
+
+import warnings
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import timm
+import torch
+from timm.layers import HybridEmbed, LayerNorm, PatchEmbed
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+
+from .configuration_mixed_noise_vit import MixedNoiseViTConfig
+
+
+class TokenBatchNorm(nn.BatchNorm1d):
+    """Batch normalisation over the channels of tokens `(batch, tokens, channels)` or features `(batch, channels)`."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if hidden_states.ndim == 2:
+            return super().forward(hidden_states)
+        return super().forward(hidden_states.transpose(1, 2)).transpose(1, 2)
+
+
+class ResidualBlock(nn.Module):
+    """Pre-activation residual block that halves height and width."""
+
+    def __init__(self, in_channels: int, out_channels: int, norm_layer: Any):
+        super().__init__()
+        self.norm1 = norm_layer(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1, bias=False)
+        self.norm2 = norm_layer(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.shortcut = nn.Conv2d(in_channels, out_channels, 1, stride=2, bias=False)
+        self.act = nn.GELU()
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        activated = self.act(self.norm1(features))
+        return self.conv2(self.act(self.norm2(self.conv1(activated)))) + self.shortcut(activated)
+
+
+class ConvTrunk(nn.Module):
+    """
+    Convolutional stem: a 3x3 convolution, then one residual block for each halving until a token covers `patch_size`
+    pixels a side. Widths double up to `hidden_size`.
+    """
+
+    def __init__(self, config: MixedNoiseViTConfig):
+        super().__init__()
+        stages = config.patch_size.bit_length() - 1
+        widths = [max(config.hidden_size >> (stages - stage), 16) for stage in range(stages)] + [config.hidden_size]
+        if config.norm_layer == "batchnorm":
+            norm_layer: Any = nn.BatchNorm2d
+        else:  # one group: statistics over one image's channels and pixels, never over the batch
+            norm_layer = partial(nn.GroupNorm, 1, eps=config.norm_eps)
+        self.num_features = config.hidden_size
+        self.conv = nn.Conv2d(config.num_channels, widths[0], 3, padding=1)
+        self.blocks = nn.Sequential(*(ResidualBlock(narrow, wide, norm_layer) for narrow, wide in pairwise(widths)))
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        features = self.conv(pixel_values.contiguous(memory_format=torch.channels_last))
+        return self.blocks(features)
+
+
+def _embed_layer(config: MixedNoiseViTConfig) -> Any:
+    if config.stem == "patch":
+        return PatchEmbed
+    grid = config.image_size // config.patch_size
+
+    def conv_embed(img_size: int, patch_size: int, **kwargs: Any) -> HybridEmbed:
+        # timm asks for patches of pixels; behind the trunk one position of its output is one token.
+        return HybridEmbed(ConvTrunk(config), img_size, 1, feature_size=grid, feature_ratio=patch_size, **kwargs)
+
+    return conv_embed
+
+
+def _build_encoder(config: MixedNoiseViTConfig) -> VisionTransformer:
+    return VisionTransformer(
+        img_size=config.image_size,
+        patch_size=config.patch_size,
+        in_chans=config.num_channels,
+        num_classes=0,
+        global_pool=config.pooling,
+        embed_dim=config.hidden_size,
+        depth=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        mlp_ratio=config.mlp_ratio,
+        qkv_bias=config.qkv_bias,
+        qk_norm=config.qk_norm,
+        init_values=config.layer_scale_init,
+        class_token=bool(config.class_token),
+        no_embed_class=not config.position_embed_prefix_tokens,
+        reg_tokens=config.num_register_tokens,
+        pre_norm=config.pre_norm,
+        # Normalising before pooling serves both poolings alike, and keeps `last_hidden_state` normalised.
+        fc_norm=False,
+        drop_rate=config.dropout,
+        drop_path_rate=config.drop_path_rate,
+        weight_init="skip",  # `_init_weights` below: transformers decides what a checkpoint leaves to initialise
+        embed_layer=_embed_layer(config),
+        norm_layer=partial(TokenBatchNorm if config.norm_layer == "batchnorm" else LayerNorm, eps=config.norm_eps),
+    )
+
+
+class MixedNoiseViTPreTrainedModel(PreTrainedModel):
+    """Weight initialisation and loading shared by the models of this file."""
+
+    config: MixedNoiseViTConfig
+    config_class = MixedNoiseViTConfig
+    base_model_prefix = "mixed_noise_vit"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Block", "ConvTrunk"]  # noqa: RUF012 (transformers reads and replaces it)
+    _supports_sdpa = True  # timm's attention calls scaled_dot_product_attention itself
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear):
+            init.trunc_normal_(module.weight, std=std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv2d):
+            init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                init.zeros_(module.running_mean)
+                init.ones_(module.running_var)
+                init.zeros_(module.num_batches_tracked)
+        elif isinstance(module, VisionTransformer):
+            for name, parameter in module.named_parameters():
+                if name in ("cls_token", "reg_token", "pos_embed"):
+                    init.trunc_normal_(parameter, std=std)
+                elif name.endswith(".gamma"):  # layer scale
+                    init.constant_(parameter, self.config.layer_scale_init)
+        elif isinstance(module, MixedNoiseViTModel):
+            # Not part of the checkpoint (the config holds them), so loading leaves them to us.
+            shape = (1, -1, 1, 1)
+            init.copy_(module.image_mean, torch.tensor(self.config.image_mean).view(shape))
+            init.copy_(module.image_std, torch.tensor(self.config.image_std).view(shape))
+
+    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func: Any = None) -> None:
+        # timm checkpoints its own blocks (non-reentrant), the same policy as transformers' default
+        for module in self.modules():
+            if isinstance(module, VisionTransformer):
+                module.set_grad_checkpointing(enable)
+
+
+class MixedNoiseViTModel(MixedNoiseViTPreTrainedModel):
+    """
+    The encoder without a head.
+
+    Takes `pixel_values` of shape `(batch, channels, image_size, image_size)` in `[0, 1]` (noise may leave that range;
+    it is never clipped, since the certificates are for the unclipped noise).
+    """
+
+    def __init__(self, config: MixedNoiseViTConfig):
+        super().__init__(config)
+        self.encoder = _build_encoder(config)
+        shape = (1, config.num_channels, 1, 1)
+        self.register_buffer("image_mean", torch.empty(shape), persistent=False)
+        self.register_buffer("image_std", torch.empty(shape), persistent=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.encoder.patch_embed
+
+    def forward(self, pixel_values: torch.Tensor, return_dict: bool | None = None) -> BaseModelOutputWithPooling:
+        """
+        Args:
+            pixel_values: `(batch, channels, height, width)`, in `[0, 1]` before noise.
+            return_dict: `False` for a plain tuple.
+
+        Returns:
+            `last_hidden_state` of shape `(batch, tokens, hidden_size)` and `pooler_output` `(batch, hidden_size)`.
+
+        Raises:
+            ValueError: where the pixels' shape is not the one of the config.
+        """
+        config = self.config
+        expected = (config.num_channels, config.image_size, config.image_size)
+        if pixel_values.ndim != 4 or pixel_values.shape[1:] != expected:
+            raise ValueError(
+                f"pixel_values have shape {tuple(pixel_values.shape)}; this model takes (batch, *{expected}). "
+                "Resize with its image processor."
+            )
+        pixel_values = (pixel_values.to(self.image_mean.dtype) - self.image_mean) / self.image_std
+        hidden_states = self.encoder.forward_features(pixel_values)
+        output = BaseModelOutputWithPooling(
+            last_hidden_state=hidden_states, pooler_output=self.encoder.forward_head(hidden_states)
+        )
+        return output if return_dict is not False else output.to_tuple()
+
+
+class MixedNoiseViTForImageClassification(MixedNoiseViTPreTrainedModel):
+    """
+    The encoder with a linear classifier on the pooled features.
+
+    Example:
+        >>> import torch
+        >>> config = MixedNoiseViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_labels=10)
+        >>> model = MixedNoiseViTForImageClassification(config).eval()
+        >>> model(torch.rand(2, 3, 32, 32)).logits.shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(self, config: MixedNoiseViTConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.mixed_noise_vit = MixedNoiseViTModel(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        return_dict: bool | None = None,
+        **loss_kwargs: Any,
+    ) -> ImageClassifierOutput:
+        """
+        Args:
+            pixel_values: `(batch, channels, height, width)`, in `[0, 1]` before noise.
+            labels: `(batch,)` class indices; with them the output holds the cross-entropy `loss`.
+            return_dict: `False` for a plain tuple.
+            **loss_kwargs: passed on to the loss, such as `num_items_in_batch`.
+
+        Returns:
+            `logits` of shape `(batch, num_labels)`, and `loss` where labels were given.
+        """
+        pooled = self.mixed_noise_vit(pixel_values).pooler_output
+        logits = self.classifier(pooled)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels, logits, self.config, **loss_kwargs)
+        output = ImageClassifierOutput(loss=loss, logits=logits)
+        return output if return_dict is not False else output.to_tuple()
+
+    @classmethod
+    def from_timm(
+        cls, name: str, *, pretrained: bool = True, **config_kwargs: Any
+    ) -> "MixedNoiseViTForImageClassification":
+        """
+        Start from the architecture and, where they can be had, the weights of a timm ViT.
+
+        Args:
+            name: a timm model whose class is timm's `VisionTransformer`, such as `"vit_tiny_patch16_224"`.
+            pretrained: load timm's weights. Where there are none to be had (no network and none in the cache), the
+                architecture is returned with fresh weights and a warning says so.
+            config_kwargs: fields of [`MixedNoiseViTConfig`] to set on top, such as `num_labels` or `id2label`.
+
+        Returns:
+            A model with a fresh classifier; noise-free, its features equal timm's for pixels normalised as timm does.
+
+        Raises:
+            ValueError: where the name is unknown, or where the model is no ViT that this class can hold.
+        """
+        if not timm.is_model(name):
+            close = ", ".join(timm.list_models(f"*{name.split('.')[0][:8]}*")[:5])
+            raise ValueError(f"timm has no model {name!r}." + (f" Close: {close}." if close else ""))
+        source = None
+        if pretrained:
+            try:
+                source = timm.create_model(name, pretrained=True, num_classes=0)
+            except (OSError, RuntimeError, ValueError) as error:
+                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                warnings.warn(
+                    f"No weights of {name!r} to be had ({reason}): starting from its architecture alone.", stacklevel=2
+                )
+                pretrained = False
+        if source is None:
+            source = timm.create_model(name, pretrained=False, num_classes=0)
+        source.eval()
+        config = MixedNoiseViTConfig(**{**_config_kwargs_of_timm(name, source), **config_kwargs})
+        model = cls(config)
+        state = source.state_dict()
+        if "fc_norm.weight" in state:  # timm normalises after average pooling in these; we normalise before
+            raise ValueError(_unsupported(name, "it normalises after pooling"))
+        try:
+            model.mixed_noise_vit.encoder.load_state_dict(state)
+        except RuntimeError as error:
+            raise ValueError(_unsupported(name, str(error).splitlines()[-1].strip())) from error
+        _check_same_features(name, model.mixed_noise_vit.encoder, source)
+        if not pretrained:
+            model.init_weights()
+        return model
+
+
+def _unsupported(name: str, reason: str) -> str:
+    return f"timm's {name!r} is not a ViT that MixedNoiseViT can hold: {reason}."
+
+
+def _config_kwargs_of_timm(name: str, source: Any) -> dict[str, Any]:
+    """The fields of our config that describe a timm ViT."""
+    if type(source) is not VisionTransformer or not isinstance(source.patch_embed, PatchEmbed):
+        raise ValueError(_unsupported(name, f"it is a {type(source).__name__}"))
+    if source.global_pool not in ("avg", "token"):
+        raise ValueError(_unsupported(name, f"it pools with {source.global_pool!r}"))
+    block = source.blocks[0]
+    return {
+        "image_size": source.patch_embed.img_size[0],
+        "patch_size": source.patch_embed.patch_size[0],
+        "num_channels": source.in_chans,
+        "hidden_size": source.embed_dim,
+        "num_hidden_layers": len(source.blocks),
+        "num_attention_heads": block.attn.num_heads,
+        "mlp_ratio": block.mlp.fc1.out_features / source.embed_dim,
+        "stem": "patch",
+        "pooling": source.global_pool,
+        "class_token": source.has_class_token,
+        "num_register_tokens": source.num_reg_tokens,
+        "position_embed_prefix_tokens": not source.no_embed_class,
+        "pre_norm": not isinstance(source.norm_pre, nn.Identity),
+        "qkv_bias": block.attn.qkv.bias is not None,
+        "qk_norm": not isinstance(block.attn.q_norm, nn.Identity),
+        "layer_scale_init": 1e-5 if hasattr(block.ls1, "gamma") else None,
+        "norm_eps": block.norm1.eps,
+        "image_mean": source.pretrained_cfg["mean"],
+        "image_std": source.pretrained_cfg["std"],
+    }
+
+
+@torch.no_grad()
+def _check_same_features(name: str, encoder: VisionTransformer, source: Any) -> None:
+    """Equal weights can still mean another function (another activation, say): compare what comes out."""
+    training = encoder.training
+    encoder.eval()
+    size = source.patch_embed.img_size
+    pixel_values = torch.linspace(-1, 1, source.in_chans * size[0] * size[1]).view(1, source.in_chans, *size)
+    if not torch.allclose(encoder(pixel_values), source(pixel_values), atol=1e-4):
+        raise ValueError(_unsupported(name, "with the same weights its features differ"))
+    encoder.train(training)
+
+
+__all__ = ["MixedNoiseViTForImageClassification", "MixedNoiseViTModel", "MixedNoiseViTPreTrainedModel"]

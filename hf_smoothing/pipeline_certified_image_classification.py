@@ -1,0 +1,130 @@
+"""The transformers pipeline task `certified-image-classification`."""
+
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from types import GeneratorType
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from transformers import Pipeline
+
+from .certificates import Certificate, make_rule
+from .noise import GaussianNoise
+from .smoothing import SmoothedClassifier, in_order, to_pixels
+
+SETTINGS = (
+    "sigma", "seed", "progress", "method", "alpha", "radius", "radii", "max_samples", "n0", "n", "tolerance",
+)  # fmt: skip
+
+
+class CertifiedImageClassificationPipeline(Pipeline):
+    """
+    Classify pictures with a certificate: no change smaller than `radius` changes the answer.
+
+    All settings are taken at construction and at each call, where the call's prevail:
+
+    - `sigma`: standard deviation of the Gaussian noise, in `[0, 1]` pixels. There is no default.
+    - `alpha` (0.001): probability that a certificate is wrong.
+    - `radius` or `radii`: decide these radii and stop as soon as that is settled. Without them the radius is found.
+    - `method` (`"sequential"`): or `"fixed"`, the usual protocol with a fixed number of draws.
+    - `max_samples`: the most draws for one image.
+    - `tolerance`, `n0`, `n`: see [`make_rule`].
+    - `seed` (0): the same seed gives an image the same noise, and so the same certificate, whatever the batch size.
+    - `batch_size` (128): draws in one forward pass; several images share it.
+    - `progress` (`False`): show a progress bar.
+
+    Takes a path, an `http(s)` address, a PIL image, a list of these, a `datasets` column, a `KeyDataset` or a generator;
+    the last two give an iterator. Results keep the order of the input. Each is a dict with `label` (`None` where it
+    abstains), `radius`, `sigma`, `alpha`, `guarantee`, `num_samples`, `method`, `noise`, `norm`, `p_lower`, `counts` (by
+    label), `seed` and `dtype`.
+
+    Example:
+        >>> from transformers import pipeline
+        >>> import hf_smoothing
+        >>> certify = pipeline("certified-image-classification", model="user/repo", sigma=0.25)  # doctest: +SKIP
+        >>> certify("frog.png", radius=0.5)  # doctest: +SKIP
+    """
+
+    _load_processor = False
+    _load_image_processor = True
+    _load_feature_extractor = False
+    _load_tokenizer = False
+
+    def __init__(self, *args: Any, batch_size: int = 128, **kwargs: Any):
+        super().__init__(*args, batch_size=batch_size, **kwargs)
+
+    def _sanitize_parameters(self, **settings: Any) -> tuple[dict, dict, dict]:
+        for name in settings:
+            if name not in SETTINGS:
+                raise TypeError(
+                    f"{name!r} is no setting of this pipeline; it takes {', '.join(SETTINGS)}, batch_size."
+                )
+        if "sigma" in settings:  # say at construction what is wrong at construction
+            GaussianNoise(settings["sigma"])
+        return {}, settings, {}
+
+    def __call__(self, inputs: Any, **kwargs: Any) -> Any:
+        if isinstance(inputs, Sequence) and not isinstance(inputs, str):  # lists, tuples and columns of datasets
+            if not len(inputs):
+                return []
+            return super().__call__(list(inputs), **kwargs)
+        if isinstance(inputs, (GeneratorType, Dataset)):
+            return super().__call__(inputs, **kwargs)
+        return super().__call__([inputs], **kwargs)[0]
+
+    def get_iterator(
+        self,
+        inputs: Iterable[Any],
+        num_workers: int,
+        batch_size: int,
+        preprocess_params: dict[str, Any],
+        forward_params: dict[str, Any],
+        postprocess_params: dict[str, Any],
+    ) -> Iterator[dict[str, Any]]:
+        """Where transformers batches images, batches hold draws of several images here: the engine makes them."""
+        if isinstance(inputs, list):
+            for image in inputs:  # a broken picture at the end must not cost the work before it
+                self.preprocess(image, **preprocess_params)
+        images = (self.preprocess(image, **preprocess_params) for image in inputs)
+        total = len(inputs) if isinstance(inputs, Sized) else None
+        certificates = self.forward(images, batch_size=batch_size, total=total, **forward_params)
+        return (self.postprocess(certificate, **postprocess_params) for certificate in certificates)
+
+    def preprocess(self, input_: Any) -> torch.Tensor:
+        """A picture as pixels in `[0, 1]`, `(channels, height, width)`, at the size that the model takes."""
+        return to_pixels(input_, self.image_processor)
+
+    def _forward(
+        self,
+        images: Iterable[torch.Tensor],
+        batch_size: int,
+        total: int | None,
+        sigma: float | None = None,
+        seed: int = 0,
+        method: str = "sequential",
+        progress: bool = False,
+        **rule_settings: Any,
+    ) -> Iterator[Certificate]:
+        if sigma is None:
+            raise ValueError("sigma is missing: pass the noise level in [0, 1] pixels, such as sigma=0.25.")
+        smoothed = SmoothedClassifier(
+            self.model,
+            GaussianNoise(sigma),
+            batch_size=batch_size,
+            device=self.device,
+            image_processor=self.image_processor,
+        )
+        rule = make_rule(method, **rule_settings)
+        rule.check(smoothed.noise)
+        return in_order(smoothed.certify_stream(images, rule, seed=seed, progress=progress, total=total))
+
+    def postprocess(self, certificate: Certificate) -> dict[str, Any]:
+        """The certificate as a dict, with class names in place of indices."""
+        names = self.model.config.id2label
+        found = certificate.to_dict()
+        prediction = found.pop("prediction")
+        return {
+            "label": None if certificate.abstains else names[prediction],
+            **found,
+            "counts": {names[index]: count for index, count in enumerate(certificate.counts)},
+        }

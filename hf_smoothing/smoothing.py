@@ -1,0 +1,396 @@
+"""The sampling engine: fills forward passes with noisy draws of several images and hands their counts to the rules.
+
+It knows a callable that maps a batch of pixels to logits, a noise distribution and a rule, and nothing else.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sized
+from itertools import count as count_from
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from .certificates import ABSTAIN, Certificate, Counts, NoiseDistribution, PredictRule, Rule, Run, make_rule
+from .data import load_image
+from .noise import NoiseStream, image_key
+
+BaseClassifier = Callable[[torch.Tensor], Any]
+
+
+class Noise(NoiseDistribution, Protocol):
+    """A smoothing distribution as the engine sees it; see [`GaussianNoise`]."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def norm(self) -> str: ...
+
+    @property
+    def sigma(self) -> float: ...
+
+    def stream(self, image: torch.Tensor, key: int) -> NoiseStream: ...
+
+
+class SmoothedClassifier:
+    """
+    A base classifier under noise, which predicts its most likely answer, and can prove how far that holds.
+
+    Args:
+        base_classifier: maps pixels `(batch, channels, height, width)` in `[0, 1]` (noise included) to logits
+            `(batch, classes)`, or to an output with `logits`. Each row of the output may depend on its own row of the
+            input only. A `torch.nn.Module` is put into evaluation mode.
+        noise: the smoothing distribution, such as `GaussianNoise(0.25)`.
+        batch_size: draws in one forward pass, of one image or of several.
+        device: where draws are made and classified; by default where the module is, else the CPU.
+        image_processor: an image processor of transformers, with which paths, addresses and PIL images are accepted
+            besides tensors. Its normalisation is applied behind the noise.
+
+    Raises:
+        ValueError: for a batch size below 1 or a module with weights that are not finite.
+
+    Source: Cohen et al. 2019 (arXiv 1902.02918).
+    """
+
+    def __init__(
+        self,
+        base_classifier: BaseClassifier,
+        noise: Noise,
+        *,
+        batch_size: int = 128,
+        device: torch.device | str | None = None,
+        image_processor: Any = None,
+    ):
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be 1 or more.")
+        self.dtype = torch.float32
+        if isinstance(base_classifier, nn.Module):
+            base_classifier.eval()
+            _check_weights(base_classifier)
+            parameter = next(base_classifier.parameters(), None)
+            if parameter is not None:
+                self.dtype = parameter.dtype
+                device = device or parameter.device
+        self.base_classifier = base_classifier
+        self.noise = noise
+        self.batch_size = batch_size
+        self.device = torch.device(device or "cpu")
+        self.image_processor = image_processor
+        self._num_classes: int | None = None
+        self._normalization: tuple[torch.Tensor, torch.Tensor] | None = None
+        if image_processor is not None and getattr(image_processor, "do_normalize", False):
+            mean, std = (torch.tensor(getattr(image_processor, name)) for name in ("image_mean", "image_std"))
+            self._normalization = (mean.view(-1, 1, 1).to(self.device), std.view(-1, 1, 1).to(self.device))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_name_or_path: str | Path,
+        noise: Noise,
+        *,
+        batch_size: int = 128,
+        device: torch.device | str | None = None,
+        **model_kwargs: Any,
+    ) -> "SmoothedClassifier":
+        """
+        Smooth any image classifier that `AutoModelForImageClassification` loads.
+
+        Args:
+            model_name_or_path: a model on the Hub or a local folder, with an image processor.
+            noise: the smoothing distribution.
+            batch_size: draws in one forward pass.
+            device: where to put the model; by default the CPU.
+            model_kwargs: passed on to `from_pretrained`. `dtype` is `torch.float32` unless given: certificates record it.
+        """
+        model_kwargs.setdefault("dtype", torch.float32)
+        model = AutoModelForImageClassification.from_pretrained(model_name_or_path, **model_kwargs)
+        processor = AutoImageProcessor.from_pretrained(model_name_or_path)
+        if device is not None:
+            model = model.to(device)
+        return cls(model, noise, batch_size=batch_size, image_processor=processor)
+
+    def certify(
+        self,
+        images: Iterable[Any],
+        method: str = "sequential",
+        *,
+        seed: int = 0,
+        progress: bool = False,
+        **settings: Any,
+    ) -> list[Certificate]:
+        """
+        Certify images; results in their order.
+
+        Args:
+            images: a batch tensor or a list of images; each a tensor `(channels, height, width)`, float in `[0, 1]` or
+                uint8, or, with an image processor, a path, an address or a PIL image. All of one shape.
+            method: `"sequential"` (draw until the question is settled) or `"fixed"` (the usual protocol).
+            seed: seed of the noise. The same seed gives an image the same noise, whatever else is in the call.
+            progress: show a progress bar.
+            settings: of the method, see [`make_rule`]: `alpha`, `radius`, `radii`, `max_samples`, `tolerance`, `n0`, `n`.
+
+        Returns:
+            One certificate an image.
+
+        Raises:
+            ValueError: for settings that make no sense, images that are not pixels, or logits that are not finite.
+        """
+        return self._ordered(images, make_rule(method, **settings), seed, progress)
+
+    def predict(
+        self, images: Iterable[Any], n: int = 100, alpha: float = 0.001, *, seed: int = 0, progress: bool = False
+    ) -> list[int]:
+        """
+        The smoothed classifier's answers, without a radius: class indices, or `ABSTAIN` (-1) where `n` draws leave doubt.
+
+        Args:
+            images: as for [`certify`].
+            n: draws an image.
+            alpha: probability of answering other than the smoothed classifier does.
+            seed: seed of the noise.
+            progress: show a progress bar.
+
+        Source: Cohen et al. 2019 (arXiv 1902.02918), algorithm PREDICT.
+        """
+        return [found.prediction for found in self._ordered(images, PredictRule(n, alpha), seed, progress)]
+
+    def _ordered(self, images: Iterable[Any], rule: Rule, seed: int, progress: bool) -> list[Certificate]:
+        return list(in_order(self.certify_stream(images, rule, seed=seed, progress=progress)))
+
+    @torch.inference_mode()
+    def certify_stream(
+        self, images: Iterable[Any], rule: Rule, *, seed: int = 0, progress: bool = False, total: int | None = None
+    ) -> Iterator[tuple[int, Certificate]]:
+        """
+        Certify images as they come and yield `(position, certificate)` as they finish, in any order.
+
+        Holds only as many images at a time as it takes to fill a batch.
+
+        Args:
+            images: an iterable, finite or not; elements as for [`certify`].
+            rule: the sampling rule, such as `SequentialRule(radii=(0.5,))`.
+            seed: seed of the noise.
+            progress: show a progress bar.
+            total: the number of images, for the bar, where `images` has no length.
+
+        Raises:
+            ValueError: as [`certify`]; those about settings before the first image is read.
+        """
+        rule.check(self.noise)
+        positions = count_from()
+        waiting = iter(images)
+        active: list[_Active] = []
+        if total is None and isinstance(images, Sized):
+            total = len(images)
+        bar = _ProgressBar(total, rule.budget) if progress else None
+        exhausted = False
+        try:
+            while True:
+                while not exhausted and sum(image.wanted for image in active) < self.batch_size:
+                    try:
+                        image = next(waiting)
+                    except StopIteration:
+                        exhausted = True
+                        break
+                    active.append(self._admit(next(positions), image, rule, seed))
+                if not active:
+                    return
+                self._run_batch(active, rule)
+                for image in [image for image in active if image.finished]:
+                    yield image.position, image.certificate(rule, self.noise, seed, self.dtype)
+                if bar:
+                    bar.update(active)
+                active = [image for image in active if not image.finished]
+        finally:
+            if bar:
+                bar.close()
+
+    def _admit(self, position: int, image: Any, rule: Rule, seed: int) -> "_Active":
+        pixels = to_pixels(image, self.image_processor)
+        key = image_key(pixels, seed)
+        pixels = pixels.to(self.device)
+        if self._num_classes is None:
+            self._num_classes = self._logits(pixels[None]).shape[1]
+        run = None if rule.uses_clean_pass else rule.start(self.noise, np.zeros(self._num_classes))
+        return _Active(position, pixels, self.noise.stream(pixels, key), run)
+
+    def _run_batch(self, active: "list[_Active]", rule: Rule) -> None:
+        """One forward pass of at most `batch_size` draws, oldest images first; updates the images it served."""
+        rows: list[torch.Tensor] = []
+        served: list[tuple[_Active, int]] = []
+        room = self.batch_size
+        for image in active:
+            if room == 0:
+                break
+            take = min(image.wanted, room)
+            rows.append(image.rows(take))
+            served.append((image, take))
+            room -= take
+        logits = self._logits(torch.cat(rows))
+        num_classes = logits.shape[1]
+        takes = torch.tensor([take for _, take in served], device=logits.device)
+        owners = torch.repeat_interleave(torch.arange(len(served), device=logits.device), takes)
+        votes = owners * num_classes + logits.argmax(1)
+        counts = torch.bincount(votes, minlength=len(served) * num_classes).view(-1, num_classes).cpu().numpy()
+        if not bool(torch.isfinite(logits).all()):
+            raise ValueError(
+                "The base classifier returned logits that are not finite: its certificates would mean nothing."
+            )
+        first_row = 0
+        for (image, take), image_counts in zip(served, counts):
+            image.num_samples += take
+            if image.run is None:
+                image.begin(rule.start(self.noise, logits[first_row].double().cpu().numpy()))
+            else:
+                image.take(image_counts, take)
+            first_row += take
+
+    def _logits(self, pixels: torch.Tensor) -> torch.Tensor:
+        if self._normalization is not None:
+            mean, std = self._normalization
+            pixels = (pixels - mean) / std
+        output = self.base_classifier(pixels.to(self.dtype))
+        logits = output if isinstance(output, torch.Tensor) else output.logits
+        if logits.ndim != 2 or len(logits) != len(pixels):
+            raise ValueError(f"The base classifier returned shape {tuple(logits.shape)} for {len(pixels)} images.")
+        return logits
+
+
+def to_pixels(image: Any, image_processor: Any = None) -> torch.Tensor:
+    """
+    One image as a base classifier sees it before noise: float32, `(channels, height, width)`, in `[0, 1]`, on the CPU.
+
+    Args:
+        image: a tensor `(channels, height, width)`, float in `[0, 1]` or uint8; or what [`load_image`] takes.
+        image_processor: resizes pictures to what the model takes; its normalisation is left out.
+
+    Raises:
+        ValueError: for a tensor that does not hold pixels, or a picture without an image processor.
+    """
+    if not isinstance(image, torch.Tensor):
+        if image_processor is None:
+            raise ValueError(
+                f"A {type(image).__name__} needs an image processor: pass image_processor=... or tensors."
+            )
+        processed = image_processor(load_image(image), do_normalize=False, return_tensors="pt")
+        # A resize with a bicubic filter can overshoot by a rounding error
+        image = processed["pixel_values"][0].clamp(0, 1)
+    if image.ndim != 3:
+        raise ValueError(f"An image has shape {tuple(image.shape)}; it takes (channels, height, width).")
+    image = image.detach().to("cpu")
+    image = image.float() / 255 if image.dtype == torch.uint8 else image.float()
+    low, high = float(image.min()), float(image.max())
+    if not (low >= 0 and high <= 1):  # NaN fails this too
+        raise ValueError(
+            f"An image has values from {low:g} to {high:g}: pixels must lie in [0, 1], since sigma and radii are in their "
+            "units. Undo the normalisation; it belongs behind the noise."
+        )
+    return image
+
+
+def in_order(stream: Iterable[tuple[int, Certificate]]) -> Iterator[Certificate]:
+    """Certificates in the order of their images, each as soon as those before it are there."""
+    early: dict[int, Certificate] = {}
+    following = 0
+    for position, certificate in stream:
+        early[position] = certificate
+        while following in early:
+            yield early.pop(following)
+            following += 1
+
+
+def _check_weights(module: nn.Module) -> None:
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(
+                f"The weights of {name!r} are not all finite: the checkpoint is broken or was not loaded."
+            )
+
+
+class _Active:
+    """An image that is being sampled. Without a run it waits for its clean pass, from which the rule starts one."""
+
+    def __init__(self, position: int, pixels: torch.Tensor, stream: NoiseStream, run: Run | None):
+        self.position = position
+        self.pixels = pixels
+        self.stream = stream
+        self.num_samples = 0
+        self.wanted = 1
+        self.run: Run | None = None
+        if run is not None:
+            self.begin(run)
+
+    def begin(self, run: Run) -> None:
+        self.run = run
+        self.wanted = run.next_draws()
+        self.pending = np.zeros_like(run.counts)
+
+    @property
+    def finished(self) -> bool:
+        return self.wanted == 0
+
+    def rows(self, count: int) -> torch.Tensor:
+        return self.pixels[None] if self.run is None else self.stream.draw(count)
+
+    def take(self, counts: Counts, draws: int) -> None:
+        """Collect counts; the run sees them once all draws it asked for are in, so that batches never decide anything."""
+        assert self.run is not None
+        self.pending += counts
+        self.wanted -= draws
+        if self.wanted == 0:
+            self.run.update(self.pending)
+            self.pending = np.zeros_like(self.pending)
+            self.wanted = self.run.next_draws()
+
+    def certificate(self, rule: Rule, noise: Noise, seed: int, dtype: torch.dtype) -> Certificate:
+        assert self.run is not None
+        outcome = self.run.outcome()
+        return Certificate(
+            prediction=outcome.prediction,
+            radius=0.0 if outcome.prediction == ABSTAIN else noise.radius(outcome.p_lower),
+            guarantee=rule.guarantee,
+            method=rule.method,
+            noise=noise.name,
+            norm=noise.norm,
+            sigma=noise.sigma,
+            alpha=rule.alpha,
+            p_lower=outcome.p_lower,
+            counts=tuple(self.run.counts.tolist()),
+            num_samples=self.num_samples,
+            seed=seed,
+            dtype=str(dtype).removeprefix("torch."),
+        )
+
+
+class _ProgressBar:
+    """Images done, draws a second and time left; an image in progress counts by the part of its budget it has used."""
+
+    def __init__(self, total: int | None, budget: int):
+        self.budget = budget
+        self.done = 0
+        self.draws_of_done = 0
+        self.bar = tqdm(
+            total=total,
+            desc="certifying",
+            # without counts: images under way make `n` a fraction
+            bar_format="{desc} "
+            + ("{percentage:3.0f}%|{bar}| {elapsed}<{remaining}" if total else "{elapsed}")
+            + "{postfix}",
+        )
+
+    def update(self, active: list[_Active]) -> None:
+        finished = [image for image in active if image.finished]
+        self.done += len(finished)
+        self.draws_of_done += sum(image.num_samples for image in finished)
+        under_way = [image.num_samples for image in active if not image.finished]
+        elapsed = self.bar.format_dict["elapsed"] or 1e-9
+        rate = (self.draws_of_done + sum(under_way)) / elapsed
+        self.bar.set_postfix_str(f"{self.done} images, {rate:.0f} draws/s", refresh=False)
+        self.bar.update(self.done + sum(under_way) / self.budget - self.bar.n)
+
+    def close(self) -> None:
+        self.bar.close()
