@@ -16,7 +16,7 @@ from .modeling_mixed_noise_vit import (
     MixedNoiseViTModel,
     MixedNoiseViTPreTrainedModel,
 )
-from .noise import GaussianNoise, NoiseMixture
+from .noise import GaussianNoise, LaplaceNoise, NoiseMixture, UniformNoise
 from .pipeline_certified_image_classification import CertifiedImageClassificationPipeline
 from .smoothing import SmoothedClassifier
 
@@ -36,6 +36,7 @@ __all__ = [
     "CertifiedImageClassificationPipeline",
     "FixedRule",
     "GaussianNoise",
+    "LaplaceNoise",
     "MixedNoiseViTConfig",
     "MixedNoiseViTForImageClassification",
     "MixedNoiseViTModel",
@@ -44,6 +45,7 @@ __all__ = [
     "PredictRule",
     "SequentialRule",
     "SmoothedClassifier",
+    "UniformNoise",
     "clopper_pearson_lower",
     "confidence_sequence_lower",
     "format_radius",

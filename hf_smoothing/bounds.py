@@ -12,9 +12,11 @@ FloatArray = NDArray[np.float64]
 
 
 def _counts(successes: ArrayLike, trials: ArrayLike) -> tuple[FloatArray, FloatArray]:
-    hits, draws = np.broadcast_arrays(np.asarray(successes, np.float64), np.asarray(trials, np.float64))
-    if not np.all((hits >= 0) & (hits <= draws)):
-        bad = int(np.argmin(((hits >= 0) & (hits <= draws)).ravel()))
+    hits, draws = np.asarray(successes, np.float64), np.asarray(trials, np.float64)
+    fit = (hits >= 0) & (hits <= draws)
+    if not fit.all():
+        hits, draws = np.broadcast_arrays(hits, draws)
+        bad = int(np.argmin(fit))
         raise ValueError(f"successes={hits.flat[bad]:g} must lie between 0 and trials={draws.flat[bad]:g}.")
     return hits, draws
 

@@ -50,6 +50,8 @@ class Certificate:
         method: the rule that decided.
         noise: name of the smoothing distribution.
         norm: the norm that the radius is measured in.
+        sampling: `lattice` where picture and noise were added exactly; `float` where not, which an adversarial base
+            classifier could exploit.
         sigma: scale of the noise, in `[0, 1]` pixels.
         alpha: probability of a wrong claim.
         p_lower: the lower bound of the probability of `prediction` under noise that the radius rests on.
@@ -65,6 +67,7 @@ class Certificate:
     method: str
     noise: str
     norm: str
+    sampling: Literal["lattice", "float"]
     sigma: float
     alpha: float
     p_lower: float
@@ -158,6 +161,16 @@ def _check_radius(radius: float) -> None:
         raise ValueError(f"radius={radius} must be a finite number, 0 or above.")
 
 
+def _reachable(noise: NoiseDistribution, radius: float) -> float:
+    """The probability that `radius` needs, where there is one."""
+    p0 = noise.probability_needed(radius)
+    if p0 >= 1:
+        raise ValueError(
+            f"radius={radius:g} can never be certified with this noise: it takes more of it (a larger sigma)."
+        )
+    return p0
+
+
 def _too_few(name: str, value: int, radius: float, reachable: float, needed: int) -> ValueError:
     return ValueError(
         f"{name}={value} draws can never certify radius {radius:g}: all of one class, they show "
@@ -204,7 +217,7 @@ class FixedRule:
 
     def check(self, noise: NoiseDistribution) -> None:
         radius = self.radius or 0.0
-        p0 = noise.probability_needed(radius)
+        p0 = _reachable(noise, radius)
         if self.alpha ** (1 / self.n) <= p0:  # Clopper-Pearson for n of n
             needed = math.floor(math.log(self.alpha) / math.log(p0)) + 1
             raise _too_few("n", self.n, radius, noise.radius(self.alpha ** (1 / self.n)), needed)
@@ -257,7 +270,7 @@ class SequentialRule:
         alpha: probability of a wrong certificate, in (0, 1).
         max_samples: the most draws for one image.
         tolerance: without `radii`, stop once the proved radius is at least `1 - tolerance` of what it can still
-            become (the upper end of a 95 % confidence sequence, or what the budget can show if that is less).
+            become (the upper end of a 95 % confidence interval, or what the budget can show if that is less).
         weight_floor: the part of alpha shared equally over all classes; the rest follows their rank on the clean image.
         prior: Beta prior of the e-process.
 
@@ -296,7 +309,7 @@ class SequentialRule:
 
     def check(self, noise: NoiseDistribution) -> None:
         radius = max(self.radii or (0.0,))
-        needed = draws_to_reject(noise.probability_needed(radius), self.alpha, self.prior)
+        needed = draws_to_reject(_reachable(noise, radius), self.alpha, self.prior)
         if needed > self.max_samples:
             best = noise.radius(_lower(self.max_samples, self.max_samples, self.alpha, self.prior))
             raise _too_few("max_samples", self.max_samples, radius, best, needed)
@@ -377,8 +390,7 @@ class _SequentialRun:
             return 0
         # No draw multiplies the e-value by more than 1/p0: a claim takes at least this many
         at_least = math.ceil((threshold - log_e) / -math.log(p0))
-        refuted = float(log_e_value(draws - hits, draws, 1 - p0, self.rule.prior[::-1])) >= _LOG_HOPELESS
-        if refuted or at_least > self.rule.max_samples - draws:
+        if at_least > self.rule.max_samples - draws or (log_e < 0 and self._refuted(hits, draws, p0)):
             return 0
         # so look again after that many, though not so late that a refutation would be noticed long after the fact
         return max(2, draws // 64, min(at_least, max(8, draws // 8)))
@@ -386,14 +398,17 @@ class _SequentialRun:
     def _find(self, top: int, draws: int) -> int:
         """Draws wanted next, 0 once the radius is known to the tolerance or abstention is certain."""
         hits = int(self.counts[top])
-        upper = 1 - _lower(draws - hits, draws, _ALPHA_KNOWN, self.rule.prior[::-1])
-        if upper <= 0.5:
+        if self._refuted(hits, draws, 0.5):
             return 0
-        self._claim(top, _lower(hits, draws, self.alphas[top], self.rule.prior))
+        upper = 1 - float(clopper_pearson_lower(draws - hits, draws, _ALPHA_KNOWN))
         reachable = min(self.noise.radius(upper), self.largest_radius)
-        if self.noise.radius(self.best.p_lower) >= (1 - self.rule.tolerance) * reachable:
-            return 0
-        return max(8, draws // 8)
+        p0 = self.noise.probability_needed((1 - self.rule.tolerance) * reachable)
+        known = p0 > 0.5 and log_e_value(hits, draws, p0, self.rule.prior) >= -math.log(self.alphas[top])
+        return 0 if known else max(8, draws // 8)
+
+    def _refuted(self, hits: int, draws: int, p0: float) -> bool:
+        """Whether `p >= p0` has become untenable; needs no guarantee, since it only stops."""
+        return bool(log_e_value(draws - hits, draws, 1 - p0, self.rule.prior[::-1]) >= _LOG_HOPELESS)
 
 
 def _lower(hits: int, draws: int, alpha: float, prior: tuple[float, float]) -> float:

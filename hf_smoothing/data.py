@@ -4,11 +4,11 @@ import io
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
 import datasets
 import numpy as np
 import pyarrow.parquet as pq
-from huggingface_hub import get_session
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 
@@ -36,9 +36,8 @@ def load_image(source: Any) -> Image.Image:
     name = str(source)
     try:
         if name.startswith(("http://", "https://")):
-            response = get_session().get(name)
-            response.raise_for_status()
-            image = Image.open(io.BytesIO(response.content))
+            with urlopen(Request(name, headers={"User-Agent": "hf-smoothing"}), timeout=60) as response:
+                image = Image.open(io.BytesIO(response.read()))
         else:
             image = Image.open(name)
         image.load()

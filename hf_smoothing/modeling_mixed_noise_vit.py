@@ -5,6 +5,7 @@ normalisation inside the model, and norms that do not look at the rest of the ba
 """
 
 import warnings
+from difflib import get_close_matches
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -152,8 +153,10 @@ class MixedNoiseViTPreTrainedModel(PreTrainedModel):
             init.copy_(module.image_mean, torch.tensor(self.config.image_mean).view(shape))
             init.copy_(module.image_std, torch.tensor(self.config.image_std).view(shape))
 
-    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func: Any = None) -> None:
-        # timm checkpoints its own blocks (non-reentrant), the same policy as transformers' default
+    def _set_gradient_checkpointing(self, enable: bool = True, **options: Any) -> None:
+        # timm checkpoints its own blocks, all of them and non-reentrant, as transformers does by default
+        if options.get("every_n_layers", 1) != 1:
+            raise ValueError("every_n_layers must be 1: timm checkpoints every block or none.")
         for module in self.modules():
             if isinstance(module, VisionTransformer):
                 module.set_grad_checkpointing(enable)
@@ -269,8 +272,8 @@ class MixedNoiseViTForImageClassification(MixedNoiseViTPreTrainedModel):
             ValueError: where the name is unknown, or where the model is no ViT that this class can hold.
         """
         if not timm.is_model(name):
-            close = ", ".join(timm.list_models(f"*{name.split('.')[0][:8]}*")[:5])
-            raise ValueError(f"timm has no model {name!r}." + (f" Close: {close}." if close else ""))
+            close = ", ".join(get_close_matches(name, timm.list_models(module="vision_transformer"), 4, 0.3))
+            raise ValueError(f"timm has no model {name!r}. Close: {close}.")
         source = None
         if pretrained:
             try:
@@ -326,7 +329,7 @@ def _config_kwargs_of_timm(name: str, source: Any) -> dict[str, Any]:
         "pre_norm": not isinstance(source.norm_pre, nn.Identity),
         "qkv_bias": block.attn.qkv.bias is not None,
         "qk_norm": not isinstance(block.attn.q_norm, nn.Identity),
-        "layer_scale_init": 1e-5 if hasattr(block.ls1, "gamma") else None,
+        "layer_scale_init": 1e-5 if hasattr(getattr(block, "ls1", None), "gamma") else None,
         "norm_eps": block.norm1.eps,
         "image_mean": source.pretrained_cfg["mean"],
         "image_std": source.pretrained_cfg["std"],

@@ -56,7 +56,9 @@ def certified_accuracy(
         ValueError: for unequal numbers, no images, or certificates of different guarantees (they are never mixed).
     """
     if len(certificates) != len(labels) or not certificates:
-        raise ValueError(f"{len(certificates)} certificates for {len(labels)} labels: give one for each, and at least one.")
+        raise ValueError(
+            f"{len(certificates)} certificates for {len(labels)} labels: give one for each, and at least one."
+        )
     guarantees = sorted({certificate.guarantee for certificate in certificates})
     if len(guarantees) > 1:
         raise ValueError(f"Certificates of different guarantees ({', '.join(guarantees)}) do not make one figure.")

@@ -3,10 +3,10 @@
 It knows a callable that maps a batch of pixels to logits, a noise distribution and a rule, and nothing else.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from itertools import count as count_from
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,26 +14,11 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from .certificates import ABSTAIN, Certificate, Counts, NoiseDistribution, PredictRule, Rule, Run, make_rule
+from .certificates import ABSTAIN, Certificate, Counts, PredictRule, Rule, Run, make_rule
 from .data import load_image
-from .noise import NoiseStream, image_key
+from .noise import NoisyImage, SmoothingNoise, image_key, snap_to_8_bits
 
 BaseClassifier = Callable[[torch.Tensor], Any]
-
-
-class Noise(NoiseDistribution, Protocol):
-    """A smoothing distribution as the engine sees it; see [`GaussianNoise`]."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def norm(self) -> str: ...
-
-    @property
-    def sigma(self) -> float: ...
-
-    def stream(self, image: torch.Tensor, key: int) -> NoiseStream: ...
 
 
 class SmoothedClassifier:
@@ -49,6 +34,7 @@ class SmoothedClassifier:
         device: where draws are made and classified; by default where the module is, else the CPU.
         image_processor: an image processor of transformers, with which paths, addresses and PIL images are accepted
             besides tensors. Its normalisation is applied behind the noise.
+        class_names: names of the classes, in the order of the logits.
 
     Raises:
         ValueError: for a batch size below 1 or a module with weights that are not finite.
@@ -59,11 +45,12 @@ class SmoothedClassifier:
     def __init__(
         self,
         base_classifier: BaseClassifier,
-        noise: Noise,
+        noise: SmoothingNoise,
         *,
         batch_size: int = 128,
         device: torch.device | str | None = None,
         image_processor: Any = None,
+        class_names: Sequence[str] | None = None,
     ):
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be 1 or more.")
@@ -80,6 +67,7 @@ class SmoothedClassifier:
         self.batch_size = batch_size
         self.device = torch.device(device or "cpu")
         self.image_processor = image_processor
+        self.class_names = class_names
         self._num_classes: int | None = None
         self._normalization: tuple[torch.Tensor, torch.Tensor] | None = None
         if image_processor is not None and getattr(image_processor, "do_normalize", False):
@@ -90,7 +78,7 @@ class SmoothedClassifier:
     def from_pretrained(
         cls,
         model_name_or_path: str | Path,
-        noise: Noise,
+        noise: SmoothingNoise,
         *,
         batch_size: int = 128,
         device: torch.device | str | None = None,
@@ -111,7 +99,8 @@ class SmoothedClassifier:
         processor = AutoImageProcessor.from_pretrained(model_name_or_path)
         if device is not None:
             model = model.to(device)
-        return cls(model, noise, batch_size=batch_size, image_processor=processor)
+        names = [name for _, name in sorted(model.config.id2label.items())]
+        return cls(model, noise, batch_size=batch_size, image_processor=processor, class_names=names)
 
     def certify(
         self,
@@ -201,7 +190,7 @@ class SmoothedClassifier:
                     return
                 self._run_batch(active, rule)
                 for image in [image for image in active if image.finished]:
-                    yield image.position, image.certificate(rule, self.noise, seed, self.dtype)
+                    yield image.position, image.certificate(rule, seed, self.dtype)
                 if bar:
                     bar.update(active)
                 active = [image for image in active if not image.finished]
@@ -215,8 +204,9 @@ class SmoothedClassifier:
         pixels = pixels.to(self.device)
         if self._num_classes is None:
             self._num_classes = self._logits(pixels[None]).shape[1]
-        run = None if rule.uses_clean_pass else rule.start(self.noise, np.zeros(self._num_classes))
-        return _Active(position, pixels, self.noise.stream(pixels, key), run)
+        noisy = self.noise.around(pixels, key)
+        run = None if rule.uses_clean_pass else rule.start(noisy, np.zeros(self._num_classes))
+        return _Active(position, noisy, run)
 
     def _run_batch(self, active: "list[_Active]", rule: Rule) -> None:
         """One forward pass of at most `batch_size` draws, oldest images first; updates the images it served."""
@@ -244,7 +234,7 @@ class SmoothedClassifier:
         for (image, take), image_counts in zip(served, counts):
             image.num_samples += take
             if image.run is None:
-                image.begin(rule.start(self.noise, logits[first_row].double().cpu().numpy()))
+                image.begin(rule.start(image.noisy, logits[first_row].double().cpu().numpy()))
             else:
                 image.take(image_counts, take)
             first_row += take
@@ -282,7 +272,7 @@ def to_pixels(image: Any, image_processor: Any = None) -> torch.Tensor:
     if image.ndim != 3:
         raise ValueError(f"An image has shape {tuple(image.shape)}; it takes (channels, height, width).")
     image = image.detach().to("cpu")
-    image = image.float() / 255 if image.dtype == torch.uint8 else image.float()
+    image = snap_to_8_bits(image.float() / 255 if image.dtype == torch.uint8 else image.float())
     low, high = float(image.min()), float(image.max())
     if not (low >= 0 and high <= 1):  # NaN fails this too
         raise ValueError(
@@ -314,10 +304,9 @@ def _check_weights(module: nn.Module) -> None:
 class _Active:
     """An image that is being sampled. Without a run it waits for its clean pass, from which the rule starts one."""
 
-    def __init__(self, position: int, pixels: torch.Tensor, stream: NoiseStream, run: Run | None):
+    def __init__(self, position: int, noisy: NoisyImage, run: Run | None):
         self.position = position
-        self.pixels = pixels
-        self.stream = stream
+        self.noisy = noisy
         self.num_samples = 0
         self.wanted = 1
         self.run: Run | None = None
@@ -334,7 +323,7 @@ class _Active:
         return self.wanted == 0
 
     def rows(self, count: int) -> torch.Tensor:
-        return self.pixels[None] if self.run is None else self.stream.draw(count)
+        return self.noisy.image[None] if self.run is None else self.noisy.draw(count)
 
     def take(self, counts: Counts, draws: int) -> None:
         """Collect counts; the run sees them once all draws it asked for are in, so that batches never decide anything."""
@@ -346,16 +335,17 @@ class _Active:
             self.pending = np.zeros_like(self.pending)
             self.wanted = self.run.next_draws()
 
-    def certificate(self, rule: Rule, noise: Noise, seed: int, dtype: torch.dtype) -> Certificate:
+    def certificate(self, rule: Rule, seed: int, dtype: torch.dtype) -> Certificate:
         assert self.run is not None
-        outcome = self.run.outcome()
+        outcome, noise = self.run.outcome(), self.noisy.noise
         return Certificate(
             prediction=outcome.prediction,
-            radius=0.0 if outcome.prediction == ABSTAIN else noise.radius(outcome.p_lower),
+            radius=0.0 if outcome.prediction == ABSTAIN else self.noisy.radius(outcome.p_lower),
             guarantee=rule.guarantee,
             method=rule.method,
             noise=noise.name,
             norm=noise.norm,
+            sampling=self.noisy.sampling,
             sigma=noise.sigma,
             alpha=rule.alpha,
             p_lower=outcome.p_lower,

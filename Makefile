@@ -1,0 +1,33 @@
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint figures
+
+PYTHON ?= python3
+BIN := .venv/bin
+RUN := HF_HUB_OFFLINE=1 $(BIN)
+
+help: ## show the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.venv/installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[plot,dev]'
+	touch $@
+
+demo: .venv/installed ## certify 200 real test images with the model that ships (about a minute)
+	$(RUN)/hf-smoothing demo
+
+test: .venv/installed ## run the tests (under 10 minutes on two cores)
+	$(RUN)/python -m pytest -m 'not slow'
+
+test-slow: .venv/installed ## run the slow tests too
+	$(RUN)/python -m pytest
+
+lint: .venv/installed ## ruff, mypy, and whether every figure in the text is the measured one
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(RUN)/python scripts/update_figures.py --check
+
+figures: .venv/installed ## write the measured figures into README and cards
+	$(RUN)/python scripts/update_figures.py

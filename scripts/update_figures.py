@@ -1,0 +1,89 @@
+"""Write the measured figures into README.md and the model cards.
+
+A block `<!-- figures:KIND PATH -->` ... `<!-- /figures -->` holds what KIND makes of the results file at PATH (from the
+root of the repository). Nothing between the two lines is written by hand.
+
+    python scripts/update_figures.py            # fill the blocks
+    python scripts/update_figures.py --check    # fail where a block differs from its results file
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCK = re.compile(r"(<!-- figures:(\w+) (\S+) -->\n).*?(\n<!-- /figures -->)", re.DOTALL)
+
+
+def demo(results: dict[str, Any]) -> str:
+    lines = [
+        f"Certified accuracy at sigma = {results['sigma']:g}, alpha = {results['alpha']:g}, over all {results['images']} "
+        "images (abstentions count as wrong; exact 95 % interval):",
+        "",
+        "| radius (l2, [0, 1] pixels) | certified accuracy | interval |",
+        "|---|---|---|",
+    ]
+    for row in results["certified_accuracy"]:
+        low, high = row["interval_95"]
+        lines.append(f"| {row['radius']:g} | {row['share']:.1%} | {low:.1%} to {high:.1%} |")
+    lines += [
+        "",
+        f"Forward passes an image, on average: {results['mean_draws']:.0f}, where the usual protocol takes 100,100. "
+        f"Time for everything, loading included: {results['seconds']:.0f} s ({results['device']}, "
+        f"{results['num_threads']} threads, {results['dtype']}). Guarantee: `{results['guarantee']}`. "
+        f"Command: `{results['command']}` (seed {results['seed']}, "
+        + ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+        + ").",
+    ]
+    return "\n".join(lines)
+
+
+def training(results: dict[str, Any]) -> str:
+    epochs = results["settings"]["num_train_epochs"]
+    return (
+        f"{results['parameters']:,} parameters; {epochs} epochs ({results['images_seen']:,} images) in "
+        f"{results['seconds'] / 60:.0f} minutes on {results['device']} with {results['num_threads']} threads; final "
+        f"training loss {results['final_loss']:.3f}; seed {results['settings']['seed']}; "
+        + ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+        + f".\n\n```bash\naccelerate launch {results['command']}\n```"
+    )
+
+
+KINDS: dict[str, Callable[[dict[str, Any]], str]] = {"demo": demo, "training": training}
+
+
+def fill(text: str) -> str:
+    """The text with every block filled from its results file."""
+
+    def block(match: re.Match[str]) -> str:
+        start, kind, path, end = match.groups()
+        return start + KINDS[kind](json.loads((ROOT / path).read_text())) + end
+
+    return BLOCK.sub(block, text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; exit with 1 where a figure is out of date"
+    )
+    check = parser.parse_args().check
+    stale = []
+    for path in (ROOT / "README.md", *sorted(ROOT.glob("model_cards/*/README.md"))):
+        text = path.read_text()
+        filled = fill(text)
+        if filled != text:
+            stale.append(path.relative_to(ROOT))
+            if not check:
+                path.write_text(filled)
+    for path in stale:
+        print(f"{path}: {'figures differ from their results files: run `make figures`' if check else 'updated'}")
+    sys.exit(1 if check and stale else 0)
+
+
+if __name__ == "__main__":
+    main()

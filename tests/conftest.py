@@ -1,0 +1,73 @@
+"""Shared fixtures. Nothing here needs a network; everything is built on the spot or ships with the repository."""
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from transformers import ViTImageProcessor
+
+from hf_smoothing import GaussianNoise, MixedNoiseViTConfig, MixedNoiseViTForImageClassification, load_demo_images
+
+SHIPPED_MODEL = Path(__file__).parent.parent / "model_cards" / "mixed-noise-vit-nano-cifar10"
+
+
+class LinearClassifier:
+    """Two classes, separated by a hyperplane: its smoothed prediction and certified radius are known in closed form."""
+
+    def __init__(self, direction: torch.Tensor, offset: float = 0.0):
+        self.direction = direction
+        self.offset = offset
+
+    def margin(self, images: torch.Tensor) -> torch.Tensor:
+        return images.flatten(1) @ self.direction + self.offset
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        margin = self.margin(images)
+        return torch.stack([-margin, margin], 1)
+
+    def exact_radius(self, images: torch.Tensor) -> torch.Tensor:
+        """Distance to the hyperplane, whatever sigma: Cohen et al. 2019, proposition 4."""
+        return self.margin(images).abs() / self.direction.norm()
+
+
+@pytest.fixture
+def linear() -> LinearClassifier:
+    generator = torch.Generator().manual_seed(3)
+    direction = torch.randn(3 * 4 * 4, generator=generator)
+    return LinearClassifier(direction / direction.norm(), -float(direction.sum() / direction.norm()) / 2)
+
+
+@pytest.fixture
+def small_images() -> torch.Tensor:
+    return torch.rand(12, 3, 4, 4, generator=torch.Generator().manual_seed(4))
+
+
+@pytest.fixture
+def noise() -> GaussianNoise:
+    return GaussianNoise(0.25)
+
+
+@pytest.fixture(scope="session")
+def demo_images():
+    return load_demo_images()
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory) -> Path:
+    """A model folder as on the Hub: random weights, three classes, 8x8 pixels."""
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    config = MixedNoiseViTConfig(
+        image_size=8,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        id2label={0: "cat", 1: "dog", 2: "frog"},
+        label2id={"cat": 0, "dog": 1, "frog": 2},
+    )
+    MixedNoiseViTForImageClassification(config).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 8, "width": 8}, do_normalize=False).save_pretrained(folder)
+    return folder

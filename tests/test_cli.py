@@ -1,0 +1,102 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from conftest import SHIPPED_MODEL
+from PIL import Image
+from typer.testing import CliRunner
+
+from hf_smoothing.cli import app
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    for name, colour in (("red.png", "red"), ("blue.png", "blue")):
+        Image.new("RGB", (20, 20), colour).save(tmp_path / name)
+    return [tmp_path / "red.png", tmp_path / "blue.png"]
+
+
+def test_certify_prints_a_table(pictures, tiny_model_dir):
+    found = run("certify", *pictures, "--model", tiny_model_dir, "--max-samples", 50)
+    assert found.exit_code == 0, found.output
+    for word in ("prediction", "radius", "per_input", "sigma = 0.25"):
+        assert word in found.output
+
+
+def test_certify_prints_json(pictures, tiny_model_dir):
+    found = run(
+        "certify", *pictures, "--model", tiny_model_dir, "--sigma", 0.5, "--alpha", 0.01, "--radius", 0.1,
+        "--max-samples", 200, "--seed", 5, "--json",
+    )  # fmt: skip
+    lines = [json.loads(line) for line in found.stdout.splitlines() if line.startswith("{")]
+    assert [Path(line["image"]).name for line in lines] == ["red.png", "blue.png"]
+    assert {(line["sigma"], line["alpha"], line["seed"], line["method"]) for line in lines} == {
+        (0.5, 0.01, 5, "sequential")
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["gone.png"], "There is no image at 'gone.png'"),
+        (["--sigma", "0"], "sigma=0.0 must be"),
+        (["--alpha", "2"], "alpha=2.0"),
+        (["--radius", "0.7", "--max-samples", "50"], "at least"),
+        (["--method", "surely"], "method='surely'"),
+    ],
+)
+def test_errors_are_one_clear_line_and_an_exit_code(pictures, tiny_model_dir, arguments, said):
+    found = run("certify", *pictures, "--model", tiny_model_dir, *arguments)
+    assert found.exit_code == 2
+    assert said in " ".join(found.stderr.split())
+    assert "Traceback" not in found.output
+
+
+def test_a_model_that_is_not_there(pictures):
+    found = run("certify", *pictures, "--model", "no/such-model")
+    assert found.exit_code == 2
+    assert "no/such-model" in found.stderr
+
+
+def test_demo_on_the_images_that_ship(tiny_model_dir, tmp_path):
+    found = run("demo", "--model", tiny_model_dir, "--output-dir", tmp_path, "--max-samples", 400)
+    # three classes for ten: the demo says so instead of certifying nonsense
+    assert found.exit_code == 2
+    assert "classes" in found.stderr
+
+
+def test_demo_with_the_shipped_model(tmp_path):
+    command = [
+        str(Path(sys.executable).parent / "hf-smoothing"),
+        "demo",
+        "--output-dir",
+        str(tmp_path),
+        "--max-samples",
+        "60",
+    ]
+    done = subprocess.run([*command, "--sigma", "0.5"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for word in ("label", "prediction", "radius", "draws", "guarantee", "per_input", "r = 0.25", "certificates.png"):
+        assert word in done.stdout
+    rows = pq.read_table(tmp_path / "certificates.parquet").to_pylist()
+    assert len(rows) == 200
+    assert {"label", "prediction", "radius", "num_samples", "guarantee", "counts", "sigma"} <= set(rows[0])
+    assert Image.open(tmp_path / "certificates.png").width > 1000
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["versions"]["torch"]
+    assert results["command"].endswith("--sigma 0.5")
+
+
+def test_help_teaches():
+    assert "certify" in run("--help").output
+    assert "radius" in run("certify", "--help").output
+    assert SHIPPED_MODEL.name in run("demo", "--help").output.replace("\n", "").replace("│", "").replace(" ", "")

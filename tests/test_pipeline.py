@@ -1,0 +1,155 @@
+import numpy as np
+import pytest
+import torch
+from conftest import SHIPPED_MODEL
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import pipeline
+from transformers.pipelines.pt_utils import KeyDataset
+
+import hf_smoothing  # noqa: F401 (registers the task)
+
+KEYS = {
+    "label",
+    "radius",
+    "sigma",
+    "alpha",
+    "guarantee",
+    "num_samples",
+    "method",
+    "noise",
+    "norm",
+    "p_lower",
+    "counts",
+}
+
+
+@pytest.fixture(scope="module")
+def certify():
+    return pipeline("certified-image-classification", model=str(SHIPPED_MODEL), sigma=0.25, max_samples=200)
+
+
+@pytest.fixture(scope="module")
+def frog(demo_images, tmp_path_factory):
+    path = tmp_path_factory.mktemp("frog") / "frog.png"
+    demo_images[6]["image"].save(path)
+    return str(path)
+
+
+@pytest.fixture
+def tiny(tiny_model_dir):
+    return pipeline("certified-image-classification", model=str(tiny_model_dir), sigma=0.25, max_samples=100)
+
+
+def test_a_path(certify, frog):
+    found = certify(frog)
+    assert set(found) >= KEYS
+    assert found["label"] == "frog"
+    assert 0 < found["radius"] < 1
+    assert (found["sigma"], found["alpha"], found["guarantee"], found["norm"]) == (0.25, 0.001, "per_input", "l2")
+    assert found["sampling"] == "lattice"  # a picture is 8 bits deep
+    assert found["num_samples"] == sum(found["counts"].values()) + 1  # and one clean pass
+    assert found["counts"]["frog"] == max(found["counts"].values())
+    decided = certify(frog, radius=0.25)
+    assert decided["radius"] >= 0.25
+    assert decided["num_samples"] < found["num_samples"]
+
+
+def test_a_list_gives_what_its_images_give_one_by_one(certify, demo_images):
+    pictures = list(demo_images["image"][:8])
+    together = certify(pictures, radius=0.25, batch_size=64)
+    assert together == [certify(picture, radius=0.25) for picture in pictures]
+
+
+def test_settings_at_the_call_prevail(tiny):
+    image = Image.new("RGB", (8, 8), "teal")
+    assert tiny(image)["sigma"] == 0.25
+    found = tiny(image, sigma=0.5, alpha=0.01, seed=3, method="fixed", n0=5, n=50)
+    assert (found["sigma"], found["alpha"], found["seed"], found["method"]) == (0.5, 0.01, 3, "fixed")
+    assert found["num_samples"] == 55
+    assert tiny(image)["sigma"] == 0.25
+
+
+def test_lists_columns_datasets_and_generators_keep_their_order(tiny, demo_images):
+    few = demo_images.select(range(5))
+    expected = tiny(list(few["image"]))
+    assert len(expected) == 5
+    assert tiny(few["image"]) == expected
+    assert tiny(tuple(few["image"])) == expected
+    for lazy in (tiny(KeyDataset(few, "image")), tiny(picture for picture in few["image"])):
+        assert not isinstance(lazy, list)
+        assert list(lazy) == expected
+    assert tiny([]) == []
+
+
+def test_an_abstention_has_no_label(tiny):
+    torch.manual_seed(0)
+    for parameter in tiny.model.classifier.parameters():
+        parameter.data.zero_()
+    tiny.model.classifier.weight.data.normal_(std=100)
+    found = [
+        tiny(Image.fromarray(np.full((8, 8, 3), value, np.uint8)), sigma=3.0, max_samples=30)
+        for value in (0, 120, 255)
+    ]
+    for result in found:
+        assert (result["label"] is None) == (result["radius"] == 0 and result["p_lower"] == 0)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "I;16", "LA", "1", "CMYK"])
+def test_pictures_of_all_kinds_and_sizes(tiny, mode, tmp_path):
+    grey = np.arange(20 * 30, dtype=np.uint16).reshape(20, 30) * 100
+    image = Image.fromarray(grey) if mode == "I;16" else Image.new("RGB", (30, 20), "orange").convert(mode)
+    path = tmp_path / ("image.jpg" if mode == "CMYK" else "image.png")
+    image.save(path)
+    assert tiny(str(path))["num_samples"] > 1
+
+
+def test_a_broken_picture_is_refused_before_any_work(tiny, tmp_path, monkeypatch):
+    (tmp_path / "broken.png").write_text("no picture")
+    forwards = []
+    monkeypatch.setattr(tiny.model, "forward", lambda *args, **kwargs: forwards.append(args))
+    with pytest.raises(ValueError, match=r"broken\.png' is not a picture"):
+        tiny([Image.new("RGB", (8, 8)), str(tmp_path / "broken.png")])
+    with pytest.raises(FileNotFoundError, match=r"gone\.png"):
+        tiny([Image.new("RGB", (8, 8)), "gone.png"])
+    assert not forwards
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "said"),
+    [
+        ({"sigma": 0}, ValueError, "sigma=0 must be"),
+        ({"sigma": -0.25}, ValueError, r"sigma=-0\.25"),
+        ({"sigma": float("nan")}, ValueError, "sigma=nan"),
+        ({"alpha": 0}, ValueError, "alpha=0"),
+        ({"alpha": 1}, ValueError, "alpha=1"),
+        ({"radius": 0.75, "max_samples": 100}, ValueError, r"max_samples=100 .* at least [\d,]+ draws"),
+        ({"method": "fixed", "radius": 0.75, "n": 100}, ValueError, r"n=100 .* at least [\d,]+ draws"),
+        ({"method": "surely"}, ValueError, "method='surely'"),
+        ({"top_k": 3}, TypeError, "'top_k' is no setting"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused_before_any_work(tiny, settings, error, said, monkeypatch):
+    forwards = []
+    monkeypatch.setattr(tiny.model, "forward", lambda *args, **kwargs: forwards.append(args))
+    with pytest.raises(error, match=said):
+        tiny(Image.new("RGB", (8, 8)), **settings)
+    assert not forwards
+
+
+def test_sigma_has_no_default_and_is_checked_at_construction(tiny_model_dir):
+    with pytest.raises(ValueError, match="sigma is missing"):
+        pipeline("certified-image-classification", model=str(tiny_model_dir))(Image.new("RGB", (8, 8)))
+    with pytest.raises(ValueError, match="sigma=-1"):
+        pipeline("certified-image-classification", model=str(tiny_model_dir), sigma=-1)
+
+
+def test_a_model_with_nan_weights(tiny_model_dir, tmp_path):
+    for file in tiny_model_dir.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["classifier.bias"][0] = float("nan")
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    broken = pipeline("certified-image-classification", model=str(tmp_path), sigma=0.25)
+    with pytest.raises(ValueError, match=r"classifier\.bias' are not all finite"):
+        broken(Image.new("RGB", (8, 8)))
