@@ -12,7 +12,8 @@ FloatArray = NDArray[np.float64]
 
 
 def _counts(successes: ArrayLike, trials: ArrayLike) -> tuple[FloatArray, FloatArray]:
-    hits, draws = np.asarray(successes, np.float64), np.asarray(trials, np.float64)
+    # `[()]` makes scalars of 0-d arrays, on which everything below is several times faster
+    hits, draws = np.asarray(successes, np.float64)[()], np.asarray(trials, np.float64)[()]
     fit = (hits >= 0) & (hits <= draws)
     if not fit.all():
         hits, draws = np.broadcast_arrays(hits, draws)
@@ -23,8 +24,8 @@ def _counts(successes: ArrayLike, trials: ArrayLike) -> tuple[FloatArray, FloatA
 
 def check_probability(name: str, value: ArrayLike) -> None:
     """Raise a `ValueError` that names the value unless all of `value` lies strictly between 0 and 1."""
-    values = np.asarray(value, np.float64)
-    if not np.all((values > 0) & (values < 1)):
+    values = np.asarray(value, np.float64)[()]
+    if not ((values > 0) & (values < 1)).all():
         raise ValueError(f"{name}={value!r} must lie strictly between 0 and 1.")
 
 
@@ -68,6 +69,8 @@ def _log_e_value(hits: FloatArray, draws: FloatArray, null: FloatArray, prior: t
             - special.xlogy(hits, null)
             - special.xlog1py(draws - hits, -null)
         )
+    if np.isfinite(log_prior_mass).all():
+        return log_e
     # A prior without (representable) mass above the null says nothing: no evidence, which is always valid.
     return np.where(np.isfinite(log_prior_mass), log_e, np.where(draws > 0, -np.inf, 0.0))
 
@@ -105,7 +108,7 @@ def log_e_value(
     hits, draws = _counts(successes, trials)
     check_probability("null_probability", null_probability)
     _check_prior(prior)
-    return np.asarray(_log_e_value(hits, draws, np.asarray(null_probability, np.float64), prior), np.float64)
+    return np.asarray(_log_e_value(hits, draws, np.asarray(null_probability, np.float64)[()], prior), np.float64)
 
 
 def confidence_sequence_lower(

@@ -27,12 +27,15 @@ Counts = NDArray[np.int64]
 class NoiseDistribution(Protocol):
     """What a rule needs to know of a smoothing distribution."""
 
-    def radius(self, probability: float) -> float:
-        """The radius that a lower bound of the top class's probability certifies; 0 for 1/2 and below."""
+    def radius(self, p_a: float, p_b: float | None = None) -> float:
+        """
+        The radius certified where the top class has probability `p_a` or more and every other `p_b` or less (`1 - p_a` if
+        None); 0 where that proves nothing.
+        """
         ...
 
-    def probability_needed(self, radius: float) -> float:
-        """The inverse: the probability that the top class must exceed to be certified at `radius`."""
+    def probability_needed(self, radius: float, p_b: float | None = None) -> float:
+        """The probability that the top class must exceed to be certified at `radius`; `p_b` as for `radius`."""
         ...
 
 
@@ -54,7 +57,8 @@ class Certificate:
             classifier could exploit.
         sigma: scale of the noise, in `[0, 1]` pixels.
         alpha: probability of a wrong claim.
-        p_lower: the lower bound of the probability of `prediction` under noise that the radius rests on.
+        p_lower: lower bound of the probability of `prediction` under noise, on which the radius rests.
+        p_upper: upper bound of the probability of every other class, on which it rests too.
         counts: how often each class was predicted in the counted draws.
         num_samples: forward passes spent on the image, those that only chose the class included.
         seed: seed of the noise.
@@ -71,6 +75,7 @@ class Certificate:
     sigma: float
     alpha: float
     p_lower: float
+    p_upper: float
     counts: tuple[int, ...]
     num_samples: int
     seed: int
@@ -100,13 +105,14 @@ def format_radius(radius: float, digits: int = 3) -> str:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run proved: a class (or `ABSTAIN`) and a lower bound of its probability under the noise."""
+    """What a run proved: a class (or `ABSTAIN`), a lower bound of its probability and an upper bound of the others'."""
 
     prediction: int
     p_lower: float
+    p_upper: float
 
 
-ABSTENTION = Outcome(ABSTAIN, 0.0)
+ABSTENTION = Outcome(ABSTAIN, 0.0, 1.0)
 
 
 class Run(Protocol):
@@ -248,7 +254,7 @@ class _FixedRun:
             return ABSTENTION
         hits, draws = self.counts[self.selected], self.counts.sum()
         p_lower = float(clopper_pearson_lower(hits, draws, self.rule.alpha))
-        return Outcome(self.selected, p_lower) if p_lower > 0.5 else ABSTENTION
+        return Outcome(self.selected, p_lower, 1 - p_lower) if p_lower > 0.5 else ABSTENTION
 
 
 @dataclass(frozen=True)
@@ -256,14 +262,16 @@ class SequentialRule:
     """
     Draw until the question is settled; the certificate holds whenever that is.
 
-    For each class an e-process tests `p <= p0` for every threshold p0 at once ([`log_e_value`]); its error alpha is
-    shared out over the classes by weights fixed before the first counted draw. What is asked only decides when to stop:
+    For each class, e-processes bound its probability from below and from above at all times at once ([`log_e_value`]). Nine
+    tenths of alpha are for the lower bounds, shared out over the classes by weights fixed before the first counted draw; one
+    tenth is for the upper bounds, in equal shares. The certificate rests on the lower bound of one class and the largest
+    upper bound of the others, or on the lower bound alone where that shows more. What is asked only decides when to stop:
 
     - `radii`: until each radius is claimed, or the next one has become hopeless.
     - otherwise: until the radius is known to the relative `tolerance`, or abstention is certain.
 
-    In both cases the certificate carries the largest radius that was proved, which may exceed those asked, and all
-    radii below it hold together at alpha (claims ascend: the smallest false one guards those above it).
+    In both cases the certificate carries the largest radius that was proved, which may exceed those asked; all bounds hold
+    together at alpha, so every smaller radius holds with it.
 
     Args:
         radii: radii to decide; `None` finds the radius.
@@ -272,7 +280,7 @@ class SequentialRule:
         tolerance: without `radii`, stop once the proved radius is at least `1 - tolerance` of what it can still
             become (the upper end of a 95 % confidence interval, or what the budget can show if that is less).
         weight_floor: the part of alpha shared equally over all classes; the rest follows their rank on the clean image.
-        prior: Beta prior of the e-process.
+        prior: Beta prior of the e-processes.
 
     Raises:
         ValueError: for a setting out of range.
@@ -309,9 +317,10 @@ class SequentialRule:
 
     def check(self, noise: NoiseDistribution) -> None:
         radius = max(self.radii or (0.0,))
-        needed = draws_to_reject(_reachable(noise, radius), self.alpha, self.prior)
+        alpha = (1 - _UPPER_SHARE) * self.alpha
+        needed = draws_to_reject(_reachable(noise, radius), alpha, self.prior)
         if needed > self.max_samples:
-            best = noise.radius(_lower(self.max_samples, self.max_samples, self.alpha, self.prior))
+            best = noise.radius(_lower(self.max_samples, self.max_samples, alpha, self.prior))
             raise _too_few("max_samples", self.max_samples, radius, best, needed)
 
     def start(self, noise: NoiseDistribution, clean_scores: NDArray[np.float64]) -> "_SequentialRun":
@@ -338,8 +347,11 @@ def class_weights(scores: NDArray[np.float64], floor: float) -> NDArray[np.float
 _RANK_DECAY = 0.15
 """About how often the answer under noise is not the class ranked next on the clean image."""
 
-_LOG_HOPELESS = math.log(1 / 0.01)
-"""Evidence that a radius is out of reach at which sampling stops: it costs at most 1 % of the claims, never validity."""
+_UPPER_SHARE = 0.1
+"""The part of alpha for the upper bounds. It adds 1.5 % to the draws of a claim that could do without them."""
+
+_ALPHA_STOP = 0.001
+"""Level of the intervals that show a radius to be out of reach: it costs some claims at worst, never validity."""
 
 _ALPHA_KNOWN = 0.05
 """Level of the upper end of the radius that `tolerance` is measured against; informative only."""
@@ -349,14 +361,16 @@ class _SequentialRun:
     def __init__(self, rule: SequentialRule, noise: NoiseDistribution, weights: NDArray[np.float64]):
         self.rule = rule
         self.noise = noise
-        self.alphas = rule.alpha * weights
+        self.alphas_lower = (1 - _UPPER_SHARE) * rule.alpha * weights
+        self.alpha_upper = _UPPER_SHARE * rule.alpha / len(weights)
         self.counts = np.zeros(len(weights), np.int64)
         self.best = ABSTENTION
+        self._best_radius = 0.0
         self.wanted = min(8, rule.max_samples)
-        # Probabilities to beat, ascending: the next one is tested, and what is claimed is no longer in the list
-        self.targets = sorted(noise.probability_needed(radius) for radius in rule.radii or ())
+        self.radii = sorted(rule.radii or ())  # those not yet claimed
         if rule.radii is None:
-            self.largest_radius = noise.radius(_lower(rule.max_samples, rule.max_samples, rule.alpha, rule.prior))
+            alpha = (1 - _UPPER_SHARE) * rule.alpha
+            self.largest_radius = noise.radius(_lower(rule.max_samples, rule.max_samples, alpha, rule.prior))
 
     def next_draws(self) -> int:
         return self.wanted
@@ -365,50 +379,82 @@ class _SequentialRun:
         self.counts += counts
         draws = int(self.counts.sum())
         top = int(self.counts.argmax())
-        wanted = self._decide(top, draws) if self.rule.radii is not None else self._find(top, draws)
+        hits = int(self.counts[top])
+        runner_up = int(np.delete(self.counts, top).max(initial=0))
+        wanted = (self._decide if self.rule.radii is not None else self._find)(top, hits, runner_up, draws)
         self.wanted = min(wanted, self.rule.max_samples - draws)
         if not self.wanted:
-            self._claim(top, _lower(int(self.counts[top]), draws, self.alphas[top], self.rule.prior))
+            self._keep_better(top, hits, runner_up, draws)
 
     def outcome(self) -> Outcome:
         return self.best
 
-    def _claim(self, prediction: int, p_lower: float) -> None:
-        if p_lower >= 0.5 and p_lower > self.best.p_lower:  # below, another class may be likelier
-            self.best = Outcome(prediction, p_lower)
-
-    def _decide(self, top: int, draws: int) -> int:
-        """Claim what can be claimed of the radii asked for; draws wanted next, 0 once all are settled."""
-        hits, threshold = int(self.counts[top]), -math.log(self.alphas[top])
-        while self.targets:
-            p0 = self.targets[0]
-            log_e = float(log_e_value(hits, draws, p0, self.rule.prior))
-            if log_e < threshold:
-                break
-            self._claim(top, self.targets.pop(0))
-        else:
+    def _decide(self, top: int, hits: int, runner_up: int, draws: int) -> int:
+        """Draws wanted next; 0 once every radius asked for is claimed or the next one is out of reach."""
+        claimed = len(self.radii)
+        while self.radii and self._shows(self.radii[0], top, hits, runner_up, draws):
+            self.radii.pop(0)
+        if len(self.radii) < claimed:
+            self._keep_better(top, hits, runner_up, draws)  # later draws may speak less clearly; the claim stands
+        left = self.rule.max_samples - draws
+        if (
+            not self.radii
+            or self._out_of_reach(self.radii[0], hits, runner_up, draws)
+            or not self._shows(self.radii[0], top, hits + left, runner_up, draws + left)
+        ):
             return 0
-        # No draw multiplies the e-value by more than 1/p0: a claim takes at least this many
-        at_least = math.ceil((threshold - log_e) / -math.log(p0))
-        if at_least > self.rule.max_samples - draws or (log_e < 0 and self._refuted(hits, draws, p0)):
-            return 0
-        # so look again after that many, though not so late that a refutation would be noticed long after the fact
-        return max(2, draws // 64, min(at_least, max(8, draws // 8)))
+        # No draw multiplies the e-value by more than 1/p0: a claim from the lower bound alone takes at least this many
+        p0 = self.noise.probability_needed(self.radii[0])
+        missing = -math.log(self.alphas_lower[top]) - float(log_e_value(hits, draws, p0, self.rule.prior))
+        # so look again after that many, though not so late that another end would be noticed long after the fact
+        return max(2, draws // 64, min(math.ceil(missing / -math.log(p0)), max(8, draws // 8)))
 
-    def _find(self, top: int, draws: int) -> int:
-        """Draws wanted next, 0 once the radius is known to the tolerance or abstention is certain."""
-        hits = int(self.counts[top])
-        if self._refuted(hits, draws, 0.5):
+    def _find(self, top: int, hits: int, runner_up: int, draws: int) -> int:
+        """Draws wanted next; 0 once the radius is known to the tolerance or abstention is certain."""
+        if self._out_of_reach(0.0, hits, runner_up, draws):
             return 0
-        upper = 1 - float(clopper_pearson_lower(draws - hits, draws, _ALPHA_KNOWN))
-        reachable = min(self.noise.radius(upper), self.largest_radius)
-        p0 = self.noise.probability_needed((1 - self.rule.tolerance) * reachable)
-        known = p0 > 0.5 and log_e_value(hits, draws, p0, self.rule.prior) >= -math.log(self.alphas[top])
-        return 0 if known else max(8, draws // 8)
+        reachable = min(self.noise.radius(*_interval(hits, runner_up, draws, _ALPHA_KNOWN)), self.largest_radius)
+        enough = (1 - self.rule.tolerance) * reachable
+        return 0 if enough > 0 and self._shows(enough, top, hits, runner_up, draws) else max(8, draws // 8)
 
-    def _refuted(self, hits: int, draws: int, p0: float) -> bool:
-        """Whether `p >= p0` has become untenable; needs no guarantee, since it only stops."""
-        return bool(log_e_value(draws - hits, draws, 1 - p0, self.rule.prior[::-1]) >= _LOG_HOPELESS)
+    def _out_of_reach(self, radius: float, hits: int, runner_up: int, draws: int) -> bool:
+        """Whether even optimistic probabilities stay below `radius`; needs no guarantee, since it only stops."""
+        p_a, p_b = _interval(hits, runner_up, draws, _ALPHA_STOP)
+        return p_a <= p_b or self.noise.radius(p_a, p_b) < radius
+
+    def _shows(self, radius: float, top: int, hits: int, runner_up: int, draws: int) -> bool:
+        """Whether these counts prove `radius`."""
+        if self.noise.radius(hits / draws, runner_up / draws) <= radius:
+            return False
+        p0 = self.noise.probability_needed(radius)
+        if self._exceeds(hits, draws, p0, self.alphas_lower[top]):
+            return True
+        # With the others bounded by p_b the top class needs less. A bound at one time with room to spare is a good guess
+        # of one at all times; whether it holds is tested like everything else.
+        p_b = 1 - float(clopper_pearson_lower(draws - runner_up, draws, self.alpha_upper / 30))
+        p_a = self.noise.probability_needed(radius, p_b)
+        return (
+            p_a < p0
+            and self._exceeds(hits, draws, p_a, self.alphas_lower[top])
+            and self._exceeds(draws - runner_up, draws, 1 - p_b, self.alpha_upper)
+        )
+
+    def _exceeds(self, hits: int, draws: int, p0: float, alpha: float) -> bool:
+        return hits > p0 * draws and bool(log_e_value(hits, draws, p0, self.rule.prior) >= -math.log(alpha))
+
+    def _keep_better(self, top: int, hits: int, runner_up: int, draws: int) -> None:
+        """Take the bounds that these counts prove, if they show a larger radius than those of earlier looks."""
+        p_lower = _lower(hits, draws, self.alphas_lower[top], self.rule.prior)
+        p_upper = min(1 - _lower(draws - runner_up, draws, self.alpha_upper, self.rule.prior), 1 - p_lower)
+        shown = self.noise.radius(p_lower, p_upper)
+        if p_lower > p_upper and (self.best is ABSTENTION or shown > self._best_radius):
+            self.best, self._best_radius = Outcome(top, p_lower, p_upper), shown
+
+
+def _interval(hits: int, runner_up: int, draws: int, alpha: float) -> tuple[float, float]:
+    """Optimistic probabilities: an upper bound for the top class, a lower one for the runner-up."""
+    lower = clopper_pearson_lower([draws - hits, runner_up], draws, alpha)
+    return 1 - float(lower[0]), float(lower[1])
 
 
 def _lower(hits: int, draws: int, alpha: float, prior: tuple[float, float]) -> float:
@@ -469,7 +515,7 @@ class _PredictRun:
         second, first = np.sort(self.counts)[-2:] if len(self.counts) > 1 else (0, self.counts[0])
         if first == 0 or stats.binomtest(int(first), int(first + second), 0.5).pvalue > self.rule.alpha:
             return ABSTENTION
-        return Outcome(int(self.counts.argmax()), 0.0)
+        return Outcome(int(self.counts.argmax()), 0.0, 1.0)
 
 
 def make_rule(

@@ -77,12 +77,21 @@ class SmoothingNoise(ABC):
             )
 
     @abstractmethod
-    def radius(self, probability: float) -> float:
-        """The radius certified by a lower bound of the top class's probability; 0 for 1/2 and below."""
+    def radius(self, p_a: float, p_b: float | None = None) -> float:
+        """
+        The radius certified by bounds of the probabilities under noise.
+
+        Args:
+            p_a: lower bound of the top class's probability.
+            p_b: upper bound of every other class's; `1 - p_a` if None.
+
+        Returns:
+            The radius; 0 where `p_a <= p_b`.
+        """
 
     @abstractmethod
-    def probability_needed(self, radius: float) -> float:
-        """The inverse: the probability that the top class must exceed to be certified at `radius`; 1 if none suffices."""
+    def probability_needed(self, radius: float, p_b: float | None = None) -> float:
+        """The probability that the top class must exceed to be certified at `radius`, `p_b` as above; 1 if none suffices."""
 
     @abstractmethod
     def standard_numpy(self, generator: np.random.Generator, shape: tuple[int, ...], dtype: type) -> np.ndarray:
@@ -134,13 +143,13 @@ class NoisyImage:
             self.torch_generator = torch.Generator(image.device).manual_seed(key & (2**63 - 1))
             self.ahead = image.new_empty((0, *image.shape))
 
-    def radius(self, probability: float) -> float:
-        """As the distribution's, for a lower bound of the probability under the sampler."""
-        return self.noise.radius(probability - self.slack)
+    def radius(self, p_a: float, p_b: float | None = None) -> float:
+        """As the distribution's, for bounds of the probabilities under the sampler."""
+        return self.noise.radius(p_a - self.slack, (1 - p_a if p_b is None else p_b) + self.slack)
 
-    def probability_needed(self, radius: float) -> float:
-        """As the distribution's, for the probability under the sampler."""
-        return self.noise.probability_needed(radius) + self.slack
+    def probability_needed(self, radius: float, p_b: float | None = None) -> float:
+        """As the distribution's, for probabilities under the sampler."""
+        return self.noise.probability_needed(radius, None if p_b is None else p_b + self.slack) + self.slack
 
     def draw(self, count: int) -> torch.Tensor:
         """The next `count` copies, `(count, channels, height, width)`."""
@@ -171,19 +180,23 @@ class NoisyImage:
 @dataclass(frozen=True)
 class GaussianNoise(SmoothingNoise):
     """
-    Gaussian noise: l2 radii of `sigma * Phi^-1(p)`.
+    Gaussian noise: l2 radii of `sigma/2 (Phi^-1(p_a) - Phi^-1(p_b))`.
 
-    Source: Cohen et al. 2019 (arXiv 1902.02918), theorem 1, with the runner-up's probability bounded by 1 - p.
+    Source: Cohen et al. 2019 (arXiv 1902.02918), theorem 1.
     """
 
     name: ClassVar[str] = "gaussian"
     norm: ClassVar[str] = "l2"
 
-    def radius(self, probability: float) -> float:
-        return max(0.0, self.sigma * float(special.ndtri(probability)))
+    def radius(self, p_a: float, p_b: float | None = None) -> float:
+        if p_b is None:
+            return max(0.0, self.sigma * float(special.ndtri(p_a)))
+        return max(0.0, self.sigma / 2 * float(special.ndtri(p_a) - special.ndtri(p_b)))
 
-    def probability_needed(self, radius: float) -> float:
-        return float(special.ndtr(radius / self.sigma))
+    def probability_needed(self, radius: float, p_b: float | None = None) -> float:
+        if p_b is None:
+            return float(special.ndtr(radius / self.sigma))
+        return float(special.ndtr(2 * radius / self.sigma + special.ndtri(p_b)))
 
     def standard_numpy(self, generator: np.random.Generator, shape: tuple[int, ...], dtype: type) -> np.ndarray:
         return generator.standard_normal(shape, dtype=dtype)  # type: ignore[call-overload]
@@ -195,20 +208,20 @@ class GaussianNoise(SmoothingNoise):
 @dataclass(frozen=True)
 class UniformNoise(SmoothingNoise):
     """
-    Uniform noise on `[-b, b]`, b = sqrt(3) sigma: l1 radii of `2 b (p - 1/2)`.
+    Uniform noise on `[-b, b]`, b = sqrt(3) sigma: l1 radii of `b (p_a - p_b)`.
 
-    Source: Yang et al. 2020 (arXiv 2002.08118), theorem for the cubical distribution and l1, with the runner-up's
-    probability bounded by 1 - p.
+    Source: Yang et al. 2020 (arXiv 2002.08118), the uniform distribution and l1; for two classes 2 b (p - 1/2).
     """
 
     name: ClassVar[str] = "uniform"
     norm: ClassVar[str] = "l1"
 
-    def radius(self, probability: float) -> float:
-        return max(0.0, 2 * math.sqrt(3) * self.sigma * (probability - 0.5))
+    def radius(self, p_a: float, p_b: float | None = None) -> float:
+        return max(0.0, math.sqrt(3) * self.sigma * (p_a - (1 - p_a if p_b is None else p_b)))
 
-    def probability_needed(self, radius: float) -> float:
-        return min(1.0, 0.5 + radius / (2 * math.sqrt(3) * self.sigma))
+    def probability_needed(self, radius: float, p_b: float | None = None) -> float:
+        apart = radius / (math.sqrt(3) * self.sigma)
+        return min(1.0, (1 + apart) / 2 if p_b is None else p_b + apart)
 
     def standard_numpy(self, generator: np.random.Generator, shape: tuple[int, ...], dtype: type) -> np.ndarray:
         uniform = generator.random(shape, dtype=dtype)  # type: ignore[call-overload]
@@ -226,22 +239,25 @@ class UniformNoise(SmoothingNoise):
 @dataclass(frozen=True)
 class LaplaceNoise(SmoothingNoise):
     """
-    Laplace noise of scale b = sigma / sqrt(2): l1 radii of `-b log(2 (1 - p))`.
+    Laplace noise of scale b = sigma / sqrt(2): l1 radii of the larger of `b/2 log(p_a / p_b)` and `-b log(1 - p_a + p_b)`.
 
-    Source: Teng et al. 2020 ("l1 adversarial robustness certificates: a randomized smoothing approach"), theorem 1, with
-    the runner-up's probability bounded by 1 - p.
+    Source: Teng et al. 2020 ("l1 adversarial robustness certificates: a randomized smoothing approach"), theorem 1.
     """
 
     name: ClassVar[str] = "laplace"
     norm: ClassVar[str] = "l1"
 
-    def radius(self, probability: float) -> float:
-        if probability >= 1:
+    def radius(self, p_a: float, p_b: float | None = None) -> float:
+        p_b = 1 - p_a if p_b is None else p_b
+        if p_a <= p_b:
+            return 0.0
+        if p_b <= 0 or p_a - p_b >= 1:
             return math.inf
-        return max(0.0, -self.sigma / math.sqrt(2) * math.log(2 * (1 - probability)))
+        return self.sigma / math.sqrt(2) * max(math.log(p_a / p_b) / 2, -math.log(1 - p_a + p_b))
 
-    def probability_needed(self, radius: float) -> float:
-        return 1 - 0.5 * math.exp(-math.sqrt(2) * radius / self.sigma)
+    def probability_needed(self, radius: float, p_b: float | None = None) -> float:
+        shrunk = math.exp(-math.sqrt(2) * radius / self.sigma)
+        return 1 - shrunk / 2 if p_b is None else min(1.0, p_b / shrunk**2, 1 - shrunk + p_b)
 
     def standard_numpy(self, generator: np.random.Generator, shape: tuple[int, ...], dtype: type) -> np.ndarray:
         return generator.laplace(scale=math.sqrt(0.5), size=shape).astype(dtype, copy=False)

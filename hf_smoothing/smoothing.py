@@ -340,7 +340,7 @@ class _Active:
         outcome, noise = self.run.outcome(), self.noisy.noise
         return Certificate(
             prediction=outcome.prediction,
-            radius=0.0 if outcome.prediction == ABSTAIN else self.noisy.radius(outcome.p_lower),
+            radius=0.0 if outcome.prediction == ABSTAIN else self.noisy.radius(outcome.p_lower, outcome.p_upper),
             guarantee=rule.guarantee,
             method=rule.method,
             noise=noise.name,
@@ -349,6 +349,7 @@ class _Active:
             sigma=noise.sigma,
             alpha=rule.alpha,
             p_lower=outcome.p_lower,
+            p_upper=outcome.p_upper,
             counts=tuple(self.run.counts.tolist()),
             num_samples=self.num_samples,
             seed=seed,

@@ -1,4 +1,4 @@
-"""Train a mixed-noise ViT from scratch on an image-classification dataset.
+"""Train a mixed-noise ViT on an image-classification dataset, from scratch or from a model trained so before.
 
     accelerate launch scripts/pretrain.py --dataset_name uoft-cs/cifar10 --sigmas 0 0.25 0.5 1 --output_dir my-model
 
@@ -29,6 +29,9 @@ from hf_smoothing.noise import NoiseMixture
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--dataset_name", required=True, help="name on the Hub, or a local folder")
+    parser.add_argument(
+        "--model_name_or_path", help="go on from this mixed-noise ViT; the flags of its size are ignored"
+    )
     parser.add_argument("--split", default="train")
     parser.add_argument("--image_column", default="img")
     parser.add_argument("--label_column", default="label")
@@ -64,6 +67,24 @@ def augment(images: torch.Tensor, padding: int = 4) -> torch.Tensor:
     return padded.permute(0, 2, 3, 1)[picture, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
 
 
+def build_model(
+    args: argparse.Namespace, images: torch.Tensor, names: list[str]
+) -> MixedNoiseViTForImageClassification:
+    config = MixedNoiseViTConfig(
+        image_size=args.image_size,
+        patch_size=args.patch_size,
+        hidden_size=args.hidden_size,
+        num_hidden_layers=args.num_hidden_layers,
+        num_attention_heads=args.num_attention_heads,
+        stem=args.stem,
+        image_mean=(images.float().mean((0, 2, 3)) / 255).tolist(),
+        image_std=(images.float().std((0, 2, 3)) / 255).tolist(),
+        id2label=dict(enumerate(names)),
+        label2id={name: index for index, name in enumerate(names)},
+    )
+    return MixedNoiseViTForImageClassification(config)
+
+
 def main() -> None:
     args = parse_args()
     set_seed(args.seed)
@@ -78,20 +99,11 @@ def main() -> None:
         shuffle=True,
         drop_last=True,
     )
-    model = MixedNoiseViTForImageClassification(
-        MixedNoiseViTConfig(
-            image_size=args.image_size,
-            patch_size=args.patch_size,
-            hidden_size=args.hidden_size,
-            num_hidden_layers=args.num_hidden_layers,
-            num_attention_heads=args.num_attention_heads,
-            stem=args.stem,
-            image_mean=(images.float().mean((0, 2, 3)) / 255).tolist(),
-            image_std=(images.float().std((0, 2, 3)) / 255).tolist(),
-            id2label=dict(enumerate(names)),
-            label2id={name: index for index, name in enumerate(names)},
-        )
-    ).to(memory_format=torch.channels_last)
+    if args.model_name_or_path:
+        model = MixedNoiseViTForImageClassification.from_pretrained(args.model_name_or_path, dtype=torch.float32)
+    else:
+        model = build_model(args, images, names)
+    model = model.to(memory_format=torch.channels_last)
     decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
     optimizer = torch.optim.AdamW(
@@ -142,6 +154,9 @@ def main() -> None:
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "versions": {name: version(name) for name in ("torch", "transformers", "timm", "accelerate", "datasets")},
         }
+        before = Path(args.model_name_or_path or "") / "results" / "training.json"
+        if args.model_name_or_path and before.exists():
+            results["continues"] = json.loads(before.read_text())
         path = output_dir / "results" / "training.json"
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(results, indent=2) + "\n")

@@ -96,6 +96,17 @@ def test_a_hopeless_radius_is_given_up_early_and_the_best_so_far_is_kept():
     assert taken < 1000
 
 
+def test_a_claim_stands_when_later_draws_speak_less_clearly():
+    run = SequentialRule(radii=(0.5, 1.0)).start(NOISE, np.zeros(2))
+    while run.outcome().prediction != 0:
+        run.update(np.array([run.next_draws(), 0]))
+    claimed = run.outcome()
+    assert NOISE.radius(claimed.p_lower) >= 0.5
+    while draws := run.next_draws():
+        run.update(np.array([draws // 2, draws - draws // 2]))
+    assert run.outcome() == claimed
+
+
 def test_abstention_is_noticed_early():
     found, taken = sample(SequentialRule(), np.array([0.4, 0.3, 0.3]), np.random.default_rng(0))
     assert found.prediction == ABSTAIN
@@ -143,7 +154,7 @@ def test_certificate_as_a_dict():
     found = Certificate(
         prediction=-1, radius=0.0, guarantee="per_input", method="fixed", noise="gaussian", norm="l2",
         sampling="float", sigma=0.5,
-        alpha=0.001, p_lower=0.0, counts=(1, 2), num_samples=3, seed=0, dtype="float32",
+        alpha=0.001, p_lower=0.0, p_upper=1.0, counts=(1, 2), num_samples=3, seed=0, dtype="float32",
     )  # fmt: skip
     assert found.abstains
     assert found.to_dict()["counts"] == [1, 2]

@@ -19,6 +19,10 @@ def test_radius_and_probability_are_inverse(kind):
     noise = kind(0.5)
     for probability in (0.5, 0.7, 0.999, 1 - 1e-9):
         assert noise.probability_needed(noise.radius(probability)) == pytest.approx(probability, abs=1e-15)
+        assert noise.radius(probability, 1 - probability) == pytest.approx(noise.radius(probability), rel=1e-6)
+    for p_a, p_b in ((0.6, 0.3), (0.4, 0.1), (0.9, 0.02)):
+        assert noise.probability_needed(noise.radius(p_a, p_b), p_b) == pytest.approx(p_a, abs=1e-12)
+    assert noise.radius(0.3, 0.4) == 0
     assert noise.radius(0.3) == 0
     assert GaussianNoise(0.5).radius(0.8413447460685429) == pytest.approx(0.5)
 
@@ -86,8 +90,8 @@ def rounding_attack(noisy: torch.Tensor) -> torch.Tensor:
     """
     A base classifier that reads the picture off the last bits of floating-point sums.
 
-    Around a pixel near 1/2, a sum that comes out small is a multiple of 2^-25, the last place of its parts; around a pixel near
-    0 it may have finer digits. Class 1 says that all small values are such multiples.
+    Around a pixel near 1/2, a sum that comes out small is a multiple of 2^-25, the last place of its parts; around a pixel
+    near 0 it may have finer digits. Class 1 says that all small values are such multiples.
     """
     small = noisy.abs() < 2**-3
     coarse = (noisy * 2**25) % 1 == 0

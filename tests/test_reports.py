@@ -13,7 +13,7 @@ def certificate(prediction, radius, guarantee="per_input"):
     return Certificate(
         prediction=prediction, radius=radius, guarantee=guarantee, method="sequential", noise="gaussian", norm="l2",
         sampling="float",
-        sigma=0.25, alpha=0.001, p_lower=0.9, counts=(3, 1), num_samples=5, seed=0, dtype="float32",
+        sigma=0.25, alpha=0.001, p_lower=0.9, p_upper=0.1, counts=(3, 1), num_samples=5, seed=0, dtype="float32",
     )  # fmt: skip
 
 
