@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from decimal import ROUND_FLOOR, Decimal
+from numbers import Integral, Real
 from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
@@ -63,6 +64,7 @@ class Certificate:
         num_samples: forward passes spent on the image, those that only chose the class included.
         seed: seed of the noise.
         dtype: floating-point type of the forward passes.
+        compiled: whether they went through `torch.compile`.
     """
 
     prediction: int
@@ -80,6 +82,7 @@ class Certificate:
     num_samples: int
     seed: int
     dtype: str
+    compiled: bool = False
 
     @property
     def abstains(self) -> bool:
@@ -157,14 +160,21 @@ class Rule(Protocol):
         ...
 
 
-def _check_count(name: str, value: int) -> None:
-    if value != int(value) or value < 1:
-        raise ValueError(f"{name}={value} must be a whole number, 1 or more.")
+def check_count(name: str, value: int) -> None:
+    """Raise a `ValueError` that names the value unless it is a whole number above 0."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}={value!r} must be a whole number, 1 or more.")
+
+
+def _check_share(name: str, value: float) -> None:
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} must be a number strictly between 0 and 1.")
+    check_probability(name, value)
 
 
 def _check_radius(radius: float) -> None:
-    if not 0 <= radius < math.inf:
-        raise ValueError(f"radius={radius} must be a finite number, 0 or above.")
+    if not isinstance(radius, Real) or isinstance(radius, bool) or not 0 <= radius < math.inf:
+        raise ValueError(f"radius={radius!r} must be a finite number, 0 or above.")
 
 
 def _reachable(noise: NoiseDistribution, radius: float) -> float:
@@ -211,9 +221,9 @@ class FixedRule:
     uses_clean_pass: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _check_count("n0", self.n0)
-        _check_count("n", self.n)
-        check_probability("alpha", self.alpha)
+        check_count("n0", self.n0)
+        check_count("n", self.n)
+        _check_share("alpha", self.alpha)
         if self.radius is not None:
             _check_radius(self.radius)
 
@@ -229,12 +239,13 @@ class FixedRule:
             raise _too_few("n", self.n, radius, noise.radius(self.alpha ** (1 / self.n)), needed)
 
     def start(self, noise: NoiseDistribution, clean_scores: NDArray[np.float64]) -> "_FixedRun":
-        return _FixedRun(self, len(clean_scores))
+        return _FixedRun(self, noise, len(clean_scores))
 
 
 class _FixedRun:
-    def __init__(self, rule: FixedRule, num_classes: int):
+    def __init__(self, rule: FixedRule, noise: NoiseDistribution, num_classes: int):
         self.rule = rule
+        self.noise = noise
         self.selected: int | None = None
         self.counts = np.zeros(num_classes, np.int64)
 
@@ -254,7 +265,7 @@ class _FixedRun:
             return ABSTENTION
         hits, draws = self.counts[self.selected], self.counts.sum()
         p_lower = float(clopper_pearson_lower(hits, draws, self.rule.alpha))
-        return Outcome(self.selected, p_lower, 1 - p_lower) if p_lower > 0.5 else ABSTENTION
+        return Outcome(self.selected, p_lower, 1 - p_lower) if self.noise.radius(p_lower) > 0 else ABSTENTION
 
 
 @dataclass(frozen=True)
@@ -268,7 +279,7 @@ class SequentialRule:
     upper bound of the others, or on the lower bound alone where that shows more. What is asked only decides when to stop:
 
     - `radii`: until each radius is claimed, or the next one has become hopeless.
-    - otherwise: until the radius is known to the relative `tolerance`, or abstention is certain.
+    - otherwise: until the radius is known to the relative `tolerance`, or the budget can no longer show any.
 
     In both cases the certificate carries the largest radius that was proved, which may exceed those asked; all bounds hold
     together at alpha, so every smaller radius holds with it.
@@ -301,10 +312,10 @@ class SequentialRule:
     uses_clean_pass: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_probability("alpha", self.alpha)
-        check_probability("tolerance", self.tolerance)
-        check_probability("weight_floor", self.weight_floor)
-        _check_count("max_samples", self.max_samples)
+        _check_share("alpha", self.alpha)
+        _check_share("tolerance", self.tolerance)
+        _check_share("weight_floor", self.weight_floor)
+        check_count("max_samples", self.max_samples)
         if self.radii is not None:
             if not self.radii:
                 raise ValueError("radii=() asks for nothing: give one or more radii, or None to find the radius.")
@@ -317,11 +328,16 @@ class SequentialRule:
 
     def check(self, noise: NoiseDistribution) -> None:
         radius = max(self.radii or (0.0,))
-        alpha = (1 - _UPPER_SHARE) * self.alpha
+        alpha = self._largest_alpha
         needed = draws_to_reject(_reachable(noise, radius), alpha, self.prior)
         if needed > self.max_samples:
             best = noise.radius(_lower(self.max_samples, self.max_samples, alpha, self.prior))
             raise _too_few("max_samples", self.max_samples, radius, best, needed)
+
+    @property
+    def _largest_alpha(self) -> float:
+        """What a single claim can have of alpha, whatever the number of classes: the share of the class ranked first."""
+        return (1 - _UPPER_SHARE) * (1 - self.weight_floor) * (1 - _RANK_DECAY) * self.alpha
 
     def start(self, noise: NoiseDistribution, clean_scores: NDArray[np.float64]) -> "_SequentialRun":
         return _SequentialRun(self, noise, class_weights(clean_scores, self.weight_floor))
@@ -369,8 +385,8 @@ class _SequentialRun:
         self.wanted = min(8, rule.max_samples)
         self.radii = sorted(rule.radii or ())  # those not yet claimed
         if rule.radii is None:
-            alpha = (1 - _UPPER_SHARE) * rule.alpha
-            self.largest_radius = noise.radius(_lower(rule.max_samples, rule.max_samples, alpha, rule.prior))
+            most = _lower(rule.max_samples, rule.max_samples, rule._largest_alpha, rule.prior)
+            self.largest_radius = noise.radius(most)
 
     def next_draws(self) -> int:
         return self.wanted
@@ -407,11 +423,12 @@ class _SequentialRun:
         p0 = self.noise.probability_needed(self.radii[0])
         missing = -math.log(self.alphas_lower[top]) - float(log_e_value(hits, draws, p0, self.rule.prior))
         # so look again after that many, though not so late that another end would be noticed long after the fact
-        return max(2, draws // 64, min(math.ceil(missing / -math.log(p0)), max(8, draws // 8)))
+        return max(2, draws // 64, math.ceil(min(missing / -math.log(p0), max(8, draws // 8))))
 
     def _find(self, top: int, hits: int, runner_up: int, draws: int) -> int:
-        """Draws wanted next; 0 once the radius is known to the tolerance or abstention is certain."""
-        if self._out_of_reach(0.0, hits, runner_up, draws):
+        """Draws wanted next; 0 once the radius is known to the tolerance, or the budget cannot show any."""
+        left = self.rule.max_samples - draws
+        if not self._shows(0.0, top, hits + left, runner_up, draws + left):
             return 0
         reachable = min(self.noise.radius(*_interval(hits, runner_up, draws, _ALPHA_KNOWN)), self.largest_radius)
         enough = (1 - self.rule.tolerance) * reachable
@@ -419,8 +436,7 @@ class _SequentialRun:
 
     def _out_of_reach(self, radius: float, hits: int, runner_up: int, draws: int) -> bool:
         """Whether even optimistic probabilities stay below `radius`; needs no guarantee, since it only stops."""
-        p_a, p_b = _interval(hits, runner_up, draws, _ALPHA_STOP)
-        return p_a <= p_b or self.noise.radius(p_a, p_b) < radius
+        return self.noise.radius(*_interval(hits, runner_up, draws, _ALPHA_STOP)) < radius
 
     def _shows(self, radius: float, top: int, hits: int, runner_up: int, draws: int) -> bool:
         """Whether these counts prove `radius`."""
@@ -447,7 +463,7 @@ class _SequentialRun:
         p_lower = _lower(hits, draws, self.alphas_lower[top], self.rule.prior)
         p_upper = min(1 - _lower(draws - runner_up, draws, self.alpha_upper, self.rule.prior), 1 - p_lower)
         shown = self.noise.radius(p_lower, p_upper)
-        if p_lower > p_upper and (self.best is ABSTENTION or shown > self._best_radius):
+        if shown > self._best_radius:
             self.best, self._best_radius = Outcome(top, p_lower, p_upper), shown
 
 
@@ -484,8 +500,8 @@ class PredictRule:
     uses_clean_pass: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _check_count("n", self.n)
-        check_probability("alpha", self.alpha)
+        check_count("n", self.n)
+        _check_share("alpha", self.alpha)
 
     @property
     def budget(self) -> int:
@@ -537,7 +553,7 @@ def make_rule(
         alpha: probability of a wrong certificate, in (0, 1).
         radius: one radius to decide.
         radii: several radii to decide, instead of `radius`.
-        max_samples: the most draws for one image (for `fixed` the same as `n`).
+        max_samples: the most draws for one image (for `fixed` it is `n`, unless a smaller one is given).
         n0: draws that choose the class, `fixed` only.
         n: draws that bound its probability, `fixed` only.
         tolerance: relative tolerance of the radius, `sequential` without a radius only.
@@ -547,11 +563,15 @@ def make_rule(
     """
     if radius is not None and radii is not None:
         raise ValueError("Give radius or radii, not both.")
+    if radii is not None and not isinstance(radii, Sequence):
+        raise ValueError(f"radii={radii!r} must be a list of radii; one alone is `radius`.")
     asked = tuple(radii) if radii is not None else None if radius is None else (radius,)
     rule: type[FixedRule] | type[SequentialRule]
+    for one in asked or ():
+        _check_radius(one)
     if method == "fixed":
-        if n is not None and max_samples is not None and n != max_samples:
-            raise ValueError(f"n={n} and max_samples={max_samples} both set the draws of method 'fixed': give one.")
+        if n is not None and max_samples is not None and n > max_samples:
+            raise ValueError(f"n={n} exceeds max_samples={max_samples}.")
         rule, refused = FixedRule, {"tolerance": tolerance}
         settings: dict[str, Any] = {"n0": n0, "n": n if n is not None else max_samples}
         settings["radius"] = max(asked) if asked else None

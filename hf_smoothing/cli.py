@@ -4,6 +4,8 @@ import json
 import shlex
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -12,12 +14,13 @@ import typer
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from transformers import pipeline
 
 from .certificates import Certificate, format_radius
 from .data import load_demo_images
 from .noise import GaussianNoise
-from .reports import certified_accuracy, package_versions, picture_of_certificates, records
+from .reports import certified_accuracy, package_versions, picture_of_certificates, records, require_matplotlib
 from .smoothing import SmoothedClassifier
 
 app = typer.Typer(
@@ -37,16 +40,26 @@ BatchSize = Annotated[int, typer.Option(help="Draws in one forward pass.")]
 
 
 def _fail(error: Exception) -> NoReturn:
-    Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False)
+    # as plain text: paths and class names may hold what rich reads as markup
+    Console(stderr=True).print(Text("error: ", style="bold red").append(str(error), style="not bold default"))
     raise typer.Exit(2)
+
+
+@contextmanager
+def _loading(model: str) -> Iterator[None]:
+    """transformers does not always say which model it failed to load."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"The model {model!r} cannot be loaded. {error}") from error
 
 
 def _table(title: str, rows: list[dict[str, Any]]) -> Table:
     table = Table(title=title, title_justify="left")
     for column in rows[0]:
-        table.add_column(column, justify="right" if column in ("radius", "draws") else "left")
+        table.add_column(column, justify="right" if column in ("radius", "draws") else "left", overflow="fold")
     for row in rows:
-        table.add_row(*map(str, row.values()))
+        table.add_row(*(Text(str(value)) for value in row.values()))
     return table
 
 
@@ -79,7 +92,8 @@ def certify(
     """
     settings = {"alpha": alpha, "radius": radius, "max_samples": max_samples, "method": method, "seed": seed}
     try:
-        pipe = pipeline("certified-image-classification", model=model, sigma=sigma, batch_size=batch_size)
+        with _loading(model):
+            pipe = pipeline("certified-image-classification", model=model, sigma=sigma, batch_size=batch_size)
         found = pipe(images, progress=sys.stderr.isatty(), **{k: v for k, v in settings.items() if v is not None})
     except (OSError, TypeError, ValueError) as error:
         _fail(error)
@@ -120,7 +134,10 @@ def demo(
     started = time.monotonic()
     console = Console()
     try:
-        smoothed = SmoothedClassifier.from_pretrained(model, GaussianNoise(sigma), batch_size=batch_size)
+        require_matplotlib()  # and a folder to write to, before the work
+        output_dir.mkdir(parents=True, exist_ok=True)
+        with _loading(model):
+            smoothed = SmoothedClassifier.from_pretrained(model, GaussianNoise(sigma), batch_size=batch_size)
         images = load_demo_images()
         names = images.features["label"].names
         if smoothed.class_names != names:
@@ -129,9 +146,8 @@ def demo(
         certificates = smoothed.certify(
             pictures, radii=DEMO_RADII, alpha=alpha, max_samples=max_samples, seed=seed, progress=True
         )
-    except (OSError, TypeError, ValueError) as error:
+    except (ImportError, OSError, TypeError, ValueError) as error:
         _fail(error)
-    output_dir.mkdir(parents=True, exist_ok=True)
     Dataset.from_list(records(certificates, labels, names)).to_parquet(output_dir / "certificates.parquet")
     picture_of_certificates(pictures, certificates, labels, names, output_dir / "certificates.png")
     results = {

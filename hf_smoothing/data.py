@@ -1,6 +1,7 @@
 """Pictures in: what users hand over becomes an RGB image, and the images that ship with the package."""
 
 import io
+from http.client import HTTPException
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ def load_image(source: Any) -> Image.Image:
     16-bit and float greys are scaled to 8 bits, transparent pixels are put on white, the EXIF orientation is applied.
 
     Args:
-        source: a path, an `http(s)://` address, or a PIL image.
+        source: a path, an `http(s)://` address, a PIL image, or a uint8 array `(height, width[, channels])`.
 
     Returns:
         A PIL image in mode `RGB`.
@@ -29,10 +30,13 @@ def load_image(source: Any) -> Image.Image:
         ValueError: where there is something that is no readable picture; the message names it.
         TypeError: for anything else.
     """
+    if isinstance(source, np.ndarray) and source.dtype == np.uint8:
+        source = Image.fromarray(source)
     if isinstance(source, Image.Image):
-        return _to_rgb(source, "the image")
+        return _to_rgb(source, "The image")
     if not isinstance(source, (str, Path)):
-        raise TypeError(f"An image must be a path, an http(s) address or a PIL image, not {type(source).__name__}.")
+        kind = f"{source.dtype} array" if isinstance(source, np.ndarray) else type(source).__name__
+        raise TypeError(f"An image must be a path, an http(s) address, a PIL image or a uint8 array, not {kind}.")
     name = str(source)
     try:
         if name.startswith(("http://", "https://")):
@@ -45,7 +49,8 @@ def load_image(source: Any) -> Image.Image:
         raise FileNotFoundError(f"There is no image at {name!r}.") from None
     except UnidentifiedImageError:
         raise ValueError(f"{name!r} is not a picture in a format that Pillow can read.") from None
-    except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for broken PNG chunks
+    # Pillow raises SyntaxError for broken PNG chunks; ValueErrors are malformed addresses
+    except (OSError, SyntaxError, ValueError, HTTPException, Image.DecompressionBombError) as error:
         raise ValueError(f"{name!r} cannot be read as a picture: {error}.") from error
     return _to_rgb(image, repr(name))
 
@@ -59,8 +64,11 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
             raise ValueError(
                 f"{name} has {image.mode!r} pixels from {grey.min():g} to {grey.max():g}: scale them to 8 bits (0 to 255)."
             )
-        top = 1.0 if image.mode == "F" and grey.max() <= 1 else 65535.0 if image.mode.startswith("I") else 255.0
-        return Image.fromarray(np.rint(grey.clip(max=top) * (255 / top)).astype(np.uint8)).convert("RGB")
+        if image.mode.startswith("I;16") or grey.max() > 255:
+            top = 65535
+        else:
+            top = 1 if image.mode == "F" and grey.max() <= 1 else 255
+        return Image.fromarray(np.rint(grey * (255 / top)).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)

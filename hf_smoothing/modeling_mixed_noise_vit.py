@@ -283,11 +283,19 @@ class MixedNoiseViTForImageClassification(MixedNoiseViTPreTrainedModel):
                 warnings.warn(
                     f"No weights of {name!r} to be had ({reason}): starting from its architecture alone.", stacklevel=2
                 )
-                pretrained = False
         if source is None:
             source = timm.create_model(name, pretrained=False, num_classes=0)
         source.eval()
-        config = MixedNoiseViTConfig(**{**_config_kwargs_of_timm(name, source), **config_kwargs})
+        described = _config_kwargs_of_timm(name, source)
+        for field in ("image_mean", "image_std"):
+            described[field] = config_kwargs.pop(field, described[field])
+        for field in described.keys() & config_kwargs.keys():
+            if config_kwargs[field] != described[field]:
+                raise ValueError(
+                    f"{field}={config_kwargs[field]!r} is not what timm's {name!r} has ({described[field]!r}): leave it "
+                    "out, or choose another model."
+                )
+        config = MixedNoiseViTConfig(**{**described, **config_kwargs})
         model = cls(config)
         state = source.state_dict()
         if "fc_norm.weight" in state:  # timm normalises after average pooling in these; we normalise before
@@ -297,8 +305,6 @@ class MixedNoiseViTForImageClassification(MixedNoiseViTPreTrainedModel):
         except RuntimeError as error:
             raise ValueError(_unsupported(name, str(error).splitlines()[-1].strip())) from error
         _check_same_features(name, model.mixed_noise_vit.encoder, source)
-        if not pretrained:
-            model.init_weights()
         return model
 
 

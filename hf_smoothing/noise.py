@@ -1,7 +1,8 @@
 """Smoothing distributions: which probability certifies which radius, how draws are made, and the training mixture.
 
 Every image draws from a counter-based generator of its own, keyed by the seed and the image's pixels. Its noise is
-therefore the same whatever the batch size, the order of the images or the number of processes.
+therefore the same whatever the batch size, the order of the images or the number of processes. (CPUs and GPUs have different
+generators: it is the same on the same kind of device.)
 
 **The lattice.** In floating point, `x + noise` is not quite smoothing: which sums can occur depends on the bits of x, and
 a base classifier can read x off them (Voracek and Hein, arXiv 2207.07209). 8-bit pictures lie on the grid k/255. For them
@@ -14,7 +15,7 @@ on 52 or 53 random bits. The probability of any event `noise <= b`, at the bound
 most 2^-50: 2^-52 for the granularity of the uniforms, as much for the rounding of the transformed value (its density times
 its size is below 1), and a margin of two. A cell has two boundaries, and all but 2^-50 of the mass lies within 40 standard
 deviations on either side. The total-variation distance of one rounded coordinate is therefore at most
-2^-50 (80 sigma/h + 1), and that of d coordinates at most d times as much. No probability under the sampler differs by more
+2^-50 (80 sigma/h + 2), and that of d coordinates at most d times as much. No probability under the sampler differs by more
 from the one the theorem speaks of, so [`NoisyImage`] takes it off every lower bound (about 2e-7 at 3x32x32 and sigma 0.25).
 """
 
@@ -22,6 +23,7 @@ import hashlib
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from numbers import Real
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -38,9 +40,9 @@ Sampling = Literal["lattice", "float"]
 
 
 def snap_to_8_bits(image: torch.Tensor) -> torch.Tensor:
-    """`image` (float32 in `[0, 1]`) on the exact grid k/255 if it is there but for rounding, else as it is."""
-    levels = (image * 255).round()
-    return levels / 255 if bool(((image * 255 - levels).abs() < 1e-3).all()) else image
+    """`image` (float32 in `[0, 1]`) on the exact grid k/255 if float32 rounding is all that keeps it off, else as it is."""
+    exact = (image * 255).round() / 255
+    return exact if bool(((image - exact).abs() <= 2**-23).all()) else image
 
 
 def image_key(image: torch.Tensor, seed: int) -> int:
@@ -70,9 +72,9 @@ class SmoothingNoise(ABC):
     norm: ClassVar[str]
 
     def __post_init__(self) -> None:
-        if not 0 < self.sigma < math.inf:
+        if not isinstance(self.sigma, Real) or isinstance(self.sigma, bool) or not 0 < self.sigma < math.inf:
             raise ValueError(
-                f"sigma={self.sigma} must be a positive, finite number: the standard deviation of the noise in units of "
+                f"sigma={self.sigma!r} must be a positive, finite number: the standard deviation of the noise in units of "
                 "[0, 1] pixels, such as 0.25."
             )
 
@@ -103,11 +105,11 @@ class SmoothingNoise(ABC):
 
     def total_variation(self, coordinates: int) -> float:
         """Most that a probability under the lattice sampler can differ from the one under this distribution."""
-        return coordinates * 2.0**-50 * (80 * self.sigma * 255 * LATTICE_STEPS + 1)
+        return coordinates * 2.0**-50 * (80 * self.sigma * 255 * LATTICE_STEPS + 2)
 
     def around(self, image: torch.Tensor, key: int) -> "NoisyImage":
         """
-        The noisy copies of one image, made on its device.
+        The noisy copies of one image, made on its device where that is the CPU or CUDA.
 
         Args:
             image: `(channels, height, width)`, float32 in `[0, 1]`.
@@ -137,7 +139,8 @@ class NoisyImage:
         self.sampling: Sampling = "lattice" if exact else "float"
         self.slack = noise.total_variation(image.numel()) if exact else 0.0
         self.steps = levels * LATTICE_STEPS
-        if image.device.type == "cpu":
+        self.on_cuda = image.device.type == "cuda"
+        if not self.on_cuda:  # nor any other device: some know no float64
             self.numpy_generator = np.random.Generator(np.random.Philox(key=key))
         else:
             self.torch_generator = torch.Generator(image.device).manual_seed(key & (2**63 - 1))
@@ -153,11 +156,11 @@ class NoisyImage:
 
     def draw(self, count: int) -> torch.Tensor:
         """The next `count` copies, `(count, channels, height, width)`."""
+        if self.on_cuda:
+            return self._draw_with_torch(count)
         shape = (count, *self.image.shape)
-        if self.image.device.type == "cpu":
-            dtype = np.float64 if self.sampling == "lattice" else np.float32
-            return self._add(torch.from_numpy(self.noise.standard_numpy(self.numpy_generator, shape, dtype)))
-        return self._draw_with_torch(count)
+        dtype = np.float64 if self.sampling == "lattice" else np.float32
+        return self._add(torch.from_numpy(self.noise.standard_numpy(self.numpy_generator, shape, dtype)))
 
     def _draw_with_torch(self, count: int) -> torch.Tensor:
         parts = [self.ahead]
@@ -170,10 +173,11 @@ class NoisyImage:
         return drawn[:count]
 
     def _add(self, standard: torch.Tensor) -> torch.Tensor:
+        device = self.image.device
         if self.sampling == "float":
-            return standard.mul_(self.noise.sigma).add_(self.image)
+            return standard.mul_(self.noise.sigma).to(device).add_(self.image)
         # whole numbers below 2^24: their sum is exact in float32, and the scaling sees nothing but the sum
-        steps = standard.mul_(self.noise.sigma * 255 * LATTICE_STEPS).round_().float()
+        steps = standard.mul_(self.noise.sigma * 255 * LATTICE_STEPS).round_().to(device, torch.float32)
         return steps.add_(self.steps).mul_(1 / (255 * LATTICE_STEPS))
 
 
@@ -288,7 +292,9 @@ class NoiseMixture:
         if not self.sigmas or not all(0 <= sigma < math.inf for sigma in self.sigmas):
             raise ValueError(f"sigmas={self.sigmas} must be one or more finite numbers, 0 or above.")
         if self.weights is not None and (
-            len(self.weights) != len(self.sigmas) or min(self.weights) < 0 or sum(self.weights) <= 0
+            len(self.weights) != len(self.sigmas)
+            or not all(0 <= weight < math.inf for weight in self.weights)
+            or sum(self.weights) <= 0
         ):
             raise ValueError(f"weights={self.weights} must be {len(self.sigmas)} numbers, 0 or above, not all 0.")
 

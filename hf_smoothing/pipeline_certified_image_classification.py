@@ -1,11 +1,13 @@
 """The transformers pipeline task `certified-image-classification`."""
 
 from collections.abc import Iterable, Iterator, Sequence, Sized
-from types import GeneratorType
+from pathlib import Path
 from typing import Any
 
+import datasets
+import numpy as np
 import torch
-from torch.utils.data import Dataset
+from PIL.Image import Image
 from transformers import Pipeline
 
 from .certificates import Certificate, make_rule
@@ -33,10 +35,9 @@ class CertifiedImageClassificationPipeline(Pipeline):
     - `batch_size` (128): draws in one forward pass; several images share it.
     - `progress` (`False`): show a progress bar.
 
-    Takes a path, an `http(s)` address, a PIL image, a list of these, a `datasets` column, a `KeyDataset` or a generator;
-    the last two give an iterator. Results keep the order of the input. Each is a dict with `label` (`None` where it
-    abstains), `radius`, `sigma`, `alpha`, `guarantee`, `num_samples`, `method`, `noise`, `norm`, `p_lower`, `counts` (by
-    label), `seed` and `dtype`.
+    Takes a path, an `http(s)` address, a PIL image, a list or `datasets` column of these, or anything to iterate over (a
+    generator, a `KeyDataset`, a column of a streamed dataset), which gives an iterator. Results keep the order of the input.
+    Each is a dict with `label` (`None` where it abstains) and the fields of [`Certificate`].
 
     Example:
         >>> from transformers import pipeline
@@ -64,13 +65,18 @@ class CertifiedImageClassificationPipeline(Pipeline):
         return {}, settings, {}
 
     def __call__(self, inputs: Any, **kwargs: Any) -> Any:
-        if isinstance(inputs, Sequence) and not isinstance(inputs, str):  # lists, tuples and columns of datasets
-            if not len(inputs):
-                return []
-            return super().__call__(list(inputs), **kwargs)
-        if isinstance(inputs, (GeneratorType, Dataset)):
+        if isinstance(inputs, (str, Path, Image, np.ndarray, torch.Tensor)):
+            return super().__call__([inputs], **kwargs)[0]
+        if isinstance(inputs, (Sequence, datasets.Column)):
+            # transformers looks at the first input, which an empty list does not have
+            return super().__call__(list(inputs), **kwargs) if len(inputs) else []
+        if isinstance(inputs, torch.utils.data.Dataset):
             return super().__call__(inputs, **kwargs)
-        return super().__call__([inputs], **kwargs)[0]
+        if not isinstance(inputs, Iterable) or isinstance(inputs, (dict, datasets.Dataset)):
+            raise TypeError(
+                f"A {type(inputs).__name__} is no image: pass a picture, a list of them or a column of a dataset."
+            )
+        return super().__call__((image for image in inputs), **kwargs)
 
     def get_iterator(
         self,
@@ -82,12 +88,8 @@ class CertifiedImageClassificationPipeline(Pipeline):
         postprocess_params: dict[str, Any],
     ) -> Iterator[dict[str, Any]]:
         """Where transformers batches images, batches hold draws of several images here: the engine makes them."""
-        if isinstance(inputs, list):
-            for image in inputs:  # a broken picture at the end must not cost the work before it
-                self.preprocess(image, **preprocess_params)
         images = (self.preprocess(image, **preprocess_params) for image in inputs)
-        total = len(inputs) if isinstance(inputs, Sized) else None
-        certificates = self.forward(images, batch_size=batch_size, total=total, **forward_params)
+        certificates = self.forward(images, batch_size=batch_size, inputs=inputs, **forward_params)
         return (self.postprocess(certificate, **postprocess_params) for certificate in certificates)
 
     def preprocess(self, input_: Any) -> torch.Tensor:
@@ -98,7 +100,7 @@ class CertifiedImageClassificationPipeline(Pipeline):
         self,
         images: Iterable[torch.Tensor],
         batch_size: int,
-        total: int | None,
+        inputs: Iterable[Any],
         sigma: float | None = None,
         seed: int = 0,
         method: str = "sequential",
@@ -107,6 +109,7 @@ class CertifiedImageClassificationPipeline(Pipeline):
     ) -> Iterator[Certificate]:
         if sigma is None:
             raise ValueError("sigma is missing: pass the noise level in [0, 1] pixels, such as sigma=0.25.")
+        rule = make_rule(method, **rule_settings)
         smoothed = SmoothedClassifier(
             self.model,
             GaussianNoise(sigma),
@@ -114,17 +117,13 @@ class CertifiedImageClassificationPipeline(Pipeline):
             device=self.device,
             image_processor=self.image_processor,
         )
-        rule = make_rule(method, **rule_settings)
         rule.check(smoothed.noise)
+        if isinstance(inputs, list):
+            images = list(images)  # a broken picture at the end must not cost the work before it
+        total = len(inputs) if isinstance(inputs, Sized) else None
         return in_order(smoothed.certify_stream(images, rule, seed=seed, progress=progress, total=total))
 
     def postprocess(self, certificate: Certificate) -> dict[str, Any]:
-        """The certificate as a dict, with class names in place of indices."""
-        names = self.model.config.id2label
-        found = certificate.to_dict()
-        prediction = found.pop("prediction")
-        return {
-            "label": None if certificate.abstains else names[prediction],
-            **found,
-            "counts": {names[index]: count for index, count in enumerate(certificate.counts)},
-        }
+        """The certificate as a dict, with the class's name in front."""
+        label = None if certificate.abstains else self.model.config.id2label[certificate.prediction]
+        return {"label": label, **certificate.to_dict()}

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +63,15 @@ def certified_accuracy(
     guarantees = sorted({certificate.guarantee for certificate in certificates})
     if len(guarantees) > 1:
         raise ValueError(f"Certificates of different guarantees ({', '.join(guarantees)}) do not make one figure.")
-    right = np.array([found.prediction == label for found, label in zip(certificates, labels)])
+    right = np.array([not found.abstains and found.prediction == label for found, label in zip(certificates, labels)])
     found_radii = np.array([found.radius for found in certificates])
     return {radius: Proportion(int((right & (found_radii >= radius)).sum()), len(labels)) for radius in radii}
+
+
+def require_matplotlib() -> None:
+    """Raise an `ImportError` that says how to get matplotlib where it is missing."""
+    if find_spec("matplotlib") is None:
+        raise ImportError("Pictures need matplotlib: pip install 'hf-smoothing[plot]'.")
 
 
 def picture_of_certificates(
@@ -91,10 +98,9 @@ def picture_of_certificates(
     Raises:
         ImportError: without matplotlib, which the extra `plot` brings.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Pictures need matplotlib: pip install 'hf-smoothing[plot]'.") from error
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
     order = sorted(range(len(images)), key=lambda index: (-certificates[index].radius, certificates[index].abstains))
     rows = -(-len(order) // columns)
     figure = Figure(figsize=(1.15 * columns, 1.5 * rows + 0.5), layout="constrained")

@@ -14,7 +14,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from .certificates import ABSTAIN, Certificate, Counts, PredictRule, Rule, Run, make_rule
+from .certificates import ABSTAIN, Certificate, Counts, PredictRule, Rule, Run, check_count, make_rule
 from .data import load_image
 from .noise import NoisyImage, SmoothingNoise, image_key, snap_to_8_bits
 
@@ -35,6 +35,9 @@ class SmoothedClassifier:
         image_processor: an image processor of transformers, with which paths, addresses and PIL images are accepted
             besides tensors. Its normalisation is applied behind the noise.
         class_names: names of the classes, in the order of the logits.
+        autocast: run the forward passes in `torch.bfloat16` (or another type) where torch deems it safe; by default they run
+            in the type of the weights. Certificates record either.
+        compile: run the base classifier through `torch.compile`. Certificates record it.
 
     Raises:
         ValueError: for a batch size below 1 or a module with weights that are not finite.
@@ -51,26 +54,36 @@ class SmoothedClassifier:
         device: torch.device | str | None = None,
         image_processor: Any = None,
         class_names: Sequence[str] | None = None,
+        autocast: torch.dtype | None = None,
+        compile: bool = False,
     ):
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} must be 1 or more.")
+        check_count("batch_size", batch_size)
         self.dtype = torch.float32
         if isinstance(base_classifier, nn.Module):
             base_classifier.eval()
             _check_weights(base_classifier)
-            parameter = next(base_classifier.parameters(), None)
+            parameter = next((one for one in base_classifier.parameters() if one.is_floating_point()), None)
             if parameter is not None:
                 self.dtype = parameter.dtype
                 device = device or parameter.device
-        self.base_classifier = base_classifier
+        # dynamic: the last batches of a job are smaller than the others
+        self.base_classifier = torch.compile(base_classifier, dynamic=True) if compile else base_classifier
+        self.compiled = compile
+        self.autocast = autocast
         self.noise = noise
         self.batch_size = batch_size
         self.device = torch.device(device or "cpu")
         self.image_processor = image_processor
         self.class_names = class_names
         self._num_classes: int | None = None
+        self._shape: tuple[int, ...] | None = None
         self._normalization: tuple[torch.Tensor, torch.Tensor] | None = None
-        if image_processor is not None and getattr(image_processor, "do_normalize", False):
+        if image_processor is not None and not hasattr(image_processor, "do_normalize"):
+            raise ValueError(
+                f"{type(image_processor).__name__} does not say how it normalises, so its normalisation cannot be moved "
+                "behind the noise. Pass tensors in [0, 1] and a base classifier that normalises them itself."
+            )
+        if image_processor is not None and image_processor.do_normalize:
             mean, std = (torch.tensor(getattr(image_processor, name)) for name in ("image_mean", "image_std"))
             self._normalization = (mean.view(-1, 1, 1).to(self.device), std.view(-1, 1, 1).to(self.device))
 
@@ -82,6 +95,8 @@ class SmoothedClassifier:
         *,
         batch_size: int = 128,
         device: torch.device | str | None = None,
+        autocast: torch.dtype | None = None,
+        compile: bool = False,
         **model_kwargs: Any,
     ) -> "SmoothedClassifier":
         """
@@ -92,6 +107,8 @@ class SmoothedClassifier:
             noise: the smoothing distribution.
             batch_size: draws in one forward pass.
             device: where to put the model; by default the CPU.
+            autocast: type of the forward passes, see the class.
+            compile: use `torch.compile`, see the class.
             model_kwargs: passed on to `from_pretrained`. `dtype` is `torch.float32` unless given: certificates record it.
         """
         model_kwargs.setdefault("dtype", torch.float32)
@@ -100,7 +117,15 @@ class SmoothedClassifier:
         if device is not None:
             model = model.to(device)
         names = [name for _, name in sorted(model.config.id2label.items())]
-        return cls(model, noise, batch_size=batch_size, image_processor=processor, class_names=names)
+        return cls(
+            model,
+            noise,
+            batch_size=batch_size,
+            image_processor=processor,
+            class_names=names,
+            autocast=autocast,
+            compile=compile,
+        )
 
     def certify(
         self,
@@ -126,7 +151,8 @@ class SmoothedClassifier:
             One certificate an image.
 
         Raises:
-            ValueError: for settings that make no sense, images that are not pixels, or logits that are not finite.
+            ValueError: for settings that make no sense or images that are not pixels, before the first draw; for logits that
+                are not finite.
         """
         return self._ordered(images, make_rule(method, **settings), seed, progress)
 
@@ -148,6 +174,11 @@ class SmoothedClassifier:
         return [found.prediction for found in self._ordered(images, PredictRule(n, alpha), seed, progress)]
 
     def _ordered(self, images: Iterable[Any], rule: Rule, seed: int, progress: bool) -> list[Certificate]:
+        rule.check(self.noise)
+        if isinstance(images, str | Path):
+            raise TypeError(f"images={str(images)!r} is one image: pass a list.")
+        # All of them before the first draw: a broken image at the end must not cost the work before it
+        images = [to_pixels(image, self.image_processor) for image in images]
         return list(in_order(self.certify_stream(images, rule, seed=seed, progress=progress)))
 
     @torch.inference_mode()
@@ -190,7 +221,7 @@ class SmoothedClassifier:
                     return
                 self._run_batch(active, rule)
                 for image in [image for image in active if image.finished]:
-                    yield image.position, image.certificate(rule, seed, self.dtype)
+                    yield image.position, self._certificate(image, rule, seed)
                 if bar:
                     bar.update(active)
                 active = [image for image in active if not image.finished]
@@ -202,9 +233,16 @@ class SmoothedClassifier:
         pixels = to_pixels(image, self.image_processor)
         key = image_key(pixels, seed)
         pixels = pixels.to(self.device)
+        noisy = self.noise.around(pixels, key)
+        if position == 0:
+            rule.check(noisy)  # once more: what the sampler is off by grows with the size of the images
+            self._shape = tuple(pixels.shape)
+        elif pixels.shape != self._shape:
+            raise ValueError(
+                f"Image {position} has shape {tuple(pixels.shape)}, the first one {self._shape}: resize them alike."
+            )
         if self._num_classes is None:
             self._num_classes = self._logits(pixels[None]).shape[1]
-        noisy = self.noise.around(pixels, key)
         run = None if rule.uses_clean_pass else rule.start(noisy, np.zeros(self._num_classes))
         return _Active(position, noisy, run)
 
@@ -239,11 +277,35 @@ class SmoothedClassifier:
                 image.take(image_counts, take)
             first_row += take
 
+    def _certificate(self, image: "_Active", rule: Rule, seed: int) -> Certificate:
+        assert image.run is not None
+        outcome = image.run.outcome()
+        dtype = str(self.dtype if self.autocast is None else self.autocast).removeprefix("torch.")
+        return Certificate(
+            prediction=outcome.prediction,
+            radius=0.0 if outcome.prediction == ABSTAIN else image.noisy.radius(outcome.p_lower, outcome.p_upper),
+            guarantee=rule.guarantee,
+            method=rule.method,
+            noise=self.noise.name,
+            norm=self.noise.norm,
+            sampling=image.noisy.sampling,
+            sigma=self.noise.sigma,
+            alpha=rule.alpha,
+            p_lower=outcome.p_lower,
+            p_upper=outcome.p_upper,
+            counts=tuple(image.run.counts.tolist()),
+            num_samples=image.num_samples,
+            seed=seed,
+            dtype=dtype if self.autocast is None else f"{dtype} autocast",
+            compiled=self.compiled,
+        )
+
     def _logits(self, pixels: torch.Tensor) -> torch.Tensor:
         if self._normalization is not None:
             mean, std = self._normalization
             pixels = (pixels - mean) / std
-        output = self.base_classifier(pixels.to(self.dtype))
+        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+            output = self.base_classifier(pixels.to(self.dtype))
         logits = output if isinstance(output, torch.Tensor) else output.logits
         if logits.ndim != 2 or len(logits) != len(pixels):
             raise ValueError(f"The base classifier returned shape {tuple(logits.shape)} for {len(pixels)} images.")
@@ -266,9 +328,7 @@ def to_pixels(image: Any, image_processor: Any = None) -> torch.Tensor:
             raise ValueError(
                 f"A {type(image).__name__} needs an image processor: pass image_processor=... or tensors."
             )
-        processed = image_processor(load_image(image), do_normalize=False, return_tensors="pt")
-        # A resize with a bicubic filter can overshoot by a rounding error
-        image = processed["pixel_values"][0].clamp(0, 1)
+        image = image_processor(load_image(image), do_normalize=False, return_tensors="pt")["pixel_values"][0]
     if image.ndim != 3:
         raise ValueError(f"An image has shape {tuple(image.shape)}; it takes (channels, height, width).")
     image = image.detach().to("cpu")
@@ -334,27 +394,6 @@ class _Active:
             self.run.update(self.pending)
             self.pending = np.zeros_like(self.pending)
             self.wanted = self.run.next_draws()
-
-    def certificate(self, rule: Rule, seed: int, dtype: torch.dtype) -> Certificate:
-        assert self.run is not None
-        outcome, noise = self.run.outcome(), self.noisy.noise
-        return Certificate(
-            prediction=outcome.prediction,
-            radius=0.0 if outcome.prediction == ABSTAIN else self.noisy.radius(outcome.p_lower, outcome.p_upper),
-            guarantee=rule.guarantee,
-            method=rule.method,
-            noise=noise.name,
-            norm=noise.norm,
-            sampling=self.noisy.sampling,
-            sigma=noise.sigma,
-            alpha=rule.alpha,
-            p_lower=outcome.p_lower,
-            p_upper=outcome.p_upper,
-            counts=tuple(self.run.counts.tolist()),
-            num_samples=self.num_samples,
-            seed=seed,
-            dtype=str(dtype).removeprefix("torch."),
-        )
 
 
 class _ProgressBar:

@@ -87,9 +87,9 @@ def build_model(
 
 def main() -> None:
     args = parse_args()
-    set_seed(args.seed)
-    mixture = NoiseMixture(tuple(args.sigmas), tuple(args.sigma_weights) if args.sigma_weights else None)
     accelerator = Accelerator()
+    set_seed(args.seed, device_specific=True)  # each process its own noise; the weights are made equal by `prepare`
+    mixture = NoiseMixture(tuple(args.sigmas), tuple(args.sigma_weights) if args.sigma_weights else None)
     dataset = load_dataset(args.dataset_name, split=args.split)
     names = dataset.features[args.label_column].names
     images = torch.stack([pil_to_tensor(image.convert("RGB")) for image in tqdm(dataset[args.image_column])])

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-BLOCK = re.compile(r"(<!-- figures:(\w+) (\S+) -->\n).*?(\n<!-- /figures -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- figures:(\w+) (\S+) -->\n)(?:(?!<!-- figures:).)*?(<!-- /figures -->)", re.DOTALL)
 
 
 def demo(results: dict[str, Any]) -> str:
@@ -43,9 +43,9 @@ def demo(results: dict[str, Any]) -> str:
 
 
 def training(results: dict[str, Any]) -> str:
-    epochs = results["settings"]["num_train_epochs"]
-    return (
-        f"{results['parameters']:,} parameters; {epochs} epochs ({results['images_seen']:,} images) in "
+    before = training(results["continues"]) + "\n\nthen\n\n" if "continues" in results else ""
+    return before + (
+        f"{results['parameters']:,} parameters; {results['steps']:,} steps ({results['images_seen']:,} images) in "
         f"{results['seconds'] / 60:.0f} minutes on {results['device']} with {results['num_threads']} threads; final "
         f"training loss {results['final_loss']:.3f}; seed {results['settings']['seed']}; "
         + ", ".join(f"{name} {version}" for name, version in results["versions"].items())
@@ -61,9 +61,12 @@ def fill(text: str) -> str:
 
     def block(match: re.Match[str]) -> str:
         start, kind, path, end = match.groups()
-        return start + KINDS[kind](json.loads((ROOT / path).read_text())) + end
+        return start + KINDS[kind](json.loads((ROOT / path).read_text())) + "\n" + end
 
-    return BLOCK.sub(block, text)
+    filled, blocks = BLOCK.subn(block, text)
+    if blocks != text.count("<!-- figures:"):
+        raise ValueError("a figures block is not closed, or its first line is malformed")
+    return filled
 
 
 def main() -> None:

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from hf_smoothing import ABSTAIN, Certificate, FixedRule, GaussianNoise, PredictRule, SequentialRule, format_radius
-from hf_smoothing.certificates import class_weights, make_rule
+from hf_smoothing.certificates import ABSTENTION, class_weights, make_rule
 
 NOISE = GaussianNoise(1.0)
 RUNS = 20_000
@@ -23,7 +23,9 @@ def wrong_share(rule, p, seed=0, runs=RUNS, is_wrong=None):
     generator = np.random.default_rng(seed)
     probabilities = np.array([p, 1 - p])
     outcomes = [sample(rule, probabilities, generator)[0] for _ in range(runs)]
-    is_wrong = is_wrong or (lambda found: found.prediction == 0 and found.p_lower > p)
+    is_wrong = is_wrong or (
+        lambda found: found.prediction == 0 and found.p_lower > p
+    )  # two classes: p_upper says the same
     return np.mean([is_wrong(found) for found in outcomes])
 
 
@@ -42,7 +44,7 @@ def test_fixed_is_wrong_at_most_alpha(p):
 def test_deciding_a_radius_is_wrong_at_most_alpha(below):
     """p at and just under the threshold, where a wrong claim is likeliest."""
     threshold = NOISE.probability_needed(1.0)
-    rule = SequentialRule(radii=(1.0,), alpha=0.05, max_samples=60)
+    rule = SequentialRule(radii=(1.0,), alpha=0.05, max_samples=40)
     share = wrong_share(rule, threshold - below, is_wrong=lambda found: found.p_lower >= threshold)
     assert share <= at_most(0.05)
     assert share > 0.01 or below
@@ -69,10 +71,37 @@ def test_predicting_a_class_that_is_not_the_likeliest_happens_at_most_alpha():
 def test_all_classes_share_one_alpha():
     """Ten equally likely classes and misleading scores: a claim for any of them is wrong."""
     generator = np.random.default_rng(5)
-    rule = SequentialRule(radii=(0.0,), alpha=0.05, max_samples=60)
+    rule = SequentialRule(radii=(0.0,), alpha=0.05, max_samples=40)
     two = np.array([0.5, 0.5] + [0.0] * 8)
     found = [sample(rule, two, generator, scores=np.arange(10.0))[0] for _ in range(4_000)]
     assert np.mean([outcome.prediction != ABSTAIN for outcome in found]) <= at_most(0.05, 4_000)
+
+
+FIVE = np.array([0.5, 0.2, 0.1, 0.1, 0.1])
+TRUE_RADIUS = NOISE.radius(0.5, 0.2)  # from the lower bound alone nothing at all could be claimed
+
+
+def test_bounding_the_runner_up_is_wrong_at_most_alpha():
+    """A radius just above the true one, which only the bound of the runner-up could (wrongly) show."""
+    generator = np.random.default_rng(0)
+    runs = 1_500
+    rule = SequentialRule(radii=(TRUE_RADIUS + 1e-9,), alpha=0.05, max_samples=200)
+    found = [sample(rule, FIVE, generator)[0] for _ in range(runs)]
+    assert np.mean([NOISE.radius(one.p_lower, one.p_upper) > TRUE_RADIUS for one in found]) <= at_most(0.05, runs)
+    # and with the classes in doubt, so that claims for several of them compete
+    two = np.array([0.35, 0.35, 0.1, 0.1, 0.1])
+    found = [sample(SequentialRule(radii=(0.0,), alpha=0.05, max_samples=200), two, generator)[0] for _ in range(runs)]
+    assert np.mean([one.prediction != ABSTAIN for one in found]) <= at_most(0.05, runs)
+
+
+def test_bounding_the_runner_up_certifies_what_the_lower_bound_alone_cannot():
+    found, taken = sample(SequentialRule(radii=(0.7 * TRUE_RADIUS,)), FIVE, np.random.default_rng(0))
+    assert found.prediction == 0
+    assert found.p_lower < 0.5 < 1 - found.p_upper
+    assert NOISE.radius(found.p_lower, found.p_upper) >= 0.7 * TRUE_RADIUS
+    assert taken < 2_000
+    found, _ = sample(SequentialRule(tolerance=0.2, max_samples=50_000), FIVE, np.random.default_rng(1))
+    assert 0.7 * TRUE_RADIUS < NOISE.radius(found.p_lower, found.p_upper) < TRUE_RADIUS
 
 
 @pytest.mark.parametrize(("radius", "p", "most"), [(0.5, 0.9, 1.3), (1.0, 0.95, 1.3), (2.0, 0.999, 1.3)])
@@ -83,7 +112,7 @@ def test_deciding_takes_little_more_than_walds_bound(radius, p, most):
     rule = SequentialRule(radii=(radius,), max_samples=100_000)
     probabilities = np.array([p, *[(1 - p) / 9] * 9])
     runs = [sample(rule, probabilities, generator) for _ in range(400)]
-    assert np.mean([found.p_lower >= p0 for found, _ in runs]) > 0.97
+    assert np.mean([NOISE.radius(found.p_lower, found.p_upper) >= radius for found, _ in runs]) > 0.97
     assert np.mean([taken for _, taken in runs]) <= most * np.log(1000) / divergence
 
 
@@ -107,11 +136,20 @@ def test_a_claim_stands_when_later_draws_speak_less_clearly():
     assert run.outcome() == claimed
 
 
-def test_abstention_is_noticed_early():
-    found, taken = sample(SequentialRule(), np.array([0.4, 0.3, 0.3]), np.random.default_rng(0))
-    assert found.prediction == ABSTAIN
-    assert found.p_lower == 0
-    assert taken < 1000
+def test_two_equal_classes_end_in_abstention():
+    found, taken = sample(SequentialRule(max_samples=1000), np.array([0.35, 0.35, 0.3]), np.random.default_rng(0))
+    assert found == ABSTENTION
+    assert taken < 1000  # the budget's last draws cannot turn it
+
+
+@pytest.mark.parametrize(("classes", "top"), [(10, 0.5), (1000, 0.3)])
+def test_a_top_class_far_below_the_threshold_of_the_lower_bound(classes, top):
+    """There the evidence underflows; the bound of the runner-up may still show the radius."""
+    probabilities = np.full(classes, (1 - top) / (classes - 1))
+    probabilities[0] = top
+    for seed in range(5):
+        found, _ = sample(SequentialRule(radii=(1.1,), max_samples=5000), probabilities, np.random.default_rng(seed))
+        assert found.prediction in (0, ABSTAIN)
 
 
 def test_the_radius_is_found_to_the_tolerance():
@@ -167,6 +205,12 @@ def test_certificate_as_a_dict():
         ({"method": "fixed", "alpha": 0.0}, "alpha=0.0"),
         ({"method": "sequential", "alpha": 1.5}, "alpha=1.5"),
         ({"method": "fixed", "n": 0}, "n=0"),
+        ({"method": "fixed", "n": 1e2}, "n=100.0 must be a whole number"),
+        ({"method": "sequential", "max_samples": float("nan")}, "max_samples=nan"),
+        ({"method": "sequential", "alpha": "0.1"}, "alpha='0.1'"),
+        ({"method": "sequential", "radius": "0.5"}, "radius='0.5'"),
+        ({"method": "sequential", "radii": 0.5}, "radii=0.5 must be a list"),
+        ({"method": "fixed", "radii": (-1, 0.2)}, "radius=-1"),
         ({"method": "sequential", "max_samples": 0}, "max_samples=0"),
         ({"method": "sequential", "radius": -1.0}, "radius=-1.0"),
         ({"method": "sequential", "radius": float("nan")}, "radius=nan"),
@@ -176,7 +220,7 @@ def test_certificate_as_a_dict():
         ({"method": "sequential", "tolerance": 0.0}, "tolerance=0.0"),
         ({"method": "sequential", "tolerance": 0.1, "radius": 1.0}, "tolerance=0.1"),
         ({"method": "fixed", "tolerance": 0.1}, "tolerance=0.1"),
-        ({"method": "fixed", "n": 5, "max_samples": 6}, "max_samples=6"),
+        ({"method": "fixed", "n": 7, "max_samples": 6}, "n=7 exceeds max_samples=6"),
     ],
 )
 def test_settings_that_make_no_sense(settings, said):

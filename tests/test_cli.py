@@ -61,6 +61,13 @@ def test_errors_are_one_clear_line_and_an_exit_code(pictures, tiny_model_dir, ar
     assert "Traceback" not in found.output
 
 
+def test_names_are_not_read_as_markup(tmp_path, tiny_model_dir):
+    Image.new("RGB", (8, 8)).save(tmp_path / "cat[bold].png")
+    found = run("certify", tmp_path / "cat[bold].png", "--model", tiny_model_dir, "--max-samples", 50)
+    assert "cat[bold].png" in "".join(found.output.replace("│", "").split())
+    assert "gone[x].png" in run("certify", "gone[x].png", "--model", tiny_model_dir).stderr
+
+
 def test_a_model_that_is_not_there(pictures):
     found = run("certify", *pictures, "--model", "no/such-model")
     assert found.exit_code == 2

@@ -1,3 +1,4 @@
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -20,7 +21,10 @@ KEYS = {
     "noise",
     "norm",
     "p_lower",
+    "p_upper",
+    "prediction",
     "counts",
+    "sampling",
 }
 
 
@@ -30,9 +34,9 @@ def certify():
 
 
 @pytest.fixture(scope="module")
-def frog(demo_images, tmp_path_factory):
-    path = tmp_path_factory.mktemp("frog") / "frog.png"
-    demo_images[6]["image"].save(path)
+def car(demo_images, tmp_path_factory):
+    path = tmp_path_factory.mktemp("car") / "car.png"
+    demo_images[21]["image"].save(path)
     return str(path)
 
 
@@ -41,16 +45,16 @@ def tiny(tiny_model_dir):
     return pipeline("certified-image-classification", model=str(tiny_model_dir), sigma=0.25, max_samples=100)
 
 
-def test_a_path(certify, frog):
-    found = certify(frog)
+def test_a_path(certify, car):
+    found = certify(car)
     assert set(found) >= KEYS
-    assert found["label"] == "frog"
+    assert found["label"] == "automobile"
     assert 0 < found["radius"] < 1
     assert (found["sigma"], found["alpha"], found["guarantee"], found["norm"]) == (0.25, 0.001, "per_input", "l2")
     assert found["sampling"] == "lattice"  # a picture is 8 bits deep
-    assert found["num_samples"] == sum(found["counts"].values()) + 1  # and one clean pass
-    assert found["counts"]["frog"] == max(found["counts"].values())
-    decided = certify(frog, radius=0.25)
+    assert found["num_samples"] == sum(found["counts"]) + 1  # and one clean pass
+    assert found["counts"][found["prediction"]] == max(found["counts"])
+    decided = certify(car, radius=0.25)
     assert decided["radius"] >= 0.25
     assert decided["num_samples"] < found["num_samples"]
 
@@ -76,7 +80,8 @@ def test_lists_columns_datasets_and_generators_keep_their_order(tiny, demo_image
     assert len(expected) == 5
     assert tiny(few["image"]) == expected
     assert tiny(tuple(few["image"])) == expected
-    for lazy in (tiny(KeyDataset(few, "image")), tiny(picture for picture in few["image"])):
+    streamed = few.to_iterable_dataset()["image"]
+    for lazy in (tiny(KeyDataset(few, "image")), tiny(picture for picture in few["image"]), tiny(streamed)):
         assert not isinstance(lazy, list)
         assert list(lazy) == expected
     assert tiny([]) == []
@@ -93,6 +98,13 @@ def test_an_abstention_has_no_label(tiny):
     ]
     for result in found:
         assert (result["label"] is None) == (result["radius"] == 0 and result["p_lower"] == 0)
+
+
+def test_what_is_no_input(tiny):
+    with pytest.raises(TypeError, match="A Dataset is no image"):
+        tiny(datasets.Dataset.from_dict({"image": [1]}))
+    with pytest.raises(TypeError, match="not int"):
+        tiny([5])
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "I;16", "LA", "1", "CMYK"])

@@ -25,6 +25,10 @@ def test_certified_accuracy_counts_abstentions_as_wrong():
     assert accuracy[0.5].interval == pytest.approx((stats.beta.ppf(0.025, 1, 5), stats.beta.ppf(0.975, 2, 4)))
 
 
+def test_an_abstention_is_never_right():
+    assert certified_accuracy([certificate(-1, 0.0)], [-1], [0.0])[0.0].hits == 0
+
+
 def test_guarantees_are_not_mixed():
     with pytest.raises(ValueError, match="none, per_input"):
         certified_accuracy([certificate(0, 0.1), certificate(0, 0.1, "none")], [0, 0], [0.0])

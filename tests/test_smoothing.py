@@ -1,12 +1,17 @@
+import resource
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from conftest import SHIPPED_MODEL, LinearClassifier
+from PIL import Image
 from torch import nn
 from transformers import ViTImageProcessor
 
 from hf_smoothing import ABSTAIN, FixedRule, GaussianNoise, SequentialRule, SmoothedClassifier
 from hf_smoothing.bounds import clopper_pearson_lower
+from hf_smoothing.smoothing import to_pixels
 
 
 def answers(certificates):
@@ -143,6 +148,39 @@ def test_a_module_is_put_into_evaluation_mode_and_its_dtype_is_recorded(small_im
     assert {certificate.dtype for certificate in found} == {"bfloat16"}
 
 
+def certify_with(tiny_model_dir, **kwargs):
+    pictures = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    smoothed = SmoothedClassifier.from_pretrained(tiny_model_dir, GaussianNoise(0.25), batch_size=16, **kwargs)
+    return {(found.dtype, found.compiled) for found in smoothed.certify(pictures, max_samples=60)}
+
+
+def test_the_type_of_the_forward_passes_is_recorded(tiny_model_dir):
+    assert certify_with(tiny_model_dir) == {("float32", False)}
+    assert certify_with(tiny_model_dir, autocast=torch.bfloat16) == {("bfloat16 autocast", False)}
+    assert certify_with(tiny_model_dir, dtype=torch.bfloat16) == {("bfloat16", False)}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compilation_is_recorded(tiny_model_dir):
+    assert certify_with(tiny_model_dir, compile=True) == {("float32", True)}
+
+
+def test_memory_stays_flat_however_many_images_stream_through(linear, noise):
+    def images():
+        for position in range(10_000):
+            yield (
+                torch.full((3, 4, 4), position / 10_000).add_(linear.direction.view(3, 4, 4).abs() * 0.1).clamp_(0, 1)
+            )
+
+    peaks = {}
+    stream = SmoothedClassifier(linear, noise, batch_size=256).certify_stream(images(), FixedRule(n0=5, n=20))
+    for done, _ in enumerate(stream, 1):
+        if done in (1000, 10_000):
+            peaks[done] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    assert peaks[10_000] - peaks[1000] < 50
+
+
 def test_progress_shows_images_and_draws(linear, noise, small_images, capsys):
     SmoothedClassifier(linear, noise).certify(small_images, radius=0.1, progress=True)
     shown = capsys.readouterr().err
@@ -173,6 +211,7 @@ def test_impossible_settings_are_refused_before_an_image_is_read(linear, noise):
 @pytest.mark.parametrize(
     ("image", "said"),
     [
+        (torch.rand(3, 5, 4), r"Image 1 has shape \(3, 5, 4\), the first one"),
         (torch.full((3, 4, 4), float("nan")), "values from nan"),
         (torch.randn(3, 4, 4) * 3, "Undo the normalisation"),
         (torch.rand(4, 4), r"shape \(4, 4\)"),
@@ -181,7 +220,29 @@ def test_impossible_settings_are_refused_before_an_image_is_read(linear, noise):
 )
 def test_images_that_are_no_pixels(linear, noise, image, said):
     with pytest.raises(ValueError, match=said):
-        SmoothedClassifier(linear, noise).certify([image])
+        SmoothedClassifier(linear, noise).certify([torch.rand(3, 4, 4), image])
+
+
+def test_one_path_is_no_list_of_images(linear, noise):
+    with pytest.raises(TypeError, match=r"'frog\.png' is one image"):
+        SmoothedClassifier(linear, noise).certify("frog.png")
+
+
+def test_processors_that_do_not_give_pixels(linear, noise):
+    picture = Image.new("RGB", (4, 4), (255, 128, 0))
+    raw = ViTImageProcessor(size={"height": 4, "width": 4}, do_rescale=False, do_normalize=False)
+    assert to_pixels(picture, raw)[:, 0, 0].tolist() == pytest.approx(
+        [1, 128 / 255, 0]
+    )  # 8-bit levels are told by their type
+    wide = ViTImageProcessor(size={"height": 4, "width": 4}, rescale_factor=0.01, do_normalize=False)
+    with pytest.raises(ValueError, match=r"values from 0 to 2\.55"):
+        to_pixels(picture, wide)
+
+    class Opaque:
+        pass
+
+    with pytest.raises(ValueError, match="Opaque does not say how it normalises"):
+        SmoothedClassifier(linear, noise, image_processor=Opaque())
 
 
 def test_weights_and_logits_that_are_not_finite(small_images, noise):
@@ -197,5 +258,5 @@ def test_weights_and_logits_that_are_not_finite(small_images, noise):
 def test_a_classifier_of_the_wrong_shape(small_images, noise):
     with pytest.raises(ValueError, match="returned shape"):
         SmoothedClassifier(lambda images: images.mean((1, 2, 3)), noise).certify(small_images)
-    with pytest.raises(ValueError, match="batch_size=0"):
+    with pytest.raises(ValueError, match="batch_size=0 must be a whole number"):
         SmoothedClassifier(lambda images: images, noise, batch_size=0)
