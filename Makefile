@@ -3,7 +3,6 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-RUN := HF_HUB_OFFLINE=1 $(BIN)
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -15,19 +14,19 @@ help: ## show the targets
 	touch $@
 
 demo: .venv/installed ## certify 200 real test images with the model that ships (about a minute)
-	$(RUN)/hf-smoothing demo
+	HF_HUB_OFFLINE=1 $(BIN)/hf-smoothing demo
 
 test: .venv/installed ## run the tests (under 10 minutes on two cores)
-	$(RUN)/python -m pytest -m 'not slow'
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m 'not slow'
 
 test-slow: .venv/installed ## run the slow tests too
-	$(RUN)/python -m pytest
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 lint: .venv/installed ## ruff, mypy, and whether every figure in the text is the measured one
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(RUN)/python scripts/update_figures.py --check
+	HF_HUB_OFFLINE=1 $(BIN)/python scripts/update_figures.py --check
 
 figures: .venv/installed ## write the measured figures into README and cards
-	$(RUN)/python scripts/update_figures.py
+	HF_HUB_OFFLINE=1 $(BIN)/python scripts/update_figures.py

@@ -150,6 +150,7 @@ def demo(
         _fail(error)
     Dataset.from_list(records(certificates, labels, names)).to_parquet(output_dir / "certificates.parquet")
     picture_of_certificates(pictures, certificates, labels, names, output_dir / "certificates.png")
+    picture_of_certificates(pictures, certificates, labels, names, output_dir / "certificates-few.png", at_most=30)
     results = {
         "command": shlex.join(["hf-smoothing", *sys.argv[1:]]),
         "model": model,

@@ -81,6 +81,7 @@ def picture_of_certificates(
     names: Sequence[str],
     path: str | Path,
     columns: int = 10,
+    at_most: int | None = None,
 ) -> None:
     """
     The pictures themselves, with prediction and radius, from the largest radius to the smallest.
@@ -94,6 +95,7 @@ def picture_of_certificates(
         names: the classes' names.
         path: where to write; the ending says the format (`.png`, `.svg`).
         columns: pictures in a row.
+        at_most: show no more than this many, evenly spread from the largest radius to the smallest.
 
     Raises:
         ImportError: without matplotlib, which the extra `plot` brings.
@@ -102,8 +104,10 @@ def picture_of_certificates(
     from matplotlib.figure import Figure
 
     order = sorted(range(len(images)), key=lambda index: (-certificates[index].radius, certificates[index].abstains))
+    if at_most is not None and len(order) > at_most:
+        order = [order[round(rank)] for rank in np.linspace(0, len(order) - 1, at_most)]
     rows = -(-len(order) // columns)
-    figure = Figure(figsize=(1.15 * columns, 1.5 * rows + 0.5), layout="constrained")
+    figure = Figure(figsize=(1.15 * columns, 1.6 * rows + 0.5), layout="constrained")
     axes = np.atleast_1d(figure.subplots(rows, columns)).ravel()
     for axis in axes:
         axis.axis("off")
@@ -114,7 +118,7 @@ def picture_of_certificates(
             text, color = f"{names[label]}?\nabstains", "dimgrey"
         else:
             right = found.prediction == label
-            text = names[found.prediction] if right else f"{names[found.prediction]}, not {names[label]}"
+            text = names[found.prediction] if right else f"{names[found.prediction]},\nnot {names[label]}"
             text, color = f"{text}\nr = {format_radius(found.radius)}", "darkgreen" if right else "firebrick"
         axis.set_title(text, fontsize=7.5, color=color, pad=2)
     one = certificates[0]
