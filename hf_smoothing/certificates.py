@@ -366,7 +366,7 @@ _RANK_DECAY = 0.15
 _UPPER_SHARE = 0.1
 """The part of alpha for the upper bounds. It adds 1.5 % to the draws of a claim that could do without them."""
 
-_ALPHA_STOP = 0.001
+_ALPHA_STOP = 0.01
 """Level of the intervals that show a radius to be out of reach: it costs some claims at worst, never validity."""
 
 _ALPHA_KNOWN = 0.05
@@ -412,12 +412,7 @@ class _SequentialRun:
             self.radii.pop(0)
         if len(self.radii) < claimed:
             self._keep_better(top, hits, runner_up, draws)  # later draws may speak less clearly; the claim stands
-        left = self.rule.max_samples - draws
-        if (
-            not self.radii
-            or self._out_of_reach(self.radii[0], hits, runner_up, draws)
-            or not self._shows(self.radii[0], top, hits + left, runner_up, draws + left)
-        ):
+        if not self.radii or self._hopeless(self.radii[0], top, hits, runner_up, draws):
             return 0
         # No draw multiplies the e-value by more than 1/p0: a claim from the lower bound alone takes at least this many
         p0 = self.noise.probability_needed(self.radii[0])
@@ -427,18 +422,19 @@ class _SequentialRun:
 
     def _find(self, top: int, hits: int, runner_up: int, draws: int) -> int:
         """Draws wanted next; 0 once the radius is known to the tolerance, or the budget cannot show any."""
-        left = self.rule.max_samples - draws
-        if not self._shows(0.0, top, hits + left, runner_up, draws + left):
+        if self._hopeless(0.0, top, hits, runner_up, draws):
             return 0
         reachable = min(self.noise.radius(*_interval(hits, runner_up, draws, _ALPHA_KNOWN)), self.largest_radius)
         enough = (1 - self.rule.tolerance) * reachable
         return 0 if enough > 0 and self._shows(enough, top, hits, runner_up, draws) else max(8, draws // 8)
 
-    def _out_of_reach(self, radius: float, hits: int, runner_up: int, draws: int) -> bool:
-        """Whether even optimistic probabilities stay below `radius`; needs no guarantee, since it only stops."""
-        return self.noise.radius(*_interval(hits, runner_up, draws, _ALPHA_STOP)) < radius
+    def _hopeless(self, radius: float, top: int, hits: int, runner_up: int, draws: int) -> bool:
+        """Whether the rest of the budget would not show `radius` even if it went well; no guarantee rests on this."""
+        left = self.rule.max_samples - draws
+        p_a, p_b = _interval(hits, runner_up, draws, _ALPHA_STOP)
+        return not self._shows(radius, top, hits + left * p_a, runner_up + left * p_b, draws + left)
 
-    def _shows(self, radius: float, top: int, hits: int, runner_up: int, draws: int) -> bool:
+    def _shows(self, radius: float, top: int, hits: float, runner_up: float, draws: int) -> bool:
         """Whether these counts prove `radius`."""
         if self.noise.radius(hits / draws, runner_up / draws) <= radius:
             return False
@@ -455,7 +451,7 @@ class _SequentialRun:
             and self._exceeds(draws - runner_up, draws, 1 - p_b, self.alpha_upper)
         )
 
-    def _exceeds(self, hits: int, draws: int, p0: float, alpha: float) -> bool:
+    def _exceeds(self, hits: float, draws: int, p0: float, alpha: float) -> bool:
         return hits > p0 * draws and bool(log_e_value(hits, draws, p0, self.rule.prior) >= -math.log(alpha))
 
     def _keep_better(self, top: int, hits: int, runner_up: int, draws: int) -> None:

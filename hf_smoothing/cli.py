@@ -122,7 +122,7 @@ def demo(
     ),
     sigma: Sigma = 0.25,
     alpha: Alpha = 0.001,
-    max_samples: Annotated[int, typer.Option(help="The most draws for one picture.")] = 1000,
+    max_samples: Annotated[int, typer.Option(help="The most draws for one picture.")] = 1200,
     seed: Seed = 0,
     batch_size: BatchSize = 128,
 ) -> None:

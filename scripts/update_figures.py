@@ -44,12 +44,17 @@ def demo(results: dict[str, Any]) -> str:
 
 def training(results: dict[str, Any]) -> str:
     before = training(results["continues"]) + "\n\nthen\n\n" if "continues" in results else ""
+    after = (
+        f"\n\nthen the mean of the last weights\n\n```bash\npython {results['averaged']}\n```"
+        if "averaged" in results
+        else ""
+    )
     return before + (
         f"{results['parameters']:,} parameters; {results['steps']:,} steps ({results['images_seen']:,} images) in "
         f"{results['seconds'] / 60:.0f} minutes on {results['device']} with {results['num_threads']} threads; final "
         f"training loss {results['final_loss']:.3f}; seed {results['settings']['seed']}; "
         + ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-        + f".\n\n```bash\naccelerate launch {results['command']}\n```"
+        + f".\n\n```bash\naccelerate launch {results['command']}\n```{after}"
     )
 
 
