@@ -13,7 +13,7 @@ help: ## show the targets
 	$(BIN)/python -m pip install --quiet --editable '.[plot,dev]'
 	touch $@
 
-demo: .venv/installed ## certify 200 real test images with the model that ships (about a minute)
+demo: .venv/installed ## certify 200 real test images with the model that ships
 	HF_HUB_OFFLINE=1 $(BIN)/hf-smoothing demo
 
 test: .venv/installed ## run the tests (under 10 minutes on two cores)
