@@ -207,4 +207,5 @@ def _show_demo(
         f"{results['mean_draws']:.0f} forward passes a picture on average (the usual protocol takes 100,100), "
         f"{results['seconds']:.0f} s in all."
     )
-    console.print(f"Wrote {output_dir / 'certificates.parquet'} and {output_dir / 'certificates.png'}.")
+    written = f"Wrote {output_dir / 'certificates.parquet'} and {output_dir / 'certificates.png'}."
+    console.print(written, markup=False, soft_wrap=True)
