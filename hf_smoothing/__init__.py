@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .bounds import clopper_pearson_lower, confidence_sequence_lower, log_e_value
-from .certificates import ABSTAIN, Certificate, FixedRule, PredictRule, SequentialRule, format_radius
+from .certificates import ABSTAIN, Certificate, format_radius
 from .configuration_mixed_noise_vit import MixedNoiseViTConfig
 from .data import load_demo_images
 from .modeling_mixed_noise_vit import (
@@ -18,6 +18,8 @@ from .modeling_mixed_noise_vit import (
 )
 from .noise import GaussianNoise, LaplaceNoise, NoiseMixture, UniformNoise
 from .pipeline_certified_image_classification import CertifiedImageClassificationPipeline
+from .rules import FixedRule, PredictRule
+from .sequential import SequentialRule
 from .smoothing import SmoothedClassifier
 
 AutoConfig.register(MixedNoiseViTConfig.model_type, MixedNoiseViTConfig)

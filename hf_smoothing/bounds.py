@@ -4,11 +4,55 @@ All functions take scalars or arrays that broadcast together, compute in float64
 scalars). `successes` of `trials` draws hit the class in question. Nothing here knows of models or noise.
 """
 
+import math
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
 FloatArray = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class OddsPrior:
+    """
+    Where an e-process looks for p: at fixed distances above the null, each as likely as the others.
+
+    Args:
+        steps: by how much the log-odds of p may exceed those of the null; positive.
+
+    A prior that is smooth around p, such as a Beta, takes about `log(draws) / 2` more evidence than one that knows p; steps
+    in geometric progression take `log(number of steps)`, which is less wherever draws matter.
+    """
+
+    steps: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.steps or not all(0 < step < math.inf for step in self.steps):
+            raise ValueError(f"steps={self.steps} must be one or more positive, finite numbers.")
+
+    @classmethod
+    def for_budget(cls, max_trials: int, alpha: float) -> "OddsPrior":
+        """
+        Steps from 4.5 (as good as certain to hit) down to what a quarter of the draws can tell from a null of 1/2.
+
+        Nearer alternatives would only take weight from those that can be told within the budget.
+        """
+        # near 1/2, a step in log-odds has a divergence of step^2/8
+        smallest = math.sqrt(8 * -math.log(alpha) / (max_trials / 4))
+        count = max(0, math.floor(math.log(_LARGEST_STEP / smallest) / math.log(_STEP_RATIO)))
+        return cls(tuple(_LARGEST_STEP / _STEP_RATIO**k for k in range(count + 1)))
+
+
+_LARGEST_STEP = 4.5
+_STEP_RATIO = 1.6
+"""The worst place for p, halfway between two steps, loses 5 % of the evidence."""
+
+Prior = tuple[float, float] | OddsPrior
+"""Parameters of a Beta distribution, or an [`OddsPrior`]."""
+
+JEFFREYS = (0.5, 0.5)
 
 
 def _counts(successes: ArrayLike, trials: ArrayLike) -> tuple[FloatArray, FloatArray]:
@@ -29,7 +73,9 @@ def check_probability(name: str, value: ArrayLike) -> None:
         raise ValueError(f"{name}={value!r} must lie strictly between 0 and 1.")
 
 
-def _check_prior(prior: tuple[float, float]) -> None:
+def _check_prior(prior: Prior) -> None:
+    if isinstance(prior, OddsPrior):
+        return
     if not (0 < prior[0] < np.inf and 0 < prior[1] < np.inf):
         raise ValueError(f"prior={prior} must be two positive numbers, the parameters of a Beta distribution.")
 
@@ -57,7 +103,11 @@ def clopper_pearson_lower(successes: ArrayLike, trials: ArrayLike, alpha: ArrayL
     return np.asarray(np.where(hits > 0, quantile, 0.0), np.float64)
 
 
-def _log_e_value(hits: FloatArray, draws: FloatArray, null: FloatArray, prior: tuple[float, float]) -> FloatArray:
+def _log_e_value(hits: FloatArray, draws: FloatArray, null: FloatArray, prior: Prior) -> FloatArray:
+    if isinstance(prior, OddsPrior):
+        steps = np.asarray(prior.steps)
+        gains = np.multiply.outer(hits, steps) - draws[..., None] * np.log1p(np.multiply.outer(null, np.expm1(steps)))
+        return np.logaddexp.reduce(gains, axis=-1) - math.log(len(steps))
     a, b = prior
     with np.errstate(divide="ignore", invalid="ignore"):
         log_prior_mass = np.log(special.betaincc(a, b, null))
@@ -79,22 +129,22 @@ def log_e_value(
     successes: ArrayLike,
     trials: ArrayLike,
     null_probability: ArrayLike,
-    prior: tuple[float, float] = (0.5, 0.5),
+    prior: Prior = JEFFREYS,
 ) -> FloatArray:
     """
     Logarithm of the e-value of `trials` draws against the hypothesis `p <= null_probability`.
 
-    It is the likelihood ratio of a mixture over `p` above the null (a Beta prior cut to `(null_probability, 1)`) to the
-    null itself. For every `p <= null_probability` it is a non-negative supermartingale that starts at 1 as draws come
-    in, so by Ville's inequality the probability that it *ever* reaches `1/alpha` is at most alpha: one may look after
-    every draw and stop at the luckiest moment.
+    It is the likelihood ratio of a mixture over `p` above the null (a Beta prior cut to `(null_probability, 1)`, or an
+    [`OddsPrior`]) to the null itself. For every `p <= null_probability` it is a non-negative supermartingale that starts at
+    1 as draws come in, so by Ville's inequality the probability that it *ever* reaches `1/alpha` is at most alpha: one may
+    look after every draw and stop at the luckiest moment.
 
     Args:
         successes: hits, 0 to `trials`.
         trials: draws; 0 gives 0.
         null_probability: the threshold p0, in (0, 1).
-        prior: parameters of the Beta distribution. A wrong one costs draws, never validity, as long as it is fixed
-            before the first counted draw.
+        prior: parameters of the Beta distribution, or an [`OddsPrior`]. A wrong one costs draws, never validity, as
+            long as it is fixed before the first counted draw.
 
     Returns:
         `log E`; `-inf` where the evidence for p > p0 is below what float64 can hold.
@@ -115,7 +165,7 @@ def confidence_sequence_lower(
     successes: ArrayLike,
     trials: ArrayLike,
     alpha: ArrayLike,
-    prior: tuple[float, float] = (0.5, 0.5),
+    prior: Prior = JEFFREYS,
 ) -> FloatArray:
     """
     Lower confidence bound of a binomial probability that holds at all numbers of draws at once.
@@ -124,14 +174,19 @@ def confidence_sequence_lower(
     exceeded the true p, the e-process against `p` itself would have reached `1/alpha`; so
     `P(at any time, bound > p) <= alpha`, and the largest bound seen so far is a bound too.
 
+    (There is one such place. With an [`OddsPrior`], each alternative multiplies the e-value of a hit by
+    `exp(step) / (1 + p0 (exp(step) - 1))` and that of a miss by `1 / (1 + p0 (exp(step) - 1))`, both of which fall as p0
+    ascends. With a cut Beta prior, mass that the cut takes away could in principle make the e-value rise; for Beta(1/2, 1/2)
+    the likelihood ratio outweighs that wherever the e-value matters.)
+
     Args:
         successes: hits, 0 to `trials`.
         trials: draws; 0 gives the bound 0.
         alpha: probability that the bound ever exceeds the true value, in (0, 1).
-        prior: parameters of the Beta prior, see [`log_e_value`].
+        prior: see [`log_e_value`].
 
     Returns:
-        The bound, from below: the true crossing lies within one bisection step (2^-60) above it.
+        The bound, from below: the crossing lies at most a billionth of the way to `successes/trials` above it.
 
     Raises:
         ValueError: as [`log_e_value`].
@@ -139,20 +194,40 @@ def confidence_sequence_lower(
     hits, draws = _counts(successes, trials)
     check_probability("alpha", alpha)
     _check_prior(prior)
-    hits, draws, threshold = np.broadcast_arrays(hits, draws, -np.log(np.asarray(alpha, np.float64)))
-    # At p0 = successes/trials no alternative is likelier than the null, so E <= 1: the crossing lies below.
-    low = np.zeros(hits.shape)
-    high = np.divide(hits, draws, out=np.zeros(hits.shape), where=draws > 0)
-    for _ in range(60):
-        middle = (low + high) / 2
-        inside = (middle > 0) & (middle < 1)
-        null = np.where(inside, middle, 0.5)
-        rejected = inside & (_log_e_value(hits, draws, null, prior) >= threshold)
-        low, high = np.where(rejected, middle, low), np.where(rejected, high, middle)
+    hits, draws, alphas = np.broadcast_arrays(hits, draws, np.asarray(alpha, np.float64))
+
+    def excess(null: FloatArray) -> FloatArray:
+        inside = (null > 0) & (null < 1)
+        return np.where(inside, _log_e_value(hits, draws, np.where(inside, null, 0.5), prior) + np.log(alphas), np.inf)
+
+    # The test that E reaches 1/alpha is one of level alpha at these draws, and Clopper-Pearson inverts the best of those.
+    low, high = np.zeros(hits.shape), clopper_pearson_lower(hits, draws, alphas)
+    mean = np.divide(hits, draws, out=np.zeros(hits.shape), where=draws > 0)
+    # Illinois's variant of regula falsi; bisection where an end is infinite. `low` is always a rejected null.
+    above, below = excess(low), excess(high)
+    middle = np.maximum(high - 2 * (mean - high), high / 2)  # the crossing is rarely below this
+    last = np.zeros(hits.shape, bool)
+    for step in range(100):
+        value = excess(middle)
+        rejected = value >= 0
+        again = (rejected == last) & (step > 0)  # an end that stays twice weighs half
+        above, below = (
+            np.where(rejected, value, np.where(again, above / 2, above)),
+            np.where(rejected, np.where(again, below / 2, below), value),
+        )
+        low, high, last = np.where(rejected, middle, low), np.where(rejected, high, middle), rejected
+        if (high - low <= _PRECISION * (mean - low)).all():
+            break
+        with np.errstate(invalid="ignore"):
+            share = above / (above - below)
+        middle = low + (high - low) * np.where(np.isfinite(share) & (step < 50), share, 0.5)
     return np.asarray(low, np.float64)
 
 
-def draws_to_reject(null_probability: float, alpha: float, prior: tuple[float, float] = (0.5, 0.5)) -> int:
+_PRECISION = 1e-9
+
+
+def draws_to_reject(null_probability: float, alpha: float, prior: Prior = JEFFREYS) -> int:
     """
     The fewest draws with which [`log_e_value`] can reach `log(1/alpha)` against `p <= null_probability`: all hits.
 

@@ -1,4 +1,4 @@
-"""Pictures in: what users hand over becomes an RGB image, and the images that ship with the package."""
+"""Pictures in: what users hand over becomes an RGB image or pixels, and the images that ship with the package."""
 
 import io
 from http.client import HTTPException
@@ -10,7 +10,10 @@ from urllib.request import Request, urlopen
 import datasets
 import numpy as np
 import pyarrow.parquet as pq
+import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from .noise import snap_to_8_bits
 
 
 def load_image(source: Any) -> Image.Image:
@@ -73,6 +76,36 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         layer = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
     return image.convert("RGB")
+
+
+def to_pixels(image: Any, image_processor: Any = None) -> torch.Tensor:
+    """
+    One image as a base classifier sees it before noise: float32, `(channels, height, width)`, in `[0, 1]`, on the CPU.
+
+    Args:
+        image: a tensor `(channels, height, width)`, float in `[0, 1]` or uint8; or what [`load_image`] takes.
+        image_processor: resizes pictures to what the model takes; its normalisation is left out.
+
+    Raises:
+        ValueError: for a tensor that does not hold pixels, or a picture without an image processor.
+    """
+    if not isinstance(image, torch.Tensor):
+        if image_processor is None:
+            raise ValueError(
+                f"A {type(image).__name__} needs an image processor: pass image_processor=... or tensors."
+            )
+        image = image_processor(load_image(image), do_normalize=False, return_tensors="pt")["pixel_values"][0]
+    if image.ndim != 3:
+        raise ValueError(f"An image has shape {tuple(image.shape)}; it takes (channels, height, width).")
+    image = image.detach().to("cpu")
+    image = snap_to_8_bits(image.float() / 255 if image.dtype == torch.uint8 else image.float())
+    low, high = float(image.min()), float(image.max())
+    if not (low >= 0 and high <= 1):  # NaN fails this too
+        raise ValueError(
+            f"An image has values from {low:g} to {high:g}: pixels must lie in [0, 1], since sigma and radii are in their "
+            "units. Undo the normalisation; it belongs behind the noise."
+        )
+    return image
 
 
 def load_demo_images() -> datasets.Dataset:

@@ -10,9 +10,11 @@ import torch
 from PIL.Image import Image
 from transformers import Pipeline
 
-from .certificates import Certificate, make_rule
+from .certificates import Certificate
+from .data import to_pixels
 from .noise import GaussianNoise
-from .smoothing import SmoothedClassifier, in_order, to_pixels
+from .rules import make_rule
+from .smoothing import SmoothedClassifier, in_order
 
 SETTINGS = (
     "sigma", "seed", "progress", "method", "alpha", "radius", "radii", "max_samples", "n0", "n", "tolerance",

@@ -6,7 +6,7 @@ It knows a callable that maps a batch of pixels to logits, a noise distribution 
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from itertools import count as count_from
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -14,11 +14,13 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from .certificates import ABSTAIN, Certificate, Counts, PredictRule, Rule, Run, check_count, make_rule
-from .data import load_image
-from .noise import NoisyImage, SmoothingNoise, image_key, snap_to_8_bits
+from .certificates import ABSTAIN, Certificate, Counts, Rule, Run, check_count
+from .data import to_pixels
+from .noise import NoisyImage, SmoothingNoise, image_key
+from .rules import PredictRule, make_rule
 
 BaseClassifier = Callable[[torch.Tensor], Any]
+Images = Sequence[Any] | torch.Tensor
 
 
 class SmoothedClassifier:
@@ -76,7 +78,6 @@ class SmoothedClassifier:
         self.image_processor = image_processor
         self.class_names = class_names
         self._num_classes: int | None = None
-        self._shape: tuple[int, ...] | None = None
         self._normalization: tuple[torch.Tensor, torch.Tensor] | None = None
         if image_processor is not None and not hasattr(image_processor, "do_normalize"):
             raise ValueError(
@@ -127,28 +128,39 @@ class SmoothedClassifier:
             compile=compile,
         )
 
+    @overload
+    def certify(
+        self, images: Images, method: str = ..., *, seed: int = ..., progress: bool = ..., **settings: Any
+    ) -> list[Certificate]: ...
+
+    @overload
+    def certify(
+        self, images: Iterator[Any], method: str = ..., *, seed: int = ..., progress: bool = ..., **settings: Any
+    ) -> Iterator[Certificate]: ...
+
     def certify(
         self,
-        images: Iterable[Any],
+        images: Images | Iterator[Any],
         method: str = "sequential",
         *,
         seed: int = 0,
         progress: bool = False,
         **settings: Any,
-    ) -> list[Certificate]:
+    ) -> list[Certificate] | Iterator[Certificate]:
         """
         Certify images; results in their order.
 
         Args:
-            images: a batch tensor or a list of images; each a tensor `(channels, height, width)`, float in `[0, 1]` or
-                uint8, or, with an image processor, a path, an address or a PIL image. All of one shape.
+            images: a batch tensor, a list or an iterator of images; each a tensor `(channels, height, width)`, float in
+                `[0, 1]` or uint8, or, with an image processor, a path, an address or a PIL image. All of one shape.
             method: `"sequential"` (draw until the question is settled) or `"fixed"` (the usual protocol).
             seed: seed of the noise. The same seed gives an image the same noise, whatever else is in the call.
             progress: show a progress bar.
             settings: of the method, see [`make_rule`]: `alpha`, `radius`, `radii`, `max_samples`, `tolerance`, `n0`, `n`.
 
         Returns:
-            One certificate an image.
+            One certificate an image: a list; for an iterator an iterator, which gives each as soon as it and those before it
+            are finished, and reads ahead no more than fills a batch. ([`certify_stream`] does not wait for those before.)
 
         Raises:
             ValueError: for settings that make no sense or images that are not pixels, before the first draw; for logits that
@@ -156,9 +168,25 @@ class SmoothedClassifier:
         """
         return self._ordered(images, make_rule(method, **settings), seed, progress)
 
+    @overload
     def predict(
-        self, images: Iterable[Any], n: int = 100, alpha: float = 0.001, *, seed: int = 0, progress: bool = False
-    ) -> list[int]:
+        self, images: Images, n: int = ..., alpha: float = ..., *, seed: int = ..., progress: bool = ...
+    ) -> list[int]: ...
+
+    @overload
+    def predict(
+        self, images: Iterator[Any], n: int = ..., alpha: float = ..., *, seed: int = ..., progress: bool = ...
+    ) -> Iterator[int]: ...
+
+    def predict(
+        self,
+        images: Images | Iterator[Any],
+        n: int = 100,
+        alpha: float = 0.001,
+        *,
+        seed: int = 0,
+        progress: bool = False,
+    ) -> list[int] | Iterator[int]:
         """
         The smoothed classifier's answers, without a radius: class indices, or `ABSTAIN` (-1) where `n` draws leave doubt.
 
@@ -171,15 +199,21 @@ class SmoothedClassifier:
 
         Source: Cohen et al. 2019 (arXiv 1902.02918), algorithm PREDICT.
         """
-        return [found.prediction for found in self._ordered(images, PredictRule(n, alpha), seed, progress)]
+        found = self._ordered(images, PredictRule(n, alpha), seed, progress)
+        predictions = (certificate.prediction for certificate in found)
+        return list(predictions) if isinstance(found, list) else predictions
 
-    def _ordered(self, images: Iterable[Any], rule: Rule, seed: int, progress: bool) -> list[Certificate]:
+    def _ordered(
+        self, images: Images | Iterator[Any], rule: Rule, seed: int, progress: bool
+    ) -> list[Certificate] | Iterator[Certificate]:
         rule.check(self.noise)
         if isinstance(images, str | Path):
             raise TypeError(f"images={str(images)!r} is one image: pass a list.")
+        if isinstance(images, Iterator):
+            return in_order(self.certify_stream(images, rule, seed=seed, progress=progress))
         # All of them before the first draw: a broken image at the end must not cost the work before it
-        images = [to_pixels(image, self.image_processor) for image in images]
-        return list(in_order(self.certify_stream(images, rule, seed=seed, progress=progress)))
+        pixels = [to_pixels(image, self.image_processor) for image in images]
+        return list(in_order(self.certify_stream(pixels, rule, seed=seed, progress=progress)))
 
     @torch.inference_mode()
     def certify_stream(
@@ -204,6 +238,7 @@ class SmoothedClassifier:
         positions = count_from()
         waiting = iter(images)
         active: list[_Active] = []
+        shape: torch.Size | None = None
         if total is None and isinstance(images, Sized):
             total = len(images)
         bar = _ProgressBar(total, rule.budget) if progress else None
@@ -212,11 +247,18 @@ class SmoothedClassifier:
             while True:
                 while not exhausted and sum(image.wanted for image in active) < self.batch_size:
                     try:
-                        image = next(waiting)
+                        pixels = to_pixels(next(waiting), self.image_processor)
                     except StopIteration:
                         exhausted = True
                         break
-                    active.append(self._admit(next(positions), image, rule, seed))
+                    position = next(positions)
+                    shape = shape or pixels.shape
+                    if pixels.shape != shape:
+                        raise ValueError(
+                            f"Image {position} has shape {tuple(pixels.shape)}, the first one {tuple(shape)}: "
+                            "resize them alike."
+                        )
+                    active.append(self._admit(position, pixels, rule, seed))
                 if not active:
                     return
                 self._run_batch(active, rule)
@@ -229,18 +271,12 @@ class SmoothedClassifier:
             if bar:
                 bar.close()
 
-    def _admit(self, position: int, image: Any, rule: Rule, seed: int) -> "_Active":
-        pixels = to_pixels(image, self.image_processor)
+    def _admit(self, position: int, pixels: torch.Tensor, rule: Rule, seed: int) -> "_Active":
         key = image_key(pixels, seed)
         pixels = pixels.to(self.device)
         noisy = self.noise.around(pixels, key)
         if position == 0:
             rule.check(noisy)  # once more: what the sampler is off by grows with the size of the images
-            self._shape = tuple(pixels.shape)
-        elif pixels.shape != self._shape:
-            raise ValueError(
-                f"Image {position} has shape {tuple(pixels.shape)}, the first one {self._shape}: resize them alike."
-            )
         if self._num_classes is None:
             self._num_classes = self._logits(pixels[None]).shape[1]
         run = None if rule.uses_clean_pass else rule.start(noisy, np.zeros(self._num_classes))
@@ -310,36 +346,6 @@ class SmoothedClassifier:
         if logits.ndim != 2 or len(logits) != len(pixels):
             raise ValueError(f"The base classifier returned shape {tuple(logits.shape)} for {len(pixels)} images.")
         return logits
-
-
-def to_pixels(image: Any, image_processor: Any = None) -> torch.Tensor:
-    """
-    One image as a base classifier sees it before noise: float32, `(channels, height, width)`, in `[0, 1]`, on the CPU.
-
-    Args:
-        image: a tensor `(channels, height, width)`, float in `[0, 1]` or uint8; or what [`load_image`] takes.
-        image_processor: resizes pictures to what the model takes; its normalisation is left out.
-
-    Raises:
-        ValueError: for a tensor that does not hold pixels, or a picture without an image processor.
-    """
-    if not isinstance(image, torch.Tensor):
-        if image_processor is None:
-            raise ValueError(
-                f"A {type(image).__name__} needs an image processor: pass image_processor=... or tensors."
-            )
-        image = image_processor(load_image(image), do_normalize=False, return_tensors="pt")["pixel_values"][0]
-    if image.ndim != 3:
-        raise ValueError(f"An image has shape {tuple(image.shape)}; it takes (channels, height, width).")
-    image = image.detach().to("cpu")
-    image = snap_to_8_bits(image.float() / 255 if image.dtype == torch.uint8 else image.float())
-    low, high = float(image.min()), float(image.max())
-    if not (low >= 0 and high <= 1):  # NaN fails this too
-        raise ValueError(
-            f"An image has values from {low:g} to {high:g}: pixels must lie in [0, 1], since sigma and radii are in their "
-            "units. Undo the normalisation; it belongs behind the noise."
-        )
-    return image
 
 
 def in_order(stream: Iterable[tuple[int, Certificate]]) -> Iterator[Certificate]:

@@ -26,8 +26,8 @@ from scipy import special
 
 from hf_smoothing import GaussianNoise, SequentialRule, SmoothedClassifier, load_demo_images
 from hf_smoothing.bounds import clopper_pearson_lower
+from hf_smoothing.data import to_pixels
 from hf_smoothing.reports import package_versions
-from hf_smoothing.smoothing import to_pixels
 
 BUDGET = 100_000
 USUAL = 100 + BUDGET
@@ -120,14 +120,18 @@ def draws_to_decide(
                 "images": len(counts),
                 "images_that_clear": int(clears.sum()),
                 "of_them_decidable": len(chosen),
-                "wald": float(bound[decidable].mean()),
-                **{f"{name}_clearing": float(values[chosen].mean()) for name, values in spent.items()},
-                **{f"{name}_claimed": float(values[chosen].mean()) for name, values in claimed.items()},
+                "wald": mean(bound[decidable]),
+                **{f"{name}_clearing": mean(values[chosen]) for name, values in spent.items()},
+                **{f"{name}_claimed": mean(values[chosen]) for name, values in claimed.items()},
                 **{f"{name}_all": float(values.mean()) for name, values in spent.items()},
                 "fixed": USUAL,
             }
         )
     return rows
+
+
+def mean(values: np.ndarray) -> float | None:
+    return float(values.mean()) if len(values) else None
 
 
 def timed(call: Callable[[], Any]) -> float:
@@ -201,6 +205,10 @@ def usual_protocol_seconds(
     return timed(part) * USUAL / measured
 
 
+def shown(draws: float | None) -> str:
+    return "-" if draws is None else f"{draws:,.0f}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="model_cards/mixed-noise-vit-nano-cifar10")
@@ -248,9 +256,9 @@ def main() -> None:
         table.add_row(
             f"{row['radius']:g}",
             f"{row['of_them_decidable']} of {row['images_that_clear']}",
-            *(f"{row[key]:.0f}" for key in ("wald", "ours_clearing")),
-            f"{row['ours_clearing'] / row['wald']:.2f}",
-            *(f"{row[key]:.0f}" for key in ("uncut_clearing", "staged_clearing", "fixed", "ours_all")),
+            *(shown(row[key]) for key in ("wald", "ours_clearing")),
+            f"{row['ours_clearing'] / row['wald']:.2f}" if row["wald"] else "-",
+            *(shown(row[key]) for key in ("uncut_clearing", "staged_clearing", "fixed", "ours_all")),
         )
     console.print(table)
     console.print(

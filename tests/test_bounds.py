@@ -4,11 +4,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from hf_smoothing.bounds import clopper_pearson_lower, confidence_sequence_lower, draws_to_reject, log_e_value
+from hf_smoothing.bounds import (
+    JEFFREYS,
+    OddsPrior,
+    clopper_pearson_lower,
+    confidence_sequence_lower,
+    draws_to_reject,
+    log_e_value,
+)
 
 counts = st.integers(1, 5000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
 probabilities = st.floats(0.001, 0.999)
-priors = st.tuples(st.floats(0.1, 50), st.floats(0.1, 50))
+beta_priors = st.tuples(st.floats(0.1, 50), st.floats(0.1, 50))
+odds_priors = st.lists(st.floats(0.01, 10), min_size=1, max_size=12).map(lambda steps: OddsPrior(tuple(steps)))
+priors = beta_priors | odds_priors
+ODDS = OddsPrior.for_budget(1000, 0.05)
 
 
 @given(counts, st.floats(1e-6, 0.5))
@@ -26,7 +36,7 @@ def test_clopper_pearson_at_the_edges():
     np.testing.assert_allclose(found, expected, rtol=1e-14)
 
 
-@given(counts, probabilities, priors)
+@given(counts, probabilities, beta_priors)
 @settings(max_examples=40, deadline=None)
 def test_e_value_is_the_integral_it_claims_to_be(count, null, prior):
     hits, draws = min(count[0], 40), min(count[1], 60)
@@ -41,13 +51,35 @@ def test_e_value_is_the_integral_it_claims_to_be(count, null, prior):
     assert float(log_e_value(hits, draws, null, prior)) == pytest.approx(np.log(expected), abs=0.05)
 
 
+@given(counts, probabilities, odds_priors)
+@settings(max_examples=40, deadline=None)
+def test_e_value_of_an_odds_prior_is_the_mean_likelihood_ratio_of_its_alternatives(count, null, prior):
+    hits, draws = count
+    odds = null / (1 - null) * np.exp(prior.steps)
+    ratios = stats.binom.logpmf(hits, draws, odds / (1 + odds)) - stats.binom.logpmf(hits, draws, null)
+    expected = np.logaddexp.reduce(ratios) - np.log(len(prior.steps))
+    assert float(log_e_value(hits, draws, null, prior)) == pytest.approx(expected, rel=1e-6, abs=1e-6)
+
+
+def test_the_odds_prior_of_a_budget_reaches_down_to_what_the_budget_can_tell():
+    for budget in (100, 10_000, 1_000_000):
+        steps = OddsPrior.for_budget(budget, 0.001).steps
+        nearest = 1 / (1 + np.exp(-steps[-1]))
+        walds = np.log(1000) / (np.log(2) + nearest * np.log(nearest) + (1 - nearest) * np.log(1 - nearest))
+        assert budget / 4 / 1.6**2 < walds < budget / 4 * 1.2
+    assert len(OddsPrior.for_budget(1, 0.001).steps) == 1
+
+
 def test_e_value_at_the_edges():
     assert float(log_e_value(0, 0, 0.7)) == 0
     assert float(log_e_value(0, 50, 0.7)) < 0
     assert np.isfinite(log_e_value([10**7, 10**7 - 3], 10**7, [0.9999, 0.999999])).all()
     # a prior without mass above the null is no evidence, not NaN
     assert float(log_e_value(50, 50, 0.999999, (1, 10_000))) == -np.inf
-    assert log_e_value([[1], [2]], [3, 4, 5], 0.5).shape == (2, 3)
+    for prior in (JEFFREYS, ODDS):
+        assert log_e_value([[1], [2]], [3, 4, 5], 0.5, prior).shape == (2, 3)
+        assert log_e_value(1, 5, [[0.5], [0.6]], prior).shape == (2, 1)
+    assert float(log_e_value(0, 0, 0.7, ODDS)) == 0
 
 
 @given(st.integers(1, 300), probabilities, priors)
@@ -65,7 +97,9 @@ def _paths(p: float, runs: int, draws: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).binomial(1, p, (runs, draws)).cumsum(1)
 
 
-@pytest.mark.parametrize(("null", "prior"), [(0.5, (0.5, 0.5)), (0.841, (0.5, 0.5)), (0.977, (19.0, 1.0))])
+@pytest.mark.parametrize(
+    ("null", "prior"), [(0.5, (0.5, 0.5)), (0.841, (0.5, 0.5)), (0.977, (19.0, 1.0)), (0.5, ODDS), (0.841, ODDS)]
+)
 @pytest.mark.parametrize("below", [0.0, 0.005])
 def test_e_process_holds_at_the_luckiest_moment(null, prior, below):
     runs, draws, alpha = 20_000, 200, 0.05
@@ -76,18 +110,19 @@ def test_e_process_holds_at_the_luckiest_moment(null, prior, below):
     assert wrong <= alpha + 3 * np.sqrt(alpha * (1 - alpha) / runs)
 
 
+@pytest.mark.parametrize("prior", [JEFFREYS, ODDS])
 @pytest.mark.parametrize("p", [0.5, 0.9, 0.99])
-def test_confidence_sequence_holds_at_all_times_at_once(p):
+def test_confidence_sequence_holds_at_all_times_at_once(p, prior):
     runs, draws, alpha = 2_000, 300, 0.05
     looks = np.unique(np.geomspace(1, draws, 20).astype(int))
     hits = _paths(p, runs, draws, seed=2)[:, looks - 1]
-    lower = confidence_sequence_lower(hits, looks, alpha)
+    lower = confidence_sequence_lower(hits, looks, alpha, prior)
     wrong = (lower.max(1) > p).mean()
     assert wrong <= alpha + 3 * np.sqrt(alpha * (1 - alpha) / runs)
 
 
 @given(counts, st.floats(1e-5, 0.2), priors)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_confidence_sequence_rejects_everything_below_its_bound(count, alpha, prior):
     """The bound inverts the e-process: evidence descends in the null, so that no gap below the bound is left."""
     hits, draws = count
@@ -98,6 +133,7 @@ def test_confidence_sequence_rejects_everything_below_its_bound(count, alpha, pr
     log_e = log_e_value(hits, draws, null, prior)
     assert (np.diff(log_e[np.isfinite(log_e)]) <= 1e-6).all()
     assert (log_e[null < lower * (1 - 1e-9)] >= -np.log(alpha) - 1e-6).all()
+    assert (log_e[null > lower + 1e-6] < -np.log(alpha)).all()
 
 
 def test_confidence_sequence_at_the_edges():
@@ -125,6 +161,7 @@ def test_draws_to_reject_is_the_least(null):
         (lambda: clopper_pearson_lower(np.nan, 4, 0.1), "successes=nan"),
         (lambda: log_e_value(1, 4, 0.0), "null_probability=0.0"),
         (lambda: log_e_value(1, 4, 0.5, (0, 1)), "prior=(0, 1)"),
+        (lambda: OddsPrior((1.0, -1.0)), "steps=(1.0, -1.0)"),
         (lambda: confidence_sequence_lower(1, 4, float("nan")), "alpha=nan"),
         (lambda: draws_to_reject(1.0, 0.1), "null_probability=1.0"),
     ],

@@ -11,7 +11,7 @@ from transformers import ViTImageProcessor
 
 from hf_smoothing import ABSTAIN, FixedRule, GaussianNoise, SequentialRule, SmoothedClassifier
 from hf_smoothing.bounds import clopper_pearson_lower
-from hf_smoothing.smoothing import to_pixels
+from hf_smoothing.data import to_pixels
 
 
 def answers(certificates):
@@ -164,6 +164,23 @@ def test_the_type_of_the_forward_passes_is_recorded(tiny_model_dir):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_compilation_is_recorded(tiny_model_dir):
     assert certify_with(tiny_model_dir, compile=True) == {("float32", True)}
+
+
+def test_an_iterator_gives_an_iterator_that_reads_no_further_than_it_must(linear, noise):
+    read = []
+
+    def images():
+        for position in range(1000):
+            read.append(position)
+            yield torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(position))
+
+    smoothed = SmoothedClassifier(linear, noise, batch_size=32)
+    first = [torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(position)) for position in range(3)]
+    certificates = smoothed.certify(images(), "fixed", n0=10, n=40)
+    assert [next(certificates) for _ in range(3)] == smoothed.certify(first, "fixed", n0=10, n=40)
+    predictions = smoothed.predict(images(), n=20)
+    assert [next(predictions) for _ in range(3)] == smoothed.predict(first, n=20)
+    assert len(read) < 30
 
 
 def test_memory_stays_flat_however_many_images_stream_through(linear, noise):

@@ -1,0 +1,214 @@
+"""The rules with a number of draws fixed in advance, and every rule by its name."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from .bounds import clopper_pearson_lower
+from .certificates import (
+    ABSTENTION,
+    Counts,
+    Guarantee,
+    NoiseDistribution,
+    Outcome,
+    Rule,
+    check_count,
+    check_radius,
+    check_share,
+    probability_in_reach,
+    too_few,
+)
+from .sequential import SequentialRule
+
+
+@dataclass(frozen=True)
+class FixedRule:
+    """
+    The usual protocol: `n0` draws choose the class, `n` fresh draws bound its probability (Clopper-Pearson).
+
+    Args:
+        n0: draws that choose the class.
+        n: draws that bound its probability.
+        alpha: probability of a wrong certificate, in (0, 1).
+        radius: a radius that matters to you; only used to refuse, at once, an `n` that could never show it.
+
+    Raises:
+        ValueError: for a setting out of range.
+
+    Source: Cohen et al. 2019 (arXiv 1902.02918), algorithm CERTIFY and theorem 1.
+    """
+
+    n0: int = 100
+    n: int = 100_000
+    alpha: float = 0.001
+    radius: float | None = None
+
+    method: ClassVar[str] = "fixed"
+    guarantee: ClassVar[Guarantee] = "per_input"
+    uses_clean_pass: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_count("n0", self.n0)
+        check_count("n", self.n)
+        check_share("alpha", self.alpha)
+        if self.radius is not None:
+            check_radius(self.radius)
+
+    @property
+    def budget(self) -> int:
+        return self.n0 + self.n
+
+    def check(self, noise: NoiseDistribution) -> None:
+        radius = self.radius or 0.0
+        p0 = probability_in_reach(noise, radius)
+        if self.alpha ** (1 / self.n) <= p0:  # Clopper-Pearson for n of n
+            needed = math.floor(math.log(self.alpha) / math.log(p0)) + 1
+            raise too_few("n", self.n, radius, noise.radius(self.alpha ** (1 / self.n)), needed)
+
+    def start(self, noise: NoiseDistribution, clean_scores: NDArray[np.float64]) -> "_FixedRun":
+        return _FixedRun(self, noise, len(clean_scores))
+
+
+class _FixedRun:
+    def __init__(self, rule: FixedRule, noise: NoiseDistribution, num_classes: int):
+        self.rule = rule
+        self.noise = noise
+        self.selected: int | None = None
+        self.counts = np.zeros(num_classes, np.int64)
+
+    def next_draws(self) -> int:
+        if self.selected is None:
+            return self.rule.n0
+        return self.rule.n - int(self.counts.sum())
+
+    def update(self, counts: Counts) -> None:
+        if self.selected is None:
+            self.selected = int(counts.argmax())  # these draws are not counted again
+        else:
+            self.counts += counts
+
+    def outcome(self) -> Outcome:
+        if self.selected is None:
+            return ABSTENTION
+        hits, draws = self.counts[self.selected], self.counts.sum()
+        p_lower = float(clopper_pearson_lower(hits, draws, self.rule.alpha))
+        return Outcome(self.selected, p_lower, 1 - p_lower) if self.noise.radius(p_lower) > 0 else ABSTENTION
+
+
+@dataclass(frozen=True)
+class PredictRule:
+    """
+    The smoothed prediction without a radius: `n` draws, and abstention unless the top two classes differ clearly.
+
+    Args:
+        n: draws.
+        alpha: probability of returning another class than the smoothed classifier's, in (0, 1).
+
+    Raises:
+        ValueError: for a setting out of range.
+
+    Source: Cohen et al. 2019 (arXiv 1902.02918), algorithm PREDICT and proposition 1.
+    """
+
+    n: int = 100
+    alpha: float = 0.001
+
+    method: ClassVar[str] = "predict"
+    guarantee: ClassVar[Guarantee] = "per_input"
+    uses_clean_pass: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_count("n", self.n)
+        check_share("alpha", self.alpha)
+
+    @property
+    def budget(self) -> int:
+        return self.n
+
+    def check(self, noise: NoiseDistribution) -> None:
+        if 2 * 0.5**self.n > self.alpha:
+            needed = math.ceil(math.log2(2 / self.alpha))
+            raise ValueError(f"n={self.n} draws always abstain at alpha={self.alpha:g}: it takes at least {needed}.")
+
+    def start(self, noise: NoiseDistribution, clean_scores: NDArray[np.float64]) -> "_PredictRun":
+        return _PredictRun(self, len(clean_scores))
+
+
+class _PredictRun:
+    def __init__(self, rule: PredictRule, num_classes: int):
+        self.rule = rule
+        self.counts = np.zeros(num_classes, np.int64)
+
+    def next_draws(self) -> int:
+        return self.rule.n - int(self.counts.sum())
+
+    def update(self, counts: Counts) -> None:
+        self.counts += counts
+
+    def outcome(self) -> Outcome:
+        second, first = np.sort(self.counts)[-2:] if len(self.counts) > 1 else (0, self.counts[0])
+        if first == 0 or stats.binomtest(int(first), int(first + second), 0.5).pvalue > self.rule.alpha:
+            return ABSTENTION
+        return Outcome(int(self.counts.argmax()), 0.0, 1.0)
+
+
+def make_rule(
+    method: str,
+    *,
+    alpha: float = 0.001,
+    radius: float | None = None,
+    radii: Sequence[float] | None = None,
+    max_samples: int | None = None,
+    n0: int | None = None,
+    n: int | None = None,
+    tolerance: float | None = None,
+) -> Rule:
+    """
+    A rule by name, from the settings that users give; those left at `None` take the rule's defaults.
+
+    Args:
+        method: `"sequential"` or `"fixed"`.
+        alpha: probability of a wrong certificate, in (0, 1).
+        radius: one radius to decide.
+        radii: several radii to decide, instead of `radius`.
+        max_samples: the most draws for one image (for `fixed` it is `n`, unless a smaller one is given).
+        n0: draws that choose the class, `fixed` only.
+        n: draws that bound its probability, `fixed` only.
+        tolerance: relative tolerance of the radius, `sequential` without a radius only.
+
+    Raises:
+        ValueError: for an unknown method, a setting out of range, or one that the method does not take.
+    """
+    if radius is not None and radii is not None:
+        raise ValueError("Give radius or radii, not both.")
+    if radii is not None and not isinstance(radii, Sequence):
+        raise ValueError(f"radii={radii!r} must be a list of radii; one alone is `radius`.")
+    asked = tuple(radii) if radii is not None else None if radius is None else (radius,)
+    rule: type[FixedRule] | type[SequentialRule]
+    for one in asked or ():
+        check_radius(one)
+    if method == "fixed":
+        if n is not None and max_samples is not None and n > max_samples:
+            raise ValueError(f"n={n} exceeds max_samples={max_samples}.")
+        rule, refused = FixedRule, {"tolerance": tolerance}
+        settings: dict[str, Any] = {"n0": n0, "n": n if n is not None else max_samples}
+        settings["radius"] = max(asked) if asked else None
+    elif method == "sequential":
+        rule, refused = SequentialRule, {"n0": n0, "n": n}
+        if asked is not None:
+            refused["tolerance"] = tolerance
+        settings = {"radii": asked, "max_samples": max_samples, "tolerance": tolerance}
+    else:
+        raise ValueError(f"method={method!r} is unknown: use 'sequential' or 'fixed'.")
+    for name, value in refused.items():
+        if value is not None:
+            why = (
+                "when radii are given" if name == "tolerance" and method == "sequential" else f"for method {method!r}"
+            )
+            raise ValueError(f"{name}={value} has no meaning {why}: leave it out.")
+    return rule(alpha=alpha, **{name: value for name, value in settings.items() if value is not None})
