@@ -136,9 +136,12 @@ def _read_run(source: Path, name: str) -> list[Result]:
         )
     facts = table.with_name("run.json")
     run = json.loads(facts.read_text()) if facts.is_file() else {}
-    # an image that failed before any noise was added counts at every noise level
-    sigmas = sorted({row["sigma"] for row in rows if row.get("sigma") is not None}) or [None]
-    found = [Result(source, name, [row for row in rows if row.get("sigma") in (None, sigma)], run) for sigma in sigmas]
+    sigmas = sorted({row["sigma"] for row in rows if row.get("sigma") is not None})
+    # an image that failed before any noise was added counts once at every noise level
+    everywhere = list({row["index"]: row for row in rows if row.get("sigma") is None}.values()) if sigmas else rows
+    found = [
+        Result(source, name, [row for row in rows if row.get("sigma") == sigma] + everywhere, run) for sigma in sigmas
+    ] or [Result(source, name, everywhere, run)]
     for result in found:
         _check_once(result)
     return found

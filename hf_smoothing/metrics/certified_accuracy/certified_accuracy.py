@@ -152,8 +152,10 @@ def _validate(
         raise ValueError(f"Unequal numbers ({sizes}): give one of each for every image.")
     failed = np.array([value is None for value in given["predictions"]], bool)
     classes = _numbers("predictions", given["predictions"], missing=ABSTAIN)
-    labels = _numbers("references", given["references"])
-    distances = _numbers("radii", [0.0 if skip else value for skip, value in zip(failed, given["radii"])])
+    labels, distances = (
+        _numbers(name, [0 if skip else value for skip, value in zip(failed, given[name])])
+        for name in ("references", "radii")
+    )
     whole = "must be a whole number"
     _check(
         "predictions", classes, (classes >= ABSTAIN) & _whole(classes), f"{whole}: a class, or -1 for an abstention."
