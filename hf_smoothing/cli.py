@@ -237,14 +237,21 @@ def report(
             figures["How often the base classifier is right under noise (p_A)"] = "p-a.png"
         if plot_draws(results, folder / "draws"):
             figures["Forward passes an image"] = "draws.png"
-        for number, result in enumerate(results if images is not None else []):
-            rows, pictures = load_pictures(result, images, split)
-            file = f"examples-{number}.png"
-            columns = ([row[name] for row in rows] for name in ("prediction", "radius", "label"))
-            picture_of_certificates(
-                pictures, *columns, result.names(), result.title, folder / file, at_most=SHOWN_PICTURES
-            )
-            figures[f"Examples from largest to smallest radius: {result.title}"] = file
+        if images is not None:
+            for number, result in enumerate(results):
+                rows, pictures = load_pictures(result, images, split)
+                file = f"examples-{number}.png"
+                picture_of_certificates(
+                    pictures,
+                    [row["prediction"] for row in rows],
+                    [row["radius"] for row in rows],
+                    [row["label"] for row in rows],
+                    result.names(),
+                    result.title,
+                    folder / file,
+                    at_most=SHOWN_PICTURES,
+                )
+                figures[f"Examples from largest to smallest radius: {result.title}"] = file
         found["command"] = shlex.join(["hf-smoothing", *sys.argv[1:]])
         (folder / "report.json").write_text(json.dumps(found, indent=2) + "\n")
         (folder / "report.md").write_text(markdown(found, figures))

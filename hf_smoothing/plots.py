@@ -125,7 +125,7 @@ def plot_true_class_frequency(results: Sequence[Result], stem: Path) -> list[Res
         The results that it could be drawn for, those with counts; nothing is written where there are none.
     """
     check_one_figure(results)
-    counted = [result for result in results if result.has("counts")]
+    counted = [result for result in results if len(true_class_frequency(result))]
     if not counted:
         return []
     with _figure(stem, "share of the noisy draws that hit the true class (p_A)", "share of images") as axes:

@@ -71,8 +71,10 @@ def _entry(result: Result, radii: Sequence[float]) -> dict[str, Any]:
     seconds = [value for value in result.column("seconds") if value is not None]
     try:
         figures = certified_accuracy(
-            *(result.column(name) for name in ("prediction", "label", "radius")),
-            radii,
+            result.column("prediction"),
+            result.column("label"),
+            result.column("radius"),
+            thresholds=radii,
             **{name: result.column(column) for name, column in optional.items() if result.has(column)},
         )
     except ValueError as error:
@@ -204,7 +206,8 @@ def markdown(report: dict[str, Any], figures: dict[str, str]) -> str:
 
 def markdown_table(report: dict[str, Any]) -> str:
     """The table of a report and its notes, as Markdown."""
-    rows = [share | other for share, other in zip_longest(share_rows(report), other_rows(report), fillvalue={})]
+    blank: dict[str, str] = {}  # beside the envelope
+    rows = [share | other for share, other in zip_longest(share_rows(report), other_rows(report), fillvalue=blank)]
     lines = [list(rows[0]), ["---"] * len(rows[0]), *([row.get(name, "") for name in rows[0]] for row in rows)]
     # file names may hold what Markdown reads as the end of a cell
     cells = [

@@ -144,7 +144,7 @@ def _validate(
     p_lower: Column | None = None,
     num_samples: Column | None = None,
 ) -> _Columns:
-    found = {"predictions": predictions, "references": references, "radii": radii}
+    found: dict[str, Column | None] = {"predictions": predictions, "references": references, "radii": radii}
     found |= {"guarantees": guarantees, "p_lower": p_lower, "num_samples": num_samples}
     given = {name: list(column) for name, column in found.items() if column is not None}
     if len({len(column) for column in given.values()}) > 1:
