@@ -201,7 +201,8 @@ def report(
         typer.Option(help="Where to write. Without it: the run folder if there is one run, else `report`."),
     ] = None,
     radii: Annotated[
-        str | None, typer.Option(help="Radii of the table, such as `0,0.25,0.5`. Without it: those the runs decided.")
+        list[float] | None,
+        typer.Option(help="Count at this radius; repeat it for several. Without it: at those the runs decided."),
     ] = None,
     envelope: Annotated[
         bool, typer.Option("--envelope", help="Add the best of all rows at each radius, labelled as what it is.")
@@ -210,7 +211,9 @@ def report(
         str | None,
         typer.Option(help="Show pictures of this dataset: a `load_dataset` name, a folder, a Parquet file."),
     ] = None,
-    split: Annotated[str, typer.Option(help="The split of `--images` that was certified.")] = "test",
+    split: Annotated[
+        str | None, typer.Option(help="The split of `--images`. Without it: the one that the run certified.")
+    ] = None,
     log_guarantee: Annotated[
         str | None,
         typer.Option(help="What the certificates in logs carry, which a log does not say: `per_input`, ..."),
@@ -227,7 +230,7 @@ def report(
     try:
         require_matplotlib()
         results = read_results(runs, log_guarantee)
-        found = summarize(results, _numbers(radii) if radii is not None else None, envelope)
+        found = summarize(results, radii or None, envelope)
         folder = output_dir or (runs[0] if len(runs) == 1 and runs[0].is_dir() else Path("report"))
         folder.mkdir(parents=True, exist_ok=True)
         label = found["envelope"]["label"] if envelope else None
@@ -263,13 +266,6 @@ def report(
     for note in notes(found):
         console.print(note, markup=False, highlight=False)
     console.print(f"Wrote {folder / 'report.md'}, report.json and the pictures.", markup=False, soft_wrap=True)
-
-
-def _numbers(text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.replace(",", " ").split()]
-    except ValueError:
-        raise ValueError(f"--radii {text!r} must be numbers, separated by commas.") from None
 
 
 def _show_demo(

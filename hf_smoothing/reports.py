@@ -1,6 +1,5 @@
 """Tables and text from certification results."""
 
-import statistics
 from collections.abc import Sequence
 from importlib.metadata import version
 from itertools import zip_longest
@@ -83,12 +82,12 @@ def _entry(result: Result, radii: Sequence[float]) -> dict[str, Any]:
         "run": result.name,
         "title": result.title,
         "is_log": result.is_log,
-        "model": result.model,
+        "model": result.settings.get("model_name_or_path"),
         "sigma": result.sigma,
         "alpha": result.alpha,
         "decided_radii": result.decided_radii,
         **figures,
-        "median_seconds": statistics.median(seconds) if seconds else None,
+        "mean_seconds": sum(seconds) / len(seconds) if seconds else None,
         "made_by": {name: result.run[name] for name in ("command", "settings", "versions") if name in result.run},
     }
 
@@ -142,7 +141,7 @@ def other_rows(report: dict[str, Any]) -> list[dict[str, str]]:
             "abstains": f"{entry['abstention_rate']:.1%}",
             "mean radius (*)": format_radius(entry["mean_certified_radius"]),
             "median draws": _known(entry["median_num_samples"], ",.0f"),
-            "median seconds": _known(entry["median_seconds"], ".3g"),
+            "mean seconds": _known(entry["mean_seconds"], ".3g"),
         }
         for entry in report["results"]
     ]
@@ -197,10 +196,9 @@ def markdown(report: dict[str, Any], figures: dict[str, str]) -> str:
     if made:
         text.append("## How the runs were made")
     for run, by in made.items():
-        settings = ", ".join(f"{name} {value}" for name, value in by.get("settings", {}).items())
         versions = ", ".join(f"{name} {value}" for name, value in by.get("versions", {}).items())
         command = f"\n\n```bash\n{by['command']}\n```" if "command" in by else ""
-        text.append(f"{run}: {'; '.join(filter(None, (settings, versions)))}.{command}")
+        text.append(f"{run}: {versions}; all settings are in `report.json`.{command}")
     return "\n\n".join(text) + "\n"
 
 

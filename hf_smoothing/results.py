@@ -50,14 +50,20 @@ class Result:
         return any(row.get(name) is not None for row in self.rows)
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """What the run was asked to do; empty where it does not say."""
+        return self.run.get("settings", {})
+
+    @property
     def model(self) -> str | None:
-        """The model's name, where the run says it."""
-        return self.run.get("model_name_or_path")
+        """What tells its model from others: a digest of the weights, or else the name; None where unknown."""
+        return self.settings.get("model_weights") or self.settings.get("model_name_or_path")
 
     @property
     def decided_radii(self) -> list[float]:
-        """The radii that the run was asked to decide; empty where it looked for the largest, or does not say."""
-        return [float(radius) for radius in self.run.get("settings", {}).get("radii") or []]
+        """The radii that were decided at this noise level; empty where the largest was looked for, or nothing is said."""
+        by_sigma = self.settings.get("radii_decided", {})
+        return list(by_sigma.get(_known(self.sigma), self.settings.get("radii")) or [])
 
     @cached_property
     def sigma(self) -> float | None:
@@ -78,7 +84,7 @@ class Result:
     @property
     def title(self) -> str:
         """Name and noise level."""
-        return f"{self.name}, sigma = {'unknown' if self.sigma is None else format(self.sigma, 'g')}"
+        return f"{self.name}, sigma = {_known(self.sigma)}"
 
     def names(self) -> dict[int, str]:
         """Class names by class index, as far as the records have them."""
@@ -94,6 +100,10 @@ class Result:
         if len(values) > 1:
             raise ValueError(f"{self.source} mixes {name} {', '.join(map(str, values))}: give each its own run.")
         return values[0] if values else None
+
+
+def _known(value: float | None) -> str:
+    return "unknown" if value is None else format(value, "g")
 
 
 def read_results(sources: Sequence[Path], log_guarantee: str | None = None) -> list[Result]:
@@ -221,14 +231,14 @@ def check_one_figure(results: Sequence[Result]) -> None:
             raise ValueError(f"Results of different {what} do not make one figure: report each alone{hint}. {each}.")
 
 
-def load_pictures(result: Result, dataset: str, split: str) -> tuple[list[Row], Sequence[Image.Image]]:
+def load_pictures(result: Result, dataset: str, split: str | None = None) -> tuple[list[Row], Sequence[Image.Image]]:
     """
     The pictures that a result is about, undecoded until they are looked at.
 
     Args:
         result: its images' indices are positions in the split; images that failed are left out.
         dataset: a name or folder that `load_dataset` takes, or a Parquet file.
-        split: which part of it.
+        split: which part of it; by default the one that the run certified, or `test` where it does not say.
 
     Returns:
         The rows of the images that did not fail, and their pictures in the same order.
@@ -236,6 +246,7 @@ def load_pictures(result: Result, dataset: str, split: str) -> tuple[list[Row], 
     Raises:
         ValueError: where the dataset has no or several columns of pictures, or is not the one that was certified.
     """
+    split = split or result.settings.get("split", "test")
     if Path(dataset).suffix == ".parquet":
         data = datasets.load_dataset("parquet", data_files={split: dataset}, split=split)
     else:

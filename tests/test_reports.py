@@ -33,6 +33,7 @@ def write_run(folder, sigmas=(0.25,), model="user/model", guarantee="per_input",
         for position in range(images):
             label = position % 3
             row = {"index": 20 * position, "label": label, "label_name": NAMES[label], "sigma": sigma, "error": "torn"}
+            row |= {"num_samples": 0, "seconds": 0.1, "norm": "l2", "alpha": 0.001}
             if position != 2:
                 hits = generator.beta(5, 1)
                 counts = np.roll(generator.multinomial(200, [hits, (1 - hits) * 0.7, (1 - hits) * 0.3]), label)
@@ -57,8 +58,9 @@ def write_run(folder, sigmas=(0.25,), model="user/model", guarantee="per_input",
     pq.write_table(
         pa.table({name: [row.get(name) for row in rows] for name in fullest}), folder / "certificates.parquet"
     )
-    run = {"command": "scripts/certify.py", "model_name_or_path": model, "settings": {"radii": list(radii)}}
-    (folder / "run.json").write_text(json.dumps(run | {"versions": {"torch": "2"}}))
+    settings = {"model_name_or_path": model, "radii": list(radii) or None}
+    run = {"command": "scripts/certify.py", "settings": settings, "versions": {"torch": "2"}}
+    (folder / "run.json").write_text(json.dumps(run))
     return folder
 
 
@@ -129,7 +131,7 @@ def test_the_log_of_a_research_script(tmp_path):
     entry = report["results"][0]
     assert [row["right"] for row in entry["certified_accuracy"]] == [2, 2, 1]
     assert entry["abstention_rate"] == 0.25
-    assert entry["median_seconds"] == pytest.approx((16.2 + 17.341) / 2)
+    assert entry["mean_seconds"] == pytest.approx((17.341 + 16.2 + 60 + 16.000001) / 4)
     assert share_rows(report)[0]["sigma"] == other_rows(report)[0]["median draws"] == "unknown"
     assert any("guarantee is unknown" in note for note in notes(report))
     assert "as claimed" in markdown(report, {})
@@ -210,6 +212,14 @@ def test_radii_that_were_decided_are_the_ones_reported(tmp_path):
     report = summarize(read_results([write_run(tmp_path / "run", radii=[0.1, 0.3])]))
     assert [row["radius"] for row in report["results"][0]["certified_accuracy"]] == [0, 0.1, 0.3]
     assert any("0.1, 0.3 were settled" in note for note in notes(report))
+
+
+def test_fewer_radii_may_be_decided_at_a_small_sigma(tmp_path):
+    folder = write_run(tmp_path / "run", (0.25, 0.5), radii=[0.1, 1.5])
+    run = json.loads((folder / "run.json").read_text())
+    run["settings"]["radii_decided"] = {"0.25": [0.1], "0.5": [0.1, 1.5]}
+    (folder / "run.json").write_text(json.dumps(run))
+    assert [result.decided_radii for result in read_results([folder])] == [[0.1], [0.1, 1.5]]
 
 
 def test_how_often_the_true_class_is_hit(tmp_path):

@@ -88,7 +88,7 @@ def certified_accuracy(
         raise ValueError(f"thresholds={levels} must be one or more finite radii, 0 or above.")
     draws = columns.num_samples
     if draws is not None:
-        draws = draws[~np.isnan(draws)]
+        draws = draws[~np.isnan(draws) & ~columns.failed]
     return {
         "num_images": len(columns.right),
         "num_failed": int(columns.failed.sum()),
