@@ -19,7 +19,8 @@ rows = list(zip(columns["predictions"], columns["references"], columns["radii"])
 # an odd number in batches of 4: the last batch is filled up with repeated images, which gather_for_metrics takes out
 for batch in accelerator.prepare(torch.utils.data.DataLoader(rows, batch_size=4)):
     predictions, references, radii = accelerator.gather_for_metrics(tuple(batch))
-    metric.add_batch(predictions=predictions, references=references, radii=radii)
+    if accelerator.is_main_process:
+        metric.add_batch(predictions=predictions, references=references, radii=radii)
 if accelerator.is_main_process:
     found = {"processes": accelerator.num_processes, **metric.compute(thresholds=[0, 0.25, 0.5])}
     Path(output).write_text(json.dumps(found))

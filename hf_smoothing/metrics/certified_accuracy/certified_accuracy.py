@@ -55,7 +55,7 @@ def certified_accuracy(
         radii: certified radii, 0 or above and at full precision (float64); 0 on abstention, None where the image failed.
         thresholds: radii at which to count, 0 or above. Radius 0 counts every right prediction that does not abstain.
         guarantees: `per_input`, `marginal` or `none` for each image; different ones are refused, since they do not make one
-            figure. None where unknown.
+            figure. None where unknown. With `none` the figures are estimates: do not call them certified.
         p_lower: lower bounds, in [0, 1], of the probability of the predicted class under noise.
         num_samples: forward passes spent on each image, 0 or above; None where unknown.
 
