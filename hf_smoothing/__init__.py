@@ -11,6 +11,7 @@ from .bounds import clopper_pearson_lower, confidence_sequence_lower, log_e_valu
 from .certificates import ABSTAIN, Certificate, format_radius
 from .configuration_mixed_noise_vit import MixedNoiseViTConfig
 from .data import load_demo_images
+from .metrics.certified_accuracy import CertifiedAccuracy
 from .modeling_mixed_noise_vit import (
     MixedNoiseViTForImageClassification,
     MixedNoiseViTModel,
@@ -35,6 +36,7 @@ PIPELINE_REGISTRY.register_pipeline(
 __all__ = [
     "ABSTAIN",
     "Certificate",
+    "CertifiedAccuracy",
     "CertifiedImageClassificationPipeline",
     "FixedRule",
     "GaussianNoise",

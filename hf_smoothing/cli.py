@@ -19,8 +19,17 @@ from transformers import pipeline
 
 from .certificates import Certificate, format_radius
 from .data import load_demo_images
+from .metrics.certified_accuracy import certified_accuracy
 from .noise import GaussianNoise
-from .reports import certified_accuracy, package_versions, picture_of_certificates, records, require_matplotlib
+from .plots import (
+    picture_of_certificates,
+    plot_certified_accuracy,
+    plot_draws,
+    plot_true_class_frequency,
+    require_matplotlib,
+)
+from .reports import markdown, notes, other_rows, package_versions, percent, records, share_rows, summarize
+from .results import load_pictures, name_of_figure, read_results
 from .smoothing import SmoothedClassifier
 
 app = typer.Typer(
@@ -31,6 +40,7 @@ app = typer.Typer(
 )
 DEMO_MODEL = "model_cards/mixed-noise-vit-nano-cifar10"
 DEMO_RADII = (0.0, 0.25, 0.5)
+SHOWN_PICTURES = 60
 
 Model = Annotated[str, typer.Option(help="Image classifier: a name on the Hub or a local folder.")]
 Sigma = Annotated[float, typer.Option(help="Standard deviation of the noise, in [0, 1] pixels.")]
@@ -149,8 +159,15 @@ def demo(
     except (ImportError, OSError, TypeError, ValueError) as error:
         _fail(error)
     Dataset.from_list(records(certificates, labels, names)).to_parquet(output_dir / "certificates.parquet")
-    picture_of_certificates(pictures, certificates, labels, names, output_dir / "certificates.png")
-    picture_of_certificates(pictures, certificates, labels, names, output_dir / "certificates-few.png", at_most=30)
+    predictions, radii = [found.prediction for found in certificates], [found.radius for found in certificates]
+    title = (
+        f"Certified at sigma = {sigma:g}, alpha = {alpha:g}: no change smaller than r "
+        f"({certificates[0].norm}, [0, 1] pixels) changes the answer"
+    )
+    for file, at_most in (("certificates.png", None), ("certificates-few.png", 30)):
+        picture_of_certificates(pictures, predictions, radii, labels, names, title, output_dir / file, at_most=at_most)
+    guarantees = [found.guarantee for found in certificates]
+    figures = certified_accuracy(predictions, labels, radii, DEMO_RADII, guarantees=guarantees)
     results = {
         "command": shlex.join(["hf-smoothing", *sys.argv[1:]]),
         "model": model,
@@ -161,11 +178,8 @@ def demo(
         "max_samples": max_samples,
         "seed": seed,
         "dtype": certificates[0].dtype,
-        "guarantee": certificates[0].guarantee,
-        "certified_accuracy": [
-            {"radius": radius, "right": found.hits, "share": found.share, "interval_95": found.interval}
-            for radius, found in certified_accuracy(certificates, labels, DEMO_RADII).items()
-        ],
+        "guarantee": figures["guarantee"],
+        "certified_accuracy": figures["certified_accuracy"],
         "mean_draws": sum(found.num_samples for found in certificates) / len(certificates),
         "seconds": time.monotonic() - started,
         "device": str(smoothed.device),
@@ -174,6 +188,84 @@ def demo(
     }
     (output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     _show_demo(console, results, certificates, labels, names, output_dir)
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="Run folders, Parquet files of certificates, or logs (`idx label predict radius ...`)."),
+    ],
+    output_dir: Annotated[
+        Path | None,
+        typer.Option(help="Where to write. Without it: the run folder if there is one run, else `report`."),
+    ] = None,
+    radii: Annotated[
+        list[float] | None,
+        typer.Option(help="Count at this radius; repeat it for several. Without it: at those the runs decided."),
+    ] = None,
+    envelope: Annotated[
+        bool, typer.Option("--envelope", help="Add the best of all rows at each radius, labelled as what it is.")
+    ] = False,
+    images: Annotated[
+        str | None,
+        typer.Option(help="Show pictures of this dataset: a `load_dataset` name, a folder, a Parquet file."),
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="The split of `--images`. Without it: the one that the run certified.")
+    ] = None,
+    log_guarantee: Annotated[
+        str | None,
+        typer.Option(help="What the certificates in logs carry, which a log does not say: `per_input`, ..."),
+    ] = None,
+) -> None:
+    """
+    Tables and curves of certified accuracy from finished runs.
+
+    Prints the table, and writes `report.md`, `report.json` and the pictures: certified accuracy against radius, the
+    distribution of p_A, the draws spent, and examples with `--images`.
+
+    Example: `hf-smoothing report runs/cifar10 --envelope`
+    """
+    try:
+        require_matplotlib()
+        results = read_results(runs, log_guarantee)
+        found = summarize(results, radii or None, envelope)
+        folder = output_dir or (runs[0] if len(runs) == 1 and runs[0].is_dir() else Path("report"))
+        folder.mkdir(parents=True, exist_ok=True)
+        label = found["envelope"]["label"] if envelope else None
+        plot_certified_accuracy(results, folder / "certified-accuracy", label)
+        figures = {"Curves": "certified-accuracy.png"}
+        if plot_true_class_frequency(results, folder / "p-a"):
+            figures["How often the base classifier is right under noise (p_A)"] = "p-a.png"
+        if plot_draws(results, folder / "draws"):
+            figures["Forward passes an image"] = "draws.png"
+        if images is not None:
+            for number, result in enumerate(results):
+                rows, pictures = load_pictures(result, images, split)
+                file = f"examples-{number}.png"
+                picture_of_certificates(
+                    pictures,
+                    [row["prediction"] for row in rows],
+                    [row["radius"] for row in rows],
+                    [row["label"] for row in rows],
+                    result.names(),
+                    result.title,
+                    folder / file,
+                    at_most=SHOWN_PICTURES,
+                )
+                figures[f"Examples from largest to smallest radius: {result.title}"] = file
+        found["command"] = shlex.join(["hf-smoothing", *sys.argv[1:]])
+        (folder / "report.json").write_text(json.dumps(found, indent=2) + "\n")
+        (folder / "report.md").write_text(markdown(found, figures))
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        _fail(error)
+    console = Console()
+    console.print(_table(name_of_figure(found["guarantee"]), share_rows(found)))
+    console.print(_table("Abstentions, radii, cost", other_rows(found)))
+    for note in notes(found):
+        console.print(note, markup=False, highlight=False)
+    console.print(f"Wrote {folder / 'report.md'}, report.json and the pictures.", markup=False, soft_wrap=True)
 
 
 def _show_demo(
@@ -201,8 +293,8 @@ def _show_demo(
         _table(f"The first {len(rows)} of {len(labels)} pictures (sigma = {sigma:g}, alpha = {alpha:g})", rows)
     )
     console.print(f"Certified accuracy over all {len(labels)} pictures, abstentions counted as wrong [95 % interval]:")
-    for radius, found in certified_accuracy(certificates, labels, results["radii"]).items():
-        console.print(f"  r = {radius:<5g} {found}", markup=False, highlight=False)
+    for row in results["certified_accuracy"]:
+        console.print(f"  r = {row['radius']:<5g} {percent(row)}", markup=False, highlight=False)
     console.print(
         f"{results['mean_draws']:.0f} forward passes a picture on average (the usual protocol takes 100,100), "
         f"{results['seconds']:.0f} s in all."

@@ -1,17 +1,13 @@
-"""Tables, pictures and text from certification results."""
+"""Tables and text from certification results."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
-from importlib.util import find_spec
-from pathlib import Path
+from itertools import zip_longest
 from typing import Any
 
-import numpy as np
-from PIL import Image
-from scipy import stats
-
 from .certificates import Certificate, format_radius
+from .metrics.certified_accuracy import DEFAULT_THRESHOLDS, certified_accuracy
+from .results import Result, check_one_figure, name_of_figure
 
 PACKAGES = ("torch", "transformers", "timm", "numpy", "scipy", "hf-smoothing")
 
@@ -19,115 +15,6 @@ PACKAGES = ("torch", "transformers", "timm", "numpy", "scipy", "hf-smoothing")
 def package_versions() -> dict[str, str]:
     """Versions of the packages that a result depends on."""
     return {name: version(name) for name in PACKAGES}
-
-
-@dataclass(frozen=True)
-class Proportion:
-    """A share of images with its exact (Clopper-Pearson) 95 % confidence interval."""
-
-    hits: int
-    total: int
-
-    @property
-    def share(self) -> float:
-        return self.hits / self.total
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        found = stats.binomtest(self.hits, self.total).proportion_ci(0.95, method="exact")
-        return float(found.low), float(found.high)
-
-    def __str__(self) -> str:
-        low, high = self.interval
-        return f"{self.share:.1%} [{low:.1%}, {high:.1%}]"
-
-
-def certified_accuracy(
-    certificates: Sequence[Certificate], labels: Sequence[int], radii: Sequence[float]
-) -> dict[float, Proportion]:
-    """
-    Share of *all* images whose prediction is right and certified at each radius or beyond; abstentions count as wrong.
-
-    Args:
-        certificates: one an image.
-        labels: the true classes.
-        radii: thresholds; radius 0 counts every right prediction that does not abstain.
-
-    Raises:
-        ValueError: for unequal numbers, no images, or certificates of different guarantees (they are never mixed).
-    """
-    if len(certificates) != len(labels) or not certificates:
-        raise ValueError(
-            f"{len(certificates)} certificates for {len(labels)} labels: give one for each, and at least one."
-        )
-    guarantees = sorted({certificate.guarantee for certificate in certificates})
-    if len(guarantees) > 1:
-        raise ValueError(f"Certificates of different guarantees ({', '.join(guarantees)}) do not make one figure.")
-    right = np.array([not found.abstains and found.prediction == label for found, label in zip(certificates, labels)])
-    found_radii = np.array([found.radius for found in certificates])
-    return {radius: Proportion(int((right & (found_radii >= radius)).sum()), len(labels)) for radius in radii}
-
-
-def require_matplotlib() -> None:
-    """Raise an `ImportError` that says how to get matplotlib where it is missing."""
-    if find_spec("matplotlib") is None:
-        raise ImportError("Pictures need matplotlib: pip install 'hf-smoothing[plot]'.")
-
-
-def picture_of_certificates(
-    images: Sequence[Image.Image],
-    certificates: Sequence[Certificate],
-    labels: Sequence[int],
-    names: Sequence[str],
-    path: str | Path,
-    columns: int = 10,
-    at_most: int | None = None,
-) -> None:
-    """
-    The pictures themselves, with prediction and radius, from the largest radius to the smallest.
-
-    A right prediction is green, a wrong one red, an abstention grey.
-
-    Args:
-        images: the pictures.
-        certificates: one a picture.
-        labels: the true classes.
-        names: the classes' names.
-        path: where to write; the ending says the format (`.png`, `.svg`).
-        columns: pictures in a row.
-        at_most: show no more than this many, evenly spread from the largest radius to the smallest.
-
-    Raises:
-        ImportError: without matplotlib, which the extra `plot` brings.
-    """
-    require_matplotlib()
-    from matplotlib.figure import Figure
-
-    order = sorted(range(len(images)), key=lambda index: (-certificates[index].radius, certificates[index].abstains))
-    if at_most is not None and len(order) > at_most:
-        order = [order[round(rank)] for rank in np.linspace(0, len(order) - 1, at_most)]
-    rows = -(-len(order) // columns)
-    figure = Figure(figsize=(1.15 * columns, 1.6 * rows + 0.5), layout="constrained")
-    axes = np.atleast_1d(figure.subplots(rows, columns)).ravel()
-    for axis in axes:
-        axis.axis("off")
-    for axis, index in zip(axes, order):
-        found, label = certificates[index], labels[index]
-        axis.imshow(images[index])
-        if found.abstains:
-            text, color = f"{names[label]}?\nabstains", "dimgrey"
-        else:
-            right = found.prediction == label
-            text = names[found.prediction] if right else f"{names[found.prediction]},\nnot {names[label]}"
-            text, color = f"{text}\nr = {format_radius(found.radius)}", "darkgreen" if right else "firebrick"
-        axis.set_title(text, fontsize=7.5, color=color, pad=2)
-    one = certificates[0]
-    figure.suptitle(
-        f"Certified at sigma = {one.sigma:g}, alpha = {one.alpha:g}: no change smaller than r ({one.norm}, [0, 1] pixels) "
-        "changes the answer",
-        fontsize=9,
-    )
-    figure.savefig(path, dpi=130)
 
 
 def records(certificates: Sequence[Certificate], labels: Sequence[int], names: Sequence[str]) -> list[dict[str, Any]]:
@@ -142,3 +29,191 @@ def records(certificates: Sequence[Certificate], labels: Sequence[int], names: S
         }
         for index, (found, label) in enumerate(zip(certificates, labels))
     ]
+
+
+def percent(row: dict[str, Any]) -> str:
+    """A row of certified accuracy as text: the share and its exact 95 % interval."""
+    low, high = row["interval_95"]
+    return f"{row['share']:.1%} [{low:.1%}, {high:.1%}]"
+
+
+def summarize(
+    results: Sequence[Result], radii: Sequence[float] | None = None, envelope: bool = False
+) -> dict[str, Any]:
+    """
+    What a report says, as a dict ready for JSON; tables and text are made from it alone.
+
+    Args:
+        results: of one guarantee and one norm.
+        radii: where to count; by default those that the runs decided, or else 0, 0.25, ... 1.
+        envelope: add the best share at each radius over all results, which is the figure of no single model and sigma.
+
+    Raises:
+        ValueError: for mixed guarantees or norms, bad values, or an envelope over one result or over different images.
+    """
+    check_one_figure(results)
+    decided = sorted({0.0, *(radius for result in results for radius in result.decided_radii)})
+    if radii is None:
+        radii = decided if len(decided) > 1 else DEFAULT_THRESHOLDS
+    entries = [_entry(result, radii) for result in results]
+    return {
+        "guarantee": results[0].guarantee,
+        "norm": results[0].norm,
+        "results": entries,
+        "envelope": _envelope(results, entries) if envelope else None,
+        "versions": package_versions(),
+    }
+
+
+def _entry(result: Result, radii: Sequence[float]) -> dict[str, Any]:
+    optional = {"p_lower": "p_lower", "num_samples": "num_samples", "guarantees": "guarantee"}
+    seconds = [value for value in result.column("seconds") if value is not None]
+    try:
+        figures = certified_accuracy(
+            result.column("prediction"),
+            result.column("label"),
+            result.column("radius"),
+            thresholds=radii,
+            **{name: result.column(column) for name, column in optional.items() if result.has(column)},
+        )
+    except ValueError as error:
+        raise ValueError(f"{result.title}: {error}") from None
+    return {
+        "run": result.name,
+        "title": result.title,
+        "is_log": result.is_log,
+        "model": result.settings.get("model_name_or_path"),
+        "sigma": result.sigma,
+        "alpha": result.alpha,
+        "decided_radii": result.decided_radii,
+        **figures,
+        "mean_seconds": sum(seconds) / len(seconds) if seconds else None,
+        "made_by": {name: result.run[name] for name in ("command", "settings", "versions") if name in result.run},
+    }
+
+
+def _envelope(results: Sequence[Result], entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    if len(results) < 2:
+        raise ValueError("An envelope takes two results or more; there is one.")
+    images = [{(row["index"], row["label"]) for row in result.rows} for result in results]
+    for result, found in zip(results, images):
+        if found != images[0]:
+            raise ValueError(
+                f"An envelope takes results for the same images; {result.title} has others than {results[0].title}."
+            )
+    models, sigmas = {result.model for result in results}, {result.sigma for result in results}
+    if None in models:
+        kind = "several results, whose models are not all known"
+    elif len(models) > 1:
+        kind = "several models" if len(sigmas) == 1 else "several models and sigmas"
+    else:
+        kind = "several sigmas of one model" if len(sigmas) > 1 else "several runs of one model"
+    rows = []
+    for at in zip(*(entry["certified_accuracy"] for entry in entries)):
+        best = max(range(len(at)), key=lambda which: at[which]["share"])
+        rows.append({"radius": at[best]["radius"], "share": at[best]["share"], "from": entries[best]["title"]})
+    return {"label": f"best of {kind}", "num_images": len(results[0].rows), "certified_accuracy": rows}
+
+
+def share_rows(report: dict[str, Any]) -> list[dict[str, str]]:
+    """Certified accuracy as a table of text, from [`summarize`]: one row a run and noise level, intervals below."""
+    rows = []
+    for entry in report["results"]:
+        row = {"run": entry["run"], "sigma": _known(entry["sigma"]), "images": str(entry["num_images"])}
+        for share in entry["certified_accuracy"]:
+            low, high = share["interval_95"]
+            row[f"r = {share['radius']:g}"] = f"{share['share']:.1%}\n{100 * low:.1f} to {100 * high:.1f}"
+        rows.append(row)
+    if envelope := report["envelope"]:
+        row = {"run": envelope["label"], "sigma": "", "images": str(envelope["num_images"])}
+        row |= {f"r = {share['radius']:g}": f"{share['share']:.1%}" for share in envelope["certified_accuracy"]}
+        rows.append(row)
+    return rows
+
+
+def other_rows(report: dict[str, Any]) -> list[dict[str, str]]:
+    """What else a report says of each run and noise level, as a table of text in the order of [`share_rows`]."""
+    return [
+        {
+            "run": entry["run"],
+            "sigma": _known(entry["sigma"]),
+            "failed": str(entry["num_failed"]),
+            "abstains": f"{entry['abstention_rate']:.1%}",
+            "mean radius (*)": format_radius(entry["mean_certified_radius"]),
+            "median draws": _known(entry["median_num_samples"], ",.0f"),
+            "mean seconds": _known(entry["mean_seconds"], ".3g"),
+        }
+        for entry in report["results"]
+    ]
+
+
+def notes(report: dict[str, Any]) -> list[str]:
+    """What a reader of the table must know."""
+    entries = report["results"]
+    alphas = ", ".join(sorted({_known(entry["alpha"]) for entry in entries}))
+    said = [
+        f"{name_of_figure(report['guarantee'])} at each radius r ({report['norm'] or 'norm unknown'}, [0, 1] pixels): the "
+        "share of all images whose prediction is right and whose radius is r or more. Abstentions and failed images count "
+        "as wrong. Below it the exact 95 % interval, each for itself. "
+        f"Guarantee: {report['guarantee'] or 'unknown'}; alpha: {alphas}.",
+        "(*) Wrong images count 0; rounded down. A weak measure: a useless classifier can make it as large as it likes, and "
+        "it rewards easy images (arXiv 2410.06895). Compare the shares and the distribution of p_A instead.",
+    ]
+    for radii in sorted({tuple(entry["decided_radii"]) for entry in entries} - {()}):
+        runs = ", ".join(dict.fromkeys(entry["run"] for entry in entries if tuple(entry["decided_radii"]) == radii))
+        said.append(
+            f"{runs}: sampling stopped once the radii {', '.join(f'{radius:g}' for radius in radii)} were settled. Between "
+            "and beyond them the share is a floor, and so is the mean radius."
+        )
+    if logs := [entry["run"] for entry in entries if entry["is_log"]]:
+        said.append(
+            f"{', '.join(logs)}: a log, which says nothing of sigma, alpha and draws. Its radii are taken as l2 of [0, 1] "
+            "pixels; the usual scripts print them to three digits, rounded to the nearest, so that some fall short of what "
+            f"is printed. Its guarantee is {'what --log-guarantee states' if report['guarantee'] else 'unknown'}."
+        )
+    if envelope := report["envelope"]:
+        chosen = "; ".join(
+            f"r = {row['radius']:g}: {row['from']}" for row in envelope["certified_accuracy"] if row["share"]
+        )
+        said.append(
+            f"The last row ({envelope['label']}) is no classifier of its own: at each radius it takes the best, chosen in "
+            f"sight of these images, so it has no interval. {chosen}."
+        )
+    return said
+
+
+def markdown(report: dict[str, Any], figures: dict[str, str]) -> str:
+    """
+    A report as Markdown.
+
+    Args:
+        report: from [`summarize`].
+        figures: file names of pictures, relative to the text, by what they show.
+    """
+    text = [f"# {name_of_figure(report['guarantee'])}", markdown_table(report)]
+    text += [f"## {what}\n\n![{what}]({file})" for what, file in figures.items()]
+    made = {entry["run"]: entry["made_by"] for entry in report["results"] if entry["made_by"]}
+    if made:
+        text.append("## How the runs were made")
+    for run, by in made.items():
+        versions = ", ".join(f"{name} {value}" for name, value in by.get("versions", {}).items())
+        command = f"\n\n```bash\n{by['command']}\n```" if "command" in by else ""
+        text.append(f"{run}: {versions}; all settings are in `report.json`.{command}")
+    return "\n\n".join(text) + "\n"
+
+
+def markdown_table(report: dict[str, Any]) -> str:
+    """The table of a report and its notes, as Markdown."""
+    blank: dict[str, str] = {}  # beside the envelope
+    rows = [share | other for share, other in zip_longest(share_rows(report), other_rows(report), fillvalue=blank)]
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *([row.get(name, "") for name in rows[0]] for row in rows)]
+    # file names may hold what Markdown reads as the end of a cell
+    cells = [
+        [cell.replace("|", "\\|").replace("(*)", "(\\*)").replace("\n", "<br>") for cell in line] for line in lines
+    ]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in cells)
+    return "\n\n".join([table, *(note.replace("(*)", "(\\*)") for note in notes(report))])
+
+
+def _known(value: float | None, form: str = "g") -> str:
+    return "unknown" if value is None else format(value, form)

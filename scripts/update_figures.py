@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hf_smoothing.reports import markdown_table
+
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"(<!-- figures:(\w+) (\S+) -->\n)(?:(?!<!-- figures:).)*?(<!-- /figures -->)", re.DOTALL)
 
@@ -96,7 +98,22 @@ def benchmark(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-KINDS: dict[str, Callable[[dict[str, Any]], str]] = {"demo": demo, "training": training, "benchmark": benchmark}
+def report(results: dict[str, Any]) -> str:
+    made = {
+        f"{by['command']}` ({', '.join(f'{name} {version}' for name, version in by.get('versions', {}).items())})"
+        for by in (entry["made_by"] for entry in results["results"])
+        if "command" in by
+    }
+    commands = [f"Made with `{command}." for command in sorted(made)]
+    return "\n\n".join([markdown_table(results), *commands, f"Read with `{results['command']}`."])
+
+
+KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "demo": demo,
+    "training": training,
+    "benchmark": benchmark,
+    "report": report,
+}
 
 
 def fill(text: str) -> str:

@@ -11,7 +11,8 @@ from transformers import ViTImageProcessor
 
 from hf_smoothing import GaussianNoise, MixedNoiseViTConfig, MixedNoiseViTForImageClassification, load_demo_images
 
-SHIPPED_MODEL = Path(__file__).parent.parent / "model_cards" / "mixed-noise-vit-nano-cifar10"
+ROOT = Path(__file__).parent.parent
+SHIPPED_MODEL = ROOT / "model_cards" / "mixed-noise-vit-nano-cifar10"
 
 
 class LinearClassifier:

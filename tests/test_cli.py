@@ -5,13 +5,12 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import SHIPPED_MODEL
+from conftest import ROOT, SHIPPED_MODEL
 from PIL import Image
+from test_reports import write_log, write_run
 from typer.testing import CliRunner
 
 from hf_smoothing.cli import app
-
-ROOT = Path(__file__).parent.parent
 
 
 def run(*arguments):
@@ -101,6 +100,64 @@ def test_demo_with_the_shipped_model(tmp_path):
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["versions"]["torch"]
     assert results["command"].endswith("--sigma 0.5")
+
+
+def test_report_of_runs_and_a_log(tmp_path):
+    runs = [write_run(tmp_path / "one", (0.25, 0.5)), write_run(tmp_path / "two", (0.5,), model="user/other")]
+    log = write_log(tmp_path / "cohen.tsv")
+    out = tmp_path / "report"
+    found = run(
+        "report", *runs, log, "--log-guarantee", "per_input", "--radii", 0, "--radii", 0.25, "--output-dir", out
+    )
+    assert found.exit_code == 0, found.output
+    for word in ("one", "two", "cohen.tsv", "r = 0.25", "unknown", "2410.06895", "report.md"):
+        assert word in found.output
+    assert "best of" not in found.output
+    report = json.loads((out / "report.json").read_text())
+    assert [entry["title"] for entry in report["results"]] == [
+        "one, sigma = 0.25", "one, sigma = 0.5", "two, sigma = 0.5", "cohen.tsv, sigma = unknown",
+    ]  # fmt: skip
+    text = (out / "report.md").read_text()
+    for picture in ("certified-accuracy", "p-a", "draws"):
+        assert f"({picture}.png)" in text
+        assert Image.open(out / f"{picture}.png").width > 500
+        assert (out / f"{picture}.svg").stat().st_size > 1000
+
+
+def test_report_goes_into_the_folder_of_a_single_run(tmp_path):
+    folder = write_run(tmp_path / "one", (0.25, 0.5))
+    found = run("report", folder, "--envelope")
+    assert found.exit_code == 0, found.output
+    assert "best of several sigmas of one model" in (folder / "report.md").read_text()
+
+
+def test_report_shows_pictures(tmp_path):
+    images = ROOT / "hf_smoothing" / "cifar10_demo.parquet"
+    found = run("report", SHIPPED_MODEL / "results" / "demo", "--output-dir", tmp_path, "--images", images)
+    assert found.exit_code == 0, found.output
+    assert Image.open(tmp_path / "examples-0.png").width > 500
+    assert "(examples-0.png)" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["gone"], "no run folder or log at 'gone'"),
+        (["none"], "do not make one figure"),
+        (["--envelope"], "two results or more"),
+        (["--radii", "-1"], "thresholds=[-1.0]"),
+        (["--images", "no/such-dataset"], "no/such-dataset"),
+    ],
+)
+def test_reports_that_cannot_be(tmp_path, monkeypatch, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "one")
+    write_run(tmp_path / "none", guarantee="none")
+    found = run("report", "one", *arguments)
+    assert found.exit_code == 2, found.output
+    assert said in " ".join(found.stderr.split())
+    assert "Traceback" not in found.output
+    assert not Path("one/report.md").exists()
 
 
 def test_help_teaches():

@@ -1,12 +1,17 @@
 import json
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from conftest import SHIPPED_MODEL
+from conftest import ROOT, SHIPPED_MODEL
 from PIL import Image
-from scipy import stats
 
-from hf_smoothing import Certificate
-from hf_smoothing.reports import certified_accuracy, picture_of_certificates, records
+from hf_smoothing import Certificate, GaussianNoise
+from hf_smoothing.metrics.certified_accuracy import certified_accuracy
+from hf_smoothing.plots import picture_of_certificates, plot_certified_accuracy, true_class_frequency
+from hf_smoothing.reports import markdown, markdown_table, notes, other_rows, records, share_rows, summarize
+from hf_smoothing.results import load_pictures, read_results
 
 
 def certificate(prediction, radius, guarantee="per_input"):
@@ -17,31 +22,242 @@ def certificate(prediction, radius, guarantee="per_input"):
     )  # fmt: skip
 
 
-def test_certified_accuracy_counts_abstentions_as_wrong():
-    found = [certificate(0, 0.6), certificate(0, 0.25), certificate(1, 0.9), certificate(-1, 0.0), certificate(1, 0.0)]
-    accuracy = certified_accuracy(found, [0, 0, 0, 1, 1], [0.0, 0.25, 0.5])
-    assert [accuracy[radius].hits for radius in (0.0, 0.25, 0.5)] == [3, 2, 1]
-    assert accuracy[0.5].share == 0.2
-    assert accuracy[0.5].interval == pytest.approx((stats.beta.ppf(0.025, 1, 5), stats.beta.ppf(0.975, 2, 4)))
+NAMES = ["cat", "dog", "frog"]
 
 
-def test_an_abstention_is_never_right():
-    assert certified_accuracy([certificate(-1, 0.0)], [-1], [0.0])[0.0].hits == 0
+def write_run(folder, sigmas=(0.25,), model="user/model", guarantee="per_input", radii=(), images=60, seed=0):
+    """A finished run: every 20th image, the third one undecodable."""
+    generator = np.random.default_rng(seed)
+    rows = []
+    for sigma in sigmas:
+        for position in range(images):
+            label = position % 3
+            row = {"index": 20 * position, "label": label, "label_name": NAMES[label], "sigma": sigma, "error": "torn"}
+            row |= {"num_samples": 0, "seconds": 0.1, "norm": "l2", "alpha": 0.001}
+            if position != 2:
+                hits = generator.beta(5, 1)
+                counts = np.roll(generator.multinomial(200, [hits, (1 - hits) * 0.7, (1 - hits) * 0.3]), label)
+                prediction = int(counts.argmax()) if counts.max() > 120 else -1
+                p_lower = counts.max() / 200 - 0.05 if prediction >= 0 else 0.0
+                row |= {
+                    "error": None,
+                    "prediction": prediction,
+                    "prediction_name": NAMES[prediction] if prediction >= 0 else None,
+                    "radius": GaussianNoise(sigma).radius(p_lower) if prediction >= 0 else 0.0,
+                    "guarantee": guarantee,
+                    "alpha": 0.001,
+                    "counts": counts.tolist(),
+                    "p_lower": p_lower,
+                    "num_samples": int(generator.integers(20, 2000)),
+                    "norm": "l2",
+                    "seconds": 0.5,
+                }
+            rows.append(row)
+    folder.mkdir()
+    fullest = max(rows, key=len)
+    pq.write_table(
+        pa.table({name: [row.get(name) for row in rows] for name in fullest}), folder / "certificates.parquet"
+    )
+    settings = {"model_name_or_path": model, "radii": list(radii) or None}
+    run = {"command": "scripts/certify.py", "settings": settings, "versions": {"torch": "2"}}
+    (folder / "run.json").write_text(json.dumps(run))
+    return folder
 
 
-def test_guarantees_are_not_mixed():
-    with pytest.raises(ValueError, match="none, per_input"):
-        certified_accuracy([certificate(0, 0.1), certificate(0, 0.1, "none")], [0, 0], [0.0])
-    with pytest.raises(ValueError, match="1 certificates for 2 labels"):
-        certified_accuracy([certificate(0, 0.1)], [0, 0], [0.0])
+LOG = """idx\tlabel\tpredict\tradius\tcorrect\ttime
+0\t3\t3\t0.747\t1\t0:00:17.341
+20\t8\t1\t0.35\t0\t0:00:16.2
+40\t0\t-1\t0.0\t0\t0:01:00
+60\t6\t6\t0.25\t1\t0:00:16.000001
+"""
+
+
+def write_log(path, text=LOG):
+    path.write_text(text)
+    return path
 
 
 def test_the_picture(tmp_path):
     pictures = [Image.new("RGB", (32, 32), colour) for colour in ("red", "green", "blue")]
-    found = [certificate(0, 0.25), certificate(-1, 0.0), certificate(1, 0.5)]
     path = tmp_path / "certificates.png"
-    picture_of_certificates(pictures, found, [0, 1, 0], ["cat", "dog"], path)
+    picture_of_certificates(pictures, [0, -1, 1], [0.25, 0.0, 0.5], [0, 1, 0], ["cat", "dog"], "title", path)
     assert Image.open(path).width > 500
+
+
+def test_a_run_of_several_sigmas(tmp_path):
+    results = read_results([write_run(tmp_path / "run", (0.25, 0.5))])
+    assert [(result.title, result.alpha, result.guarantee, len(result.rows)) for result in results] == [
+        ("run, sigma = 0.25", 0.001, "per_input", 60),
+        ("run, sigma = 0.5", 0.001, "per_input", 60),
+    ]
+    report = summarize(results, [0, 0.25])
+    for result, entry in zip(results, report["results"]):
+        right = [row["prediction"] == row["label"] for row in result.rows]
+        assert entry["num_failed"] == 1
+        assert [row["right"] for row in entry["certified_accuracy"]] == [
+            sum(right),
+            sum(hit and row["radius"] >= 0.25 for hit, row in zip(right, result.rows)),
+        ]
+        assert entry["median_num_samples"] == np.median(
+            [row["num_samples"] for row in result.rows if row["num_samples"]]
+        )
+    assert json.loads(json.dumps(report)) == report
+    table = markdown_table(report)
+    assert table.count("\n| run |") == 2
+    assert "2410.06895" in table
+    assert "scripts/certify.py" in markdown(report, {"Curves": "curves.png"})
+
+
+def test_an_image_without_a_sigma_counts_once_at_every_one(tmp_path):
+    folder = write_run(tmp_path / "run", (0.25, 0.5))
+    rows = pq.read_table(folder / "certificates.parquet").to_pylist()
+    rows = [row | {"sigma": None} if row["error"] else row for row in rows]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "certificates.parquet")
+    assert [len(result.rows) for result in read_results([folder])] == [60, 60]
+
+
+def test_an_image_twice_is_refused(tmp_path):
+    folder = write_run(tmp_path / "run")
+    rows = pq.read_table(folder / "certificates.parquet").to_pylist()
+    pq.write_table(pa.Table.from_pylist([*rows, rows[3]]), folder / "certificates.parquet")
+    with pytest.raises(ValueError, match="image 60 twice"):
+        read_results([folder])
+
+
+def test_the_log_of_a_research_script(tmp_path):
+    (result,) = read_results([write_log(tmp_path / "cohen.tsv")])
+    assert (result.sigma, result.alpha, result.guarantee) == (None, None, None)
+    report = summarize([result], [0, 0.25, 0.5])
+    entry = report["results"][0]
+    assert [row["right"] for row in entry["certified_accuracy"]] == [2, 2, 1]
+    assert entry["abstention_rate"] == 0.25
+    assert entry["mean_seconds"] == pytest.approx((17.341 + 16.2 + 60 + 16.000001) / 4)
+    assert share_rows(report)[0]["sigma"] == other_rows(report)[0]["median draws"] == "unknown"
+    assert any("guarantee is unknown" in note for note in notes(report))
+    assert "as claimed" in markdown(report, {})
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("idx label predict radius\n1 2 2 0.5\n", "lacks the columns"),
+        (LOG + "80\t1", "line 6"),
+        (LOG + "80\t1\t1\t0.5\t0\t0:00:01\n", "correct=0 with label 1 and prediction 1"),
+        (LOG + "60\t6\t6\t0.25\t1\t0:00:16\n", "image 60 twice"),
+        (LOG.splitlines()[0], "no certificates"),
+    ],
+)
+def test_broken_logs_are_refused(tmp_path, text, said):
+    with pytest.raises(ValueError, match=said):
+        read_results([write_log(tmp_path / "bad.tsv", text)])
+
+
+def test_what_is_no_run_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no run folder or log"):
+        read_results([tmp_path / "gone"])
+    with pytest.raises(FileNotFoundError, match="is the run finished"):
+        read_results([tmp_path])
+    pq.write_table(pa.table({"index": [1]}), tmp_path / "certificates.parquet")
+    with pytest.raises(ValueError, match="lacks the columns"):
+        read_results([tmp_path])
+    (tmp_path / "certificates.parquet").write_text("torn")
+    with pytest.raises(ValueError, match="cannot be read as Parquet"):
+        read_results([tmp_path])
+
+
+def test_guarantees_are_not_mixed(tmp_path):
+    folders = [write_run(tmp_path / "a"), write_run(tmp_path / "b", guarantee="none")]
+    for sources in (folders, [folders[0], write_log(tmp_path / "log.tsv")]):
+        results = read_results(sources)
+        with pytest.raises(ValueError, match="do not make one figure"):
+            summarize(results)
+        with pytest.raises(ValueError, match="do not make one figure"):
+            plot_certified_accuracy(results, tmp_path / "curves")
+    assert "not certified" in markdown(summarize(read_results(folders[1:])), {})
+    stated = summarize(read_results([folders[0], tmp_path / "log.tsv"], log_guarantee="per_input"))
+    assert any("--log-guarantee states" in note for note in notes(stated))
+
+
+@pytest.mark.parametrize(
+    ("runs", "label"),
+    [
+        ([{"sigmas": (0.25, 0.5)}], "best of several sigmas of one model"),
+        ([{}, {"model": "user/other"}], "best of several models"),
+        ([{}, {"model": "user/other", "sigmas": (0.5,)}], "best of several models and sigmas"),
+        ([{}, {"seed": 1}], "best of several runs of one model"),
+        ([{}, {"model": None, "sigmas": (0.5,)}], "best of several results, whose models are not all known"),
+    ],
+)
+def test_the_envelope_says_what_it_is(tmp_path, runs, label):
+    results = read_results([write_run(tmp_path / str(number), **run) for number, run in enumerate(runs)])
+    report = summarize(results, [0, 0.25, 0.5], envelope=True)
+    assert report["envelope"]["label"] == label
+    for *all_shares, best in zip(
+        *([row["share"] for row in entry["certified_accuracy"]] for entry in [*report["results"], report["envelope"]])
+    ):
+        assert best == max(all_shares)
+    assert share_rows(report)[-1]["run"] == label
+    assert summarize(results)["envelope"] is None
+
+
+def test_an_envelope_takes_the_same_images(tmp_path):
+    results = read_results([write_run(tmp_path / "a"), write_run(tmp_path / "b", images=30)])
+    with pytest.raises(ValueError, match="same images"):
+        summarize(results, envelope=True)
+    with pytest.raises(ValueError, match="two results or more"):
+        summarize(results[:1], envelope=True)
+
+
+def test_radii_that_were_decided_are_the_ones_reported(tmp_path):
+    report = summarize(read_results([write_run(tmp_path / "run", radii=[0.1, 0.3])]))
+    assert [row["radius"] for row in report["results"][0]["certified_accuracy"]] == [0, 0.1, 0.3]
+    assert any("0.1, 0.3 were settled" in note for note in notes(report))
+
+
+def test_fewer_radii_may_be_decided_at_a_small_sigma(tmp_path):
+    folder = write_run(tmp_path / "run", (0.25, 0.5), radii=[0.1, 1.5])
+    run = json.loads((folder / "run.json").read_text())
+    run["settings"]["radii_decided"] = {"0.25": [0.1], "0.5": [0.1, 1.5]}
+    (folder / "run.json").write_text(json.dumps(run))
+    assert [result.decided_radii for result in read_results([folder])] == [[0.1], [0.1, 1.5]]
+
+
+def test_how_often_the_true_class_is_hit(tmp_path):
+    (result,) = read_results([write_run(tmp_path / "run")])
+    shares = true_class_frequency(result)
+    assert len(shares) == 59
+    assert shares[0] == result.rows[0]["counts"][0] / 200
+
+
+def test_the_same_drawing_gives_the_same_bytes(tmp_path):
+    results = read_results([write_run(tmp_path / "run", (0.25, 0.5))])
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        plot_certified_accuracy(results, tmp_path / name / "curves", envelope="best")
+    for ending in (".png", ".svg"):
+        first, second = ((tmp_path / name / f"curves{ending}").read_bytes() for name in ("a", "b"))
+        assert first == second
+
+
+def test_pictures_of_other_data_are_refused(tmp_path):
+    (result,) = read_results([SHIPPED_MODEL / "results" / "demo"])
+    data = str(ROOT / "hf_smoothing" / "cifar10_demo.parquet")
+    rows, pictures = load_pictures(result, data, "test")
+    assert len(rows) == len(pictures) == 200
+    for row in result.rows:
+        row["index"] = 199 - row["index"]
+    with pytest.raises(ValueError, match="other labels"):
+        load_pictures(result, data, "test")
+    result.rows[0]["index"] = 200
+    with pytest.raises(ValueError, match="has 200 images"):
+        load_pictures(result, data, "test")
+
+
+def test_the_shipped_results_are_what_the_metric_makes_of_their_records():
+    (result,) = read_results([SHIPPED_MODEL / "results" / "demo"])
+    results = json.loads((SHIPPED_MODEL / "results" / "demo" / "results.json").read_text())
+    columns = (result.column(name) for name in ("prediction", "label", "radius"))
+    assert certified_accuracy(*columns, results["radii"])["certified_accuracy"] == results["certified_accuracy"]
 
 
 def test_records():

@@ -1,0 +1,10 @@
+"""Certified accuracy: pure functions, and a thin `evaluate.Metric` on top."""
+
+from .certified_accuracy import (
+    DEFAULT_THRESHOLDS,
+    CertifiedAccuracy,
+    certified_accuracy,
+    certified_accuracy_curve,
+)
+
+__all__ = ["DEFAULT_THRESHOLDS", "CertifiedAccuracy", "certified_accuracy", "certified_accuracy_curve"]

@@ -1,0 +1,289 @@
+"""Certified accuracy of a smoothed classifier: the only place in the package that computes it.
+
+`evaluate.load` copies this file alone and reads its imports line by line: one import a line, none of `hf_smoothing`.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import evaluate
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+ABSTAIN = -1
+GUARANTEES = ("per_input", "marginal", "none")
+DEFAULT_THRESHOLDS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+Column = Iterable[Any]
+"""A list, array or tensor on the CPU with one value an image."""
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Checked input, one value an image."""
+
+    right: NDArray[np.bool_]
+    abstains: NDArray[np.bool_]
+    failed: NDArray[np.bool_]
+    radii: NDArray[np.float64]
+    guarantee: str | None
+    p_lower: NDArray[np.float64] | None
+    num_samples: NDArray[np.float64] | None
+
+
+def certified_accuracy(
+    predictions: Column,
+    references: Column,
+    radii: Column,
+    thresholds: Iterable[float] = DEFAULT_THRESHOLDS,
+    guarantees: Column | None = None,
+    p_lower: Column | None = None,
+    num_samples: Column | None = None,
+) -> dict[str, Any]:
+    """
+    Share of *all* images whose prediction is right and certified at each radius or beyond (Cohen et al., arXiv 1902.02918).
+
+    Abstentions and images that failed count as wrong. Intervals are exact (Clopper-Pearson), 95 %, each for itself.
+
+    Args:
+        predictions: class indices; -1 where the classifier abstains, None where the image failed.
+        references: the true classes, 0 or above.
+        radii: certified radii, 0 or above and at full precision (float64); 0 on abstention, None where the image failed.
+        thresholds: radii at which to count, 0 or above. Radius 0 counts every right prediction that does not abstain.
+        guarantees: `per_input`, `marginal` or `none` for each image; different ones are refused, since they do not make one
+            figure. None where unknown. With `none` the figures are estimates: do not call them certified.
+        p_lower: lower bounds, in [0, 1], of the probability of the predicted class under noise.
+        num_samples: forward passes spent on each image, 0 or above; None where unknown.
+
+    Returns:
+        A dict ready for JSON:
+
+        - `num_images`, `num_failed`;
+        - `certified_accuracy`: for each threshold `radius`, `right` (images), `share`, `interval_95` (low, high);
+        - `clean_accuracy`: the share at radius 0;
+        - `abstention_rate`: share of all images;
+        - `mean_certified_radius`: wrong images count 0. A weak measure: a useless classifier can make it as large as it
+          likes, and it rewards easy images (arXiv 2410.06895). Compare the shares, or the distribution of p_A, instead;
+        - `guarantee`: of all images; None where unknown;
+        - `p_lower_quartiles`: of the bound on the *true* class, which is 0 where the prediction is wrong; None without
+          `p_lower`;
+        - `median_num_samples`: over the images that did not fail; None without `num_samples`.
+
+    Raises:
+        ValueError: for no images, unequal numbers, mixed guarantees, or a value out of its range; the message names it.
+
+    >>> found = certified_accuracy([0, 1, -1], [0, 0, 0], [0.3, 0.9, 0.0], thresholds=[0, 0.25, 0.5])
+    >>> [row["right"] for row in found["certified_accuracy"]], round(found["abstention_rate"], 3)
+    ([1, 1, 0], 0.333)
+    """
+    columns = _validate(predictions, references, radii, guarantees, p_lower, num_samples)
+    if not len(columns.right):
+        raise ValueError("There are no images: predictions, references and radii are empty.")
+    levels = [float(level) for level in thresholds]
+    if not levels or not all(0 <= level < math.inf for level in levels):
+        raise ValueError(f"thresholds={levels} must be one or more finite radii, 0 or above.")
+    draws = columns.num_samples
+    if draws is not None:
+        draws = draws[~np.isnan(draws) & ~columns.failed]
+    return {
+        "num_images": len(columns.right),
+        "num_failed": int(columns.failed.sum()),
+        "certified_accuracy": [_share(columns, level) for level in levels],
+        "clean_accuracy": float(columns.right.mean()),
+        "abstention_rate": float(columns.abstains.mean()),
+        "mean_certified_radius": float(np.where(columns.right, columns.radii, 0.0).mean()),
+        "guarantee": columns.guarantee,
+        "p_lower_quartiles": None
+        if columns.p_lower is None
+        else np.quantile(np.where(columns.right, columns.p_lower, 0.0), [0.25, 0.5, 0.75]).tolist(),
+        "median_num_samples": None if draws is None or not len(draws) else float(np.median(draws)),
+    }
+
+
+def certified_accuracy_curve(
+    predictions: Column, references: Column, radii: Column
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """
+    Certified accuracy at *every* radius: a step function, exactly.
+
+    Args: as for [`certified_accuracy`].
+
+    Returns:
+        Radii in ascending order from 0 and as many shares: `shares[i]` holds above `radii[i - 1]` up to and including
+        `radii[i]` (matplotlib's `step(where="pre")`). Beyond the last radius the share is 0.
+    """
+    columns = _validate(predictions, references, radii)
+    corners, counts = np.unique(columns.radii[columns.right], return_counts=True)
+    reached = counts[::-1].cumsum()[::-1]
+    if not len(corners) or corners[0] > 0:
+        corners = np.concatenate([[0.0], corners])
+        reached = np.concatenate([[int(columns.right.sum())], reached])
+    return corners, reached / len(columns.right)
+
+
+def _share(columns: _Columns, level: float) -> dict[str, Any]:
+    right = int((columns.right & (columns.radii >= level)).sum())
+    interval = stats.binomtest(right, len(columns.right)).proportion_ci(0.95, method="exact")
+    return {
+        "radius": level,
+        "right": right,
+        "share": right / len(columns.right),
+        "interval_95": [float(interval.low), float(interval.high)],
+    }
+
+
+def _validate(
+    predictions: Column,
+    references: Column,
+    radii: Column,
+    guarantees: Column | None = None,
+    p_lower: Column | None = None,
+    num_samples: Column | None = None,
+) -> _Columns:
+    found: dict[str, Column | None] = {"predictions": predictions, "references": references, "radii": radii}
+    found |= {"guarantees": guarantees, "p_lower": p_lower, "num_samples": num_samples}
+    given = {name: list(column) for name, column in found.items() if column is not None}
+    if len({len(column) for column in given.values()}) > 1:
+        sizes = ", ".join(f"{len(column)} {name}" for name, column in given.items())
+        raise ValueError(f"Unequal numbers ({sizes}): give one of each for every image.")
+    failed = np.array([value is None for value in given["predictions"]], bool)
+    classes = _numbers("predictions", given["predictions"], missing=ABSTAIN)
+    labels, distances = (
+        _numbers(name, [0 if skip else value for skip, value in zip(failed, given[name])])
+        for name in ("references", "radii")
+    )
+    whole = "must be a whole number"
+    _check(
+        "predictions", classes, (classes >= ABSTAIN) & _whole(classes), f"{whole}: a class, or -1 for an abstention."
+    )
+    _check(
+        "references", labels, (labels >= 0) & _whole(labels), f"{whole}, 0 or above: images need labels to be counted."
+    )
+    _check("radii", distances, (distances >= 0) & (distances < math.inf), "must be a finite radius, 0 or above.")
+    abstains = (classes == ABSTAIN) & ~failed
+    _check("radii", distances, ~abstains | (distances == 0), "must be 0, since the prediction abstains there (-1).")
+    bounds = draws = None
+    if "p_lower" in given:
+        bounds = _numbers("p_lower", given["p_lower"], missing=0)
+        _check("p_lower", bounds, (bounds >= 0) & (bounds <= 1), "must be a probability.")
+    if "num_samples" in given:
+        known = np.array([value is not None for value in given["num_samples"]], bool)
+        draws = _numbers("num_samples", given["num_samples"], missing=0)
+        _check("num_samples", draws, (draws >= 0) & _whole(draws), f"{whole}, 0 or above.")
+        draws = np.where(known, draws, np.nan)
+    return _Columns(
+        right=(classes == labels) & ~abstains & ~failed,
+        abstains=abstains,
+        failed=failed,
+        radii=distances,
+        guarantee=_guarantee(given.get("guarantees", []), failed),
+        p_lower=bounds,
+        num_samples=draws,
+    )
+
+
+def _guarantee(guarantees: list[Any], failed: NDArray[np.bool_]) -> str | None:
+    # a failed image has no certificate; "" stands for None in evaluate's string columns
+    kinds = {name or "unknown" for name, skip in zip(guarantees, failed) if not skip}
+    if unheard := sorted(str(kind) for kind in kinds.difference(GUARANTEES, ["unknown"])):
+        raise ValueError(f"guarantees has {unheard[0]!r}; there are {', '.join(GUARANTEES)}, and None where unknown.")
+    if len(kinds) > 1:
+        raise ValueError(
+            f"Different guarantees ({', '.join(sorted(kinds))}) do not make one figure: compute each alone."
+        )
+    kind = kinds.pop() if kinds else "unknown"
+    return None if kind == "unknown" else kind
+
+
+def _numbers(name: str, values: list[Any], missing: float | None = None) -> NDArray[np.float64]:
+    try:
+        return np.array([missing if value is None else float(value) for value in values], np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must hold one number an image: {error}.") from None
+
+
+def _whole(values: NDArray[np.float64]) -> NDArray[np.bool_]:
+    return np.isfinite(values) & (np.floor(values) == values)
+
+
+def _check(name: str, values: NDArray[np.float64], fine: NDArray[np.bool_], wanted: str) -> None:
+    if not fine.all():
+        at = int(np.argmin(fine))
+        raise ValueError(f"{name}[{at}]={values[at]:g} {wanted}")
+
+
+_FEATURES = {
+    "predictions": datasets.Value("int64"),
+    "references": datasets.Value("int64"),
+    "radii": datasets.Value("float64"),
+    "guarantees": datasets.Value("string"),
+    "p_lower": datasets.Value("float64"),
+    "num_samples": datasets.Value("int64"),
+}
+_REQUIRED = ("predictions", "references", "radii")
+
+
+class CertifiedAccuracy(evaluate.Metric):
+    """
+    [`certified_accuracy`] as a metric of `evaluate`: `CertifiedAccuracy()`, or `evaluate.load` with this folder.
+
+    `predictions`, `references` and `radii` are required; `guarantees`, `p_lower` and `num_samples` may come along, the same
+    ones in every batch. `evaluate.combine` hands only the three required columns to `add_batch`, and all to `compute`.
+
+    >>> metric = CertifiedAccuracy()
+    >>> metric.add_batch(predictions=[0, 1], references=[0, 0], radii=[0.3, 0.9], guarantees=["per_input"] * 2)
+    >>> metric.compute(thresholds=[0.25])["certified_accuracy"][0]["share"]
+    0.5
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="Certified accuracy of a smoothed classifier over all images, abstentions counted as wrong.",
+            citation="Cohen, Rosenfeld, Kolter: Certified Adversarial Robustness via Randomized Smoothing (2019).",
+            inputs_description=certified_accuracy.__doc__,
+            features=datasets.Features({name: _FEATURES[name] for name in _REQUIRED}),
+            reference_urls=["https://arxiv.org/abs/1902.02918", "https://arxiv.org/abs/2410.06895"],
+        )
+
+    def add(self, *, prediction: Any = None, reference: Any = None, **columns: Any) -> None:
+        """Add one image; the other columns keep their names."""
+        values = {name: [value] for name, value in columns.items()}
+        self.add_batch(predictions=[prediction], references=[reference], **values)
+
+    def add_batch(self, *, predictions: Any = None, references: Any = None, **columns: Any) -> None:
+        """Add a batch of images; bad values are refused here."""
+        batch = {"predictions": predictions, "references": references, **columns}
+        batch = {name: list(column) for name, column in batch.items() if column is not None}
+        if self.writer is None:
+            self._expect(batch)
+        if set(batch) != set(self.features):
+            raise ValueError(
+                f"A batch has the columns {', '.join(batch)}; the first one had {', '.join(self.features)}: give the same "
+                "ones in every batch."
+            )
+        _validate(**batch)
+        if "guarantees" in batch:
+            batch["guarantees"] = [name or "" for name in batch["guarantees"]]  # evaluate takes no None for a string
+        super().add_batch(**batch)
+
+    def compute(self, *, predictions: Any = None, references: Any = None, **columns: Any) -> dict[str, Any] | None:
+        """Compute over everything added, or over the columns given; None in all processes of `num_process` but the first."""
+        if self.writer is None and (predictions is not None or references is not None):
+            self._expect({"predictions": predictions, "references": references, **columns})
+        return super().compute(predictions=predictions, references=references, **columns)
+
+    def _compute(self, **columns: Any) -> dict[str, Any]:
+        return certified_accuracy(**columns)
+
+    def _expect(self, batch: dict[str, Any]) -> None:
+        """Fix the columns of everything that is added until `compute`."""
+        given = [name for name, column in batch.items() if column is not None and name != "thresholds"]
+        if unknown := [name for name in given if name not in _FEATURES]:
+            raise ValueError(f"There is no column {unknown[0]!r}; there are {', '.join(_FEATURES)}.")
+        if missing := [name for name in _REQUIRED if name not in given]:
+            raise ValueError(f"{', '.join(missing)} missing: give {', '.join(_REQUIRED)}.")
+        self.info.features = datasets.Features({name: kind for name, kind in _FEATURES.items() if name in given})

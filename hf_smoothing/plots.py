@@ -1,0 +1,181 @@
+"""Pictures of results: example images with their radii, curves of certified accuracy, histograms. Needs matplotlib."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from .certificates import ABSTAIN, format_radius
+from .metrics.certified_accuracy import certified_accuracy_curve
+from .results import Result, check_one_figure, name_of_figure
+
+FORMATS = (".png", ".svg")
+
+
+def require_matplotlib() -> None:
+    """Raise an `ImportError` that says how to get matplotlib where it is missing."""
+    if find_spec("matplotlib") is None:
+        raise ImportError("Pictures need matplotlib: pip install 'hf-smoothing[plot]'.")
+
+
+def picture_of_certificates(
+    images: Sequence[Image.Image],
+    predictions: Sequence[int],
+    radii: Sequence[float],
+    labels: Sequence[int],
+    names: Sequence[str] | Mapping[int, str],
+    title: str,
+    path: str | Path,
+    columns: int = 10,
+    at_most: int | None = None,
+) -> None:
+    """
+    The pictures themselves, with prediction and radius, from the largest radius to the smallest.
+
+    A right prediction is green, a wrong one red, an abstention grey.
+
+    Args:
+        images: the pictures; only those shown are looked at.
+        predictions: class indices, -1 for an abstention.
+        radii: the certified radii.
+        labels: the true classes.
+        names: the classes' names.
+        title: one line above.
+        path: where to write; the ending says the format (`.png`, `.svg`).
+        columns: pictures in a row.
+        at_most: show no more than this many, evenly spread from the largest radius to the smallest.
+
+    Raises:
+        ImportError: without matplotlib, which the extra `plot` brings.
+    """
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    order = sorted(range(len(images)), key=lambda index: (-radii[index], predictions[index] == ABSTAIN))
+    if at_most is not None and len(order) > at_most:
+        order = [order[round(rank)] for rank in np.linspace(0, len(order) - 1, at_most)]
+    rows = -(-len(order) // columns)
+    figure = Figure(figsize=(1.15 * columns, 1.6 * rows + 0.5), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(rows, columns)).ravel()
+    for axis in axes:
+        axis.axis("off")
+    for axis, index in zip(axes, order):
+        label, prediction = labels[index], predictions[index]
+        axis.imshow(images[index])
+        if prediction == ABSTAIN:
+            text, color = f"{names[label]}?\nabstains", "dimgrey"
+        else:
+            right = prediction == label
+            text = names[prediction] if right else f"{names[prediction]},\nnot {names[label]}"
+            text, color = f"{text}\nr = {format_radius(radii[index])}", "darkgreen" if right else "firebrick"
+        axis.set_title(text, fontsize=7.5, color=color, pad=2)
+    figure.suptitle(title, fontsize=9)
+    figure.savefig(path, dpi=130)
+
+
+def plot_certified_accuracy(results: Sequence[Result], stem: Path, envelope: str | None = None) -> None:
+    """
+    Certified accuracy against radius, one exact step curve a result; written to `stem` with each ending of `FORMATS`.
+
+    Args:
+        results: of one guarantee and one norm.
+        stem: path without an ending.
+        envelope: draw the best of all curves at each radius too, under this label.
+
+    Raises:
+        ValueError: where guarantees or norms are mixed.
+    """
+    check_one_figure(results)
+    curves = [
+        certified_accuracy_curve(*(result.column(name) for name in ("prediction", "label", "radius")))
+        for result in results
+    ]
+    norm, guarantee = results[0].norm or "norm unknown", results[0].guarantee or "unknown"
+    with _figure(
+        stem, f"radius ({norm}, [0, 1] pixels)", f"{name_of_figure(results[0].guarantee)}, all images"
+    ) as axes:
+        for result, (radii, shares) in zip(results, curves):
+            # down to 0 after the last radius
+            axes.step([*radii, radii[-1]], [*shares, 0], where="pre", label=result.title)
+        if envelope is not None:
+            radii = np.unique(np.concatenate([radii for radii, _ in curves]))
+            best = np.max([_share_at(radii, *curve) for curve in curves], axis=0)
+            axes.step([*radii, radii[-1]], [*best, 0], where="pre", label=envelope, color="black", ls=":", lw=1.8)
+        axes.set(xlim=(0, None), ylim=(0, 1), title=f"guarantee: {guarantee}")
+        axes.legend(fontsize=8)
+
+
+def _share_at(at: NDArray[np.float64], radii: NDArray[np.float64], shares: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.append(shares, 0.0)[np.searchsorted(radii, at, side="left")]
+
+
+def plot_true_class_frequency(results: Sequence[Result], stem: Path) -> list[Result]:
+    """
+    Histogram of p_A: how often the base classifier finds the true class of each image under noise.
+
+    arXiv 2410.06895 recommends this distribution in place of the mean radius. The share of the counted draws stands for the
+    probability; where sampling stopped early it is a little off.
+
+    Returns:
+        The results that it could be drawn for, those with counts; nothing is written where there are none.
+    """
+    check_one_figure(results)
+    counted = [result for result in results if len(true_class_frequency(result))]
+    if not counted:
+        return []
+    with _figure(stem, "share of the noisy draws that hit the true class (p_A)", "share of images") as axes:
+        for result in counted:
+            shares = true_class_frequency(result)
+            heights, edges = np.histogram(shares, np.linspace(0, 1, 26))
+            axes.stairs(heights / len(shares), edges, label=result.title, lw=1.4)
+        axes.set(xlim=(0, 1), ylim=(0, None))
+        axes.legend(fontsize=8)
+    return counted
+
+
+def true_class_frequency(result: Result) -> NDArray[np.float64]:
+    """Share of the counted draws that hit the true class, for each image with draws."""
+    pairs = zip(result.column("counts"), result.column("label"))
+    return np.array([counts[label] / sum(counts) for counts, label in pairs if counts and sum(counts)])
+
+
+def plot_draws(results: Sequence[Result], stem: Path) -> list[Result]:
+    """
+    Histogram of the forward passes spent on an image, on a logarithmic axis.
+
+    Returns:
+        The results that it could be drawn for; nothing is written where there are none.
+    """
+    known = [result for result in results if any(result.column("num_samples"))]
+    if not known:
+        return []
+    draws = [np.array([value for value in result.column("num_samples") if value]) for result in known]
+    edges = np.geomspace(min(values.min() for values in draws), max(values.max() for values in draws) + 1, 31)
+    with _figure(stem, "forward passes an image", "share of images") as axes:
+        for result, values in zip(known, draws):
+            axes.stairs(np.histogram(values, edges)[0] / len(values), edges, label=result.title, lw=1.4)
+        axes.set(xscale="log", ylim=(0, None))
+        axes.legend(fontsize=8)
+    return known
+
+
+@contextmanager
+def _figure(stem: Path, xlabel: str, ylabel: str) -> Iterator[Any]:
+    """Axes to draw on, written in every format afterwards; the same drawing gives the same bytes."""
+    require_matplotlib()
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.grid(alpha=0.3)
+    yield axes
+    with rc_context({"svg.hashsalt": stem.name}):
+        for ending in FORMATS:
+            figure.savefig(stem.with_suffix(ending), dpi=150, metadata={"Date": None} if ending == ".svg" else None)

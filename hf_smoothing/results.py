@@ -1,0 +1,273 @@
+"""Reading finished runs: folders with `certificates.parquet`, logs of research scripts, and the pictures certified."""
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow.parquet as pq
+from PIL import Image
+
+from .certificates import ABSTAIN
+
+Row = dict[str, Any]
+
+COLUMNS = ("index", "label", "prediction", "radius")
+"""What a table of certificates must have; every other column of a record may be missing, and is then unknown."""
+
+LOG_COLUMNS = ("idx", "label", "predict", "radius")
+
+
+@dataclass(frozen=True)
+class Result:
+    """
+    The certificates of one run at one noise level.
+
+    Attributes:
+        source: the folder or file, as it was named.
+        name: what it is called in tables.
+        rows: one record an image, as in `certificates.parquet`; an image that failed has None for its certificate.
+        run: what `run.json` says; empty where there is none.
+        is_log: whether this is the log of a research script, which tells less.
+    """
+
+    source: Path
+    name: str
+    rows: list[Row]
+    run: dict[str, Any]
+    is_log: bool = False
+
+    def column(self, name: str) -> list[Any]:
+        """One value an image; None where unknown."""
+        return [row.get(name) for row in self.rows]
+
+    def has(self, name: str) -> bool:
+        """Whether any image has a value in this column."""
+        return any(row.get(name) is not None for row in self.rows)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the run was asked to do; empty where it does not say."""
+        return self.run.get("settings", {})
+
+    @property
+    def model(self) -> str | None:
+        """What tells its model from others: a digest of the weights, or else the name; None where unknown."""
+        return self.settings.get("model_weights") or self.settings.get("model_name_or_path")
+
+    @property
+    def decided_radii(self) -> list[float]:
+        """The radii that were decided at this noise level; empty where the largest was looked for, or nothing is said."""
+        by_sigma = self.settings.get("radii_decided", {})
+        return list(by_sigma.get(_known(self.sigma), self.settings.get("radii")) or [])
+
+    @cached_property
+    def sigma(self) -> float | None:
+        return self._only("sigma")
+
+    @cached_property
+    def alpha(self) -> float | None:
+        return self._only("alpha")
+
+    @cached_property
+    def norm(self) -> str | None:
+        return self._only("norm")
+
+    @cached_property
+    def guarantee(self) -> str | None:
+        return self._only("guarantee")
+
+    @property
+    def title(self) -> str:
+        """Name and noise level."""
+        return f"{self.name}, sigma = {_known(self.sigma)}"
+
+    def names(self) -> dict[int, str]:
+        """Class names by class index, as far as the records have them."""
+        found: dict[int, str] = {}
+        for row in self.rows:
+            for kind in ("label", "prediction"):
+                if row[kind] is not None and row[kind] != ABSTAIN:
+                    found[row[kind]] = row.get(f"{kind}_name") or str(row[kind])
+        return found
+
+    def _only(self, name: str) -> Any:
+        values = sorted({row[name] for row in self.rows if row.get(name) is not None})
+        if len(values) > 1:
+            raise ValueError(f"{self.source} mixes {name} {', '.join(map(str, values))}: give each its own run.")
+        return values[0] if values else None
+
+
+def _known(value: float | None) -> str:
+    return "unknown" if value is None else format(value, "g")
+
+
+def read_results(sources: Sequence[Path], log_guarantee: str | None = None) -> list[Result]:
+    """
+    The results in run folders, Parquet files of certificates and logs: one for each source and noise level, in order.
+
+    Args:
+        sources: folders with `certificates.parquet` (and `run.json`, if there is one), such files, or logs: tab-separated
+            with the columns idx, label, predict and radius (and correct, time), -1 for an abstention.
+        log_guarantee: the guarantee that the logs' certificates carry; a log does not say.
+
+    Raises:
+        FileNotFoundError: where there is no such run.
+        ValueError: for a file that is no such table, or holds an image twice; the message names it.
+    """
+    found = []
+    for source in sources:
+        # two folders of the same name are told apart by their paths
+        name = str(source) if sum(other.name == source.name for other in sources) > 1 else source.name or str(source)
+        if source.is_dir() or source.suffix == ".parquet":
+            found += _read_run(source, name)
+        elif source.is_file():
+            found.append(_read_log(source, name, log_guarantee))
+        else:
+            raise FileNotFoundError(f"There is no run folder or log at {str(source)!r}.")
+    return found
+
+
+def _read_run(source: Path, name: str) -> list[Result]:
+    table = source / "certificates.parquet" if source.is_dir() else source
+    if not table.is_file():
+        raise FileNotFoundError(f"{str(source)!r} has no {table.name}: is the run finished?")
+    try:
+        rows = pq.read_table(table).to_pylist()
+    except (OSError, ValueError) as error:  # pyarrow's errors are among them
+        raise ValueError(f"{table} cannot be read as Parquet: {error}.") from error
+    if not rows or (missing := [column for column in COLUMNS if column not in rows[0]]):
+        raise ValueError(
+            f"{table} {f'lacks the columns {missing}' if rows else 'has no rows'}: it holds no certificates."
+        )
+    facts = table.with_name("run.json")
+    run = json.loads(facts.read_text()) if facts.is_file() else {}
+    sigmas = sorted({row["sigma"] for row in rows if row.get("sigma") is not None})
+    # an image that failed before any noise was added counts once at every noise level
+    everywhere = list({row["index"]: row for row in rows if row.get("sigma") is None}.values()) if sigmas else rows
+    found = [
+        Result(source, name, [row for row in rows if row.get("sigma") == sigma] + everywhere, run) for sigma in sigmas
+    ] or [Result(source, name, everywhere, run)]
+    for result in found:
+        _check_once(result)
+    return found
+
+
+def _read_log(source: Path, name: str, guarantee: str | None) -> Result:
+    with source.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file, delimiter="\t")
+        header = reader.fieldnames or []
+        if missing := [column for column in LOG_COLUMNS if column not in header]:
+            raise ValueError(f"{source} lacks the columns {missing}: a log has them tab-separated in its first line.")
+        rows = []
+        for row in reader:
+            try:
+                rows.append(_log_row(row, guarantee))
+            except (TypeError, ValueError) as error:  # a torn line has None for what is missing
+                raise ValueError(f"{source}, line {reader.line_num}, is no certificate: {error}.") from None
+    if not rows:
+        raise ValueError(f"{source} has no certificates.")
+    result = Result(source, name, rows, {}, is_log=True)
+    _check_once(result)
+    return result
+
+
+def _log_row(row: dict[str, str], guarantee: str | None) -> Row:
+    label, prediction = int(row["label"]), int(row["predict"])
+    correct = row.get("correct")
+    if correct is not None and int(correct) != (label == prediction):
+        raise ValueError(f"correct={correct} with label {label} and prediction {prediction}")
+    return {
+        "index": int(row["idx"]),
+        "label": label,
+        "prediction": prediction,
+        "radius": float(row["radius"]),
+        "guarantee": guarantee,
+        "norm": "l2",
+        "seconds": _seconds(row["time"]) if row.get("time") else None,
+    }
+
+
+def _seconds(text: str) -> float:
+    """Seconds in what `str(timedelta)` or a plain number says: `0:00:17.3`, `17.3`."""
+    seconds = 0.0
+    for part in text.split(":"):
+        seconds = 60 * seconds + float(part)
+    return seconds
+
+
+def _check_once(result: Result) -> None:
+    seen = set()
+    for row in result.rows:
+        if row["index"] in seen:
+            raise ValueError(
+                f"{result.source} has image {row['index']} twice: it takes one row an image and noise level."
+            )
+        seen.add(row["index"])
+
+
+def name_of_figure(guarantee: str | None) -> str:
+    """What a share of images at a radius may be called: certified only where it is."""
+    if guarantee is None:
+        return "Certified accuracy as claimed (guarantee unknown)"
+    return "Estimated accuracy (not certified)" if guarantee == "none" else "Certified accuracy"
+
+
+def check_one_figure(results: Sequence[Result]) -> None:
+    """
+    Raise a `ValueError` unless results can stand in one figure: the same guarantee and the same norm.
+    """
+    for what in ("guarantee", "norm"):
+        kinds = {getattr(result, what) or "unknown" for result in results}
+        if len(kinds) > 1:
+            each = "; ".join(f"{result.title}: {getattr(result, what) or 'unknown'}" for result in results)
+            hint = (
+                " (say with --log-guarantee what the logs carry)" if what == "guarantee" and "unknown" in kinds else ""
+            )
+            raise ValueError(f"Results of different {what} do not make one figure: report each alone{hint}. {each}.")
+
+
+def load_pictures(result: Result, dataset: str, split: str | None = None) -> tuple[list[Row], Sequence[Image.Image]]:
+    """
+    The pictures that a result is about, undecoded until they are looked at.
+
+    Args:
+        result: its images' indices are positions in the split; images that failed are left out.
+        dataset: a name or folder that `load_dataset` takes, or a Parquet file.
+        split: which part of it; by default the one that the run certified, or `test` where it does not say.
+
+    Returns:
+        The rows of the images that did not fail, and their pictures in the same order.
+
+    Raises:
+        ValueError: where the dataset has no or several columns of pictures, or is not the one that was certified.
+    """
+    split = split or result.settings.get("split", "test")
+    if Path(dataset).suffix == ".parquet":
+        data = datasets.load_dataset("parquet", data_files={split: dataset}, split=split)
+    else:
+        data = datasets.load_dataset(dataset, split=split)
+    columns = [name for name, feature in data.features.items() if isinstance(feature, datasets.Image)]
+    if len(columns) != 1:
+        raise ValueError(f"{dataset} has {len(columns)} columns of pictures among {data.column_names}; it takes one.")
+    rows = [row for row in result.rows if row["prediction"] is not None]
+    if rows and (last := max(row["index"] for row in rows)) >= len(data):
+        raise ValueError(
+            f"{dataset} ({split}) has {len(data)} images; {result.title} has an image {last}: not the same data."
+        )
+    chosen = data.select([row["index"] for row in rows])
+    names = result.names()
+    labels = [
+        [feature.names[label] if label >= 0 else None for label in chosen[name]]
+        for name, feature in data.features.items()
+        if isinstance(feature, datasets.ClassLabel)
+    ]
+    if result.has("label_name") and labels and [names[row["label"]] for row in rows] not in labels:
+        raise ValueError(
+            f"{dataset} ({split}) has other labels than {result.title}: these are not the images certified."
+        )
+    return rows, chosen[columns[0]]
