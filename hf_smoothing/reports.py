@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -128,17 +127,3 @@ def picture_of_certificates(
         fontsize=9,
     )
     figure.savefig(path, dpi=130)
-
-
-def records(certificates: Sequence[Certificate], labels: Sequence[int], names: Sequence[str]) -> list[dict[str, Any]]:
-    """One flat record an image, ready for Parquet: position, label, names and the certificate's fields."""
-    return [
-        {
-            "index": index,
-            "label": label,
-            "label_name": names[label],
-            "prediction_name": None if found.abstains else names[found.prediction],
-            **found.to_dict(),
-        }
-        for index, (found, label) in enumerate(zip(certificates, labels))
-    ]
