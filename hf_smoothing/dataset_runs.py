@@ -165,8 +165,11 @@ class RunSummary:
 
 def start_processes() -> Accelerator:
     """The processes that `accelerate launch` or `torchrun` started; one where neither did."""
-    # A process may wait for another as long as one image takes; launchers end the others when one dies
-    return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
+    return Accelerator(
+        cpu=not torch.accelerator.is_available(),  # unless told, accelerate makes each of several processes on CPUs a group
+        # A process may wait for another as long as one image takes; launchers end the others when one dies
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
+    )
 
 
 def certify_dataset(
