@@ -166,7 +166,8 @@ class RunSummary:
 def start_processes() -> Accelerator:
     """The processes that `accelerate launch` or `torchrun` started; one where neither did."""
     return Accelerator(
-        cpu=not torch.accelerator.is_available(),  # unless told, accelerate makes each of several processes on CPUs a group
+        # untold, accelerate takes each of several processes on CPUs for the only one
+        cpu=not torch.accelerator.is_available(),
         # A process may wait for another as long as one image takes; launchers end the others when one dies
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
     )
@@ -299,8 +300,14 @@ def _certify(
 
 @dataclass(frozen=True)
 class _Plan:
-    """What the main process finds out for all: a name for this start, the shape of the images, what is done,
-    and for each sigma how many images that is, and how many of them were right.
+    """
+    What the main process finds out for all.
+
+    Attributes:
+        start: a name for this start of the run.
+        shape: the shape of the images, `None` where none can be read.
+        finished: what is done.
+        before: for each sigma, how many images that is, and how many of them are right.
     """
 
     start: str

@@ -19,8 +19,7 @@ from hf_smoothing import MixedNoiseViTConfig, MixedNoiseViTForImageClassificatio
 from hf_smoothing import records as records_module
 from hf_smoothing.cli import app
 from hf_smoothing.dataset_runs import RunSettings, certify_dataset, start_processes
-from hf_smoothing.labelled_images import find_column, match_labels
-from hf_smoothing.records import SCHEMA, repair
+from hf_smoothing.records import SCHEMA
 
 ROOT = Path(__file__).parent.parent
 NAMES = [
@@ -190,25 +189,6 @@ def test_a_run_goes_on_where_it_stopped(certify, tmp_path):
     assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
 
 
-@pytest.mark.parametrize(
-    ("torn", "left"),
-    [
-        (b'{"a": 1}\n{"a": 2}\n', b'{"a": 1}\n{"a": 2}\n'),
-        (b'{"a": 1}\n{"a": 2}', b'{"a": 1}\n'),
-        (b'{"a": 1}\n{"a"', b'{"a": 1}\n'),
-        (b'{"a": 1}\n\0\0\0\0\n\0', b'{"a": 1}\n'),  # after a power cut
-        (b"\n", b""),
-        (b'{"a"', b""),
-        (b"", b""),
-    ],
-)
-def test_a_torn_line_is_dropped(tmp_path, torn, left):
-    shard = tmp_path / "records-rank00000.jsonl"
-    shard.write_bytes(torn)
-    assert repair(shard) == len(torn) - len(left)
-    assert shard.read_bytes() == left
-
-
 def test_other_settings_are_refused_with_the_difference(certify, tmp_path, model, demo_images):
     certify(every=50)
     before = rows(tmp_path / "run")
@@ -354,34 +334,6 @@ def test_errors_before_any_work(certify, demo_images, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"\['airplane', .*the model has \['cat', 'dog'\]"):
         certify(model_name_or_path=other)
     assert not forwards
-
-
-def test_columns():
-    assert find_column(["img", "label"], ("img", "image"), None, "image_column") == "img"
-    assert find_column(["a", "image"], ("img", "image"), "a", "image_column") == "a"
-    with pytest.raises(ValueError, match=r"Several .*\(img, image\); .* img, image, b\. Choose one with image_column"):
-        find_column(["img", "image", "b"], ("img", "image"), None, "image_column")
-    with pytest.raises(ValueError, match=r"No column has a usual name .* a, b"):
-        find_column(["a", "b"], ("img", "image"), None, "image_column")
-
-
-def test_labels_are_matched_by_name():
-    to_class = match_labels(["sea_lion", "Cat"], ["cat", "dog", "Sea Lion"])
-    assert [to_class(0), to_class(1)] == [2, 0]
-    with pytest.raises(ValueError, match="do not match: fish"):
-        match_labels(["cat", "fish"], ["cat", "dog"])
-    for label in (2, -1, None, "cat"):
-        with pytest.raises(ValueError, match=f"label {label!r} is none of"):
-            to_class(label)
-    # ImageNet has two cranes: equal lists match by position, others that name them cannot
-    assert match_labels(["crane", "dog", "crane"], ["crane", "dog", "crane"])(2) == 2
-    with pytest.raises(ValueError, match="do not match: crane"):
-        match_labels(["dog", "crane"], ["crane", "dog", "crane"])
-    assert match_labels(["cat", "dog"], ["LABEL_0", "LABEL_1"])(1) == 1
-    with pytest.raises(ValueError, match="do not match"):
-        match_labels(["cat", "dog"], ["LABEL_0", "LABEL_1", "LABEL_2"])
-    plain = match_labels(None, ["cat", "dog"])
-    assert [plain(1), plain("Dog")] == [1, 1]
 
 
 def test_bfloat16_is_recorded(certify, tmp_path):

@@ -6,7 +6,7 @@ from PIL import Image
 from scipy import stats
 
 from hf_smoothing import Certificate
-from hf_smoothing.reports import certified_accuracy, picture_of_certificates, records
+from hf_smoothing.reports import certified_accuracy, picture_of_certificates
 
 
 def certificate(prediction, radius, guarantee="per_input"):
@@ -42,15 +42,6 @@ def test_the_picture(tmp_path):
     path = tmp_path / "certificates.png"
     picture_of_certificates(pictures, found, [0, 1, 0], ["cat", "dog"], path)
     assert Image.open(path).width > 500
-
-
-def test_records():
-    found = records([certificate(1, 0.25), certificate(-1, 0.0)], [1, 0], ["cat", "dog"])
-    assert [(row["index"], row["label_name"], row["prediction_name"]) for row in found] == [
-        (0, "dog", "dog"),
-        (1, "cat", None),
-    ]
-    json.dumps(found)
 
 
 def test_the_shipped_results_meet_what_the_project_promises():
