@@ -110,14 +110,19 @@ class ShardWriter:
     """
 
     def __init__(self, path: Path):
+        self.path = path
         self.lock = _lock(path)
         self.file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         self.synced = time.monotonic()
 
     def write(self, one: Record) -> None:
         left = memoryview((json.dumps(one) + "\n").encode())
-        while left:
-            left = left[os.write(self.file, left) :]
+        try:
+            while left:
+                left = left[os.write(self.file, left) :]
+        except OSError as error:
+            what = f"{error.strerror} (what was written before stands: once this is mended, start the run again)"
+            raise OSError(error.errno, what, str(self.path)) from error
         if time.monotonic() - self.synced > 1:  # against power cuts; a killed process loses nothing without
             os.fsync(self.file)
             self.synced = time.monotonic()
