@@ -406,16 +406,16 @@ def kill_at_random(process, folder, generator, only_one):
     time.sleep(generator.random() * 0.05)
     if process.poll() is None:
         family = psutil.Process(process.pid).children(recursive=True)
-        for one in family[-1:] if only_one else (psutil.Process(process.pid), *family):
+        for one in family[-1:] if only_one and family else (psutil.Process(process.pid), *family):
             if one.is_running():
                 one.kill()
-    process.communicate(timeout=60)  # ends by itself where only one was killed: no deadlock
+    process.communicate(timeout=120)  # ends by itself where only one was killed: no deadlock
 
 
 def kill_and_go_on(model, parquet, folder, uninterrupted, kills, seed):
     generator = random.Random(seed)
     for kill in range(kills):
-        process = script(model, parquet, folder, processes=generator.choice((1, 2)))
+        process = script(model, parquet, folder, processes=generator.choice((0, 2)))  # 0: without a launcher
         kill_at_random(process, folder, generator, only_one=kill % 3 == 1)
     before = num_lines(folder)
     finish(script(model, parquet, folder))
