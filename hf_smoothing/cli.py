@@ -11,14 +11,15 @@ from typing import Annotated, Any, NoReturn
 
 import torch
 import typer
-from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from transformers import pipeline
 
+from . import dataset_runs
 from .certificates import Certificate, format_radius
 from .data import load_demo_images
+from .dataset_runs import RunSettings
 from .metrics.certified_accuracy import certified_accuracy
 from .noise import GaussianNoise
 from .plots import (
@@ -28,7 +29,8 @@ from .plots import (
     plot_true_class_frequency,
     require_matplotlib,
 )
-from .reports import markdown, notes, other_rows, package_versions, percent, records, share_rows, summarize
+from .records import record, write_parquet
+from .reports import markdown, notes, other_rows, package_versions, percent, share_rows, summarize
 from .results import load_pictures, name_of_figure, read_results
 from .smoothing import SmoothedClassifier
 
@@ -45,6 +47,9 @@ SHOWN_PICTURES = 60
 Model = Annotated[str, typer.Option(help="Image classifier: a name on the Hub or a local folder.")]
 Sigma = Annotated[float, typer.Option(help="Standard deviation of the noise, in [0, 1] pixels.")]
 Alpha = Annotated[float, typer.Option(help="Probability that a certificate is wrong.")]
+Method = Annotated[
+    str, typer.Option(help="`sequential` draws until the question is settled, `fixed` is the usual protocol.")
+]
 Seed = Annotated[int, typer.Option(help="Seed of the noise: the same seed gives the same certificates.")]
 BatchSize = Annotated[int, typer.Option(help="Draws in one forward pass.")]
 
@@ -84,9 +89,7 @@ def certify(
         typer.Option(help="Decide this radius and stop once it is settled. Without it the radius is found."),
     ] = None,
     max_samples: Annotated[int | None, typer.Option(help="The most draws for one picture.")] = None,
-    method: Annotated[
-        str, typer.Option(help="`sequential` draws until the question is settled, `fixed` is the usual protocol.")
-    ] = "sequential",
+    method: Method = "sequential",
     seed: Seed = 0,
     batch_size: BatchSize = 128,
     json_lines: Annotated[
@@ -125,6 +128,93 @@ def certify(
 
 
 @app.command()
+def certify_dataset(
+    model: Model,
+    dataset: Annotated[
+        str,
+        typer.Option(
+            help="What `load_dataset` takes: a name on the Hub, a local folder (pictures too); or a Parquet file."
+        ),
+    ],
+    sigma: Annotated[
+        list[float],
+        typer.Option(help="Noise level, in [0, 1] pixels. Repeat it for several: `--sigma 0.25 --sigma 0.5`."),
+    ],
+    output_dir: Annotated[Path, typer.Option(help="A new folder, or one with a run to go on with.")],
+    revision: Annotated[str | None, typer.Option(help="Revision of the model: a branch, tag or commit.")] = None,
+    dataset_config_name: Annotated[str | None, typer.Option(help="Configuration of the dataset.")] = None,
+    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "test",
+    image_column: Annotated[str | None, typer.Option(help="Column of the images, if not `img` or `image`.")] = None,
+    label_column: Annotated[
+        str | None, typer.Option(help="Column of the labels, if not `label`, `labels` or `fine_label`.")
+    ] = None,
+    every: Annotated[
+        int, typer.Option(help="Certify every this many images, from the first on. 20 is usual for CIFAR-10.")
+    ] = 1,
+    max_samples: Annotated[int | None, typer.Option(help="Certify no more images than this.")] = None,
+    streaming: Annotated[bool, typer.Option(help="Read the dataset as a stream, without storing it.")] = False,
+    radii: Annotated[
+        list[float] | None,
+        typer.Option(help="Decide this radius; repeat it for several. Without it each image's radius is found."),
+    ] = None,
+    method: Method = "sequential",
+    alpha: Alpha = 0.001,
+    max_draws: Annotated[int | None, typer.Option(help="The most draws for one image.")] = None,
+    n0: Annotated[int | None, typer.Option(help="Draws that choose the class (`fixed`).")] = None,
+    n: Annotated[int | None, typer.Option(help="Draws that bound its probability (`fixed`).")] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Relative tolerance of the radius (`sequential` without radii).")
+    ] = None,
+    seed: Seed = 0,
+    dtype: Annotated[str, typer.Option(help="Forward passes in `float32`, or in `bfloat16` (autocast).")] = "float32",
+    batch_size: BatchSize = 128,
+    resume: Annotated[bool, typer.Option(help="Go on with the run in the output folder if there is one.")] = True,
+) -> None:
+    """
+    Certify the images of a dataset: one row an image and sigma in `OUTPUT_DIR/certificates.parquet`.
+
+    Interrupt it when you like: the same command goes on where it stopped. For several processes or devices use
+    `accelerate launch scripts/certify.py`, which does the same.
+
+    Example: `hf-smoothing certify-dataset --model user/repo --dataset uoft-cs/cifar10 --every 20 --sigma 0.25
+    --output-dir runs/cifar10`
+    """
+    try:
+        settings = RunSettings(
+            model_name_or_path=model,
+            dataset_name=dataset,
+            sigmas=tuple(sigma),
+            dataset_config_name=dataset_config_name,
+            split=split,
+            revision=revision,
+            image_column=image_column,
+            label_column=label_column,
+            every=every,
+            max_samples=max_samples,
+            radii=tuple(radii) if radii else None,
+            method=method,
+            alpha=alpha,
+            max_draws=max_draws,
+            n0=n0,
+            n=n,
+            tolerance=tolerance,
+            seed=seed,
+            dtype=dtype,
+        )
+        summary = dataset_runs.certify_dataset(
+            settings,
+            output_dir,
+            accelerator=dataset_runs.start_processes(),
+            batch_size=batch_size,
+            streaming=streaming,
+            resume=resume,
+        )
+    except (OSError, ValueError) as error:
+        _fail(error)
+    typer.echo(summary)
+
+
+@app.command()
 def demo(
     model: Model = DEMO_MODEL,
     output_dir: Annotated[Path, typer.Option(help="Where to write certificates.parquet and certificates.png.")] = Path(
@@ -132,7 +222,7 @@ def demo(
     ),
     sigma: Sigma = 0.25,
     alpha: Alpha = 0.001,
-    max_samples: Annotated[int, typer.Option(help="The most draws for one picture.")] = 1200,
+    max_samples: Annotated[int, typer.Option(help="The most draws for one picture.")] = 450,
     seed: Seed = 0,
     batch_size: BatchSize = 128,
 ) -> None:
@@ -158,7 +248,8 @@ def demo(
         )
     except (ImportError, OSError, TypeError, ValueError) as error:
         _fail(error)
-    Dataset.from_list(records(certificates, labels, names)).to_parquet(output_dir / "certificates.parquet")
+    rows = [record(index, label, names, one) for index, (label, one) in enumerate(zip(labels, certificates))]
+    write_parquet(rows, output_dir / "certificates.parquet")
     predictions, radii = [found.prediction for found in certificates], [found.radius for found in certificates]
     title = (
         f"Certified at sigma = {sigma:g}, alpha = {alpha:g}: no change smaller than r "

@@ -23,7 +23,8 @@ def load_image(source: Any) -> Image.Image:
     16-bit and float greys are scaled to 8 bits, transparent pixels are put on white, the EXIF orientation is applied.
 
     Args:
-        source: a path, an `http(s)://` address, a PIL image, or a uint8 array `(height, width[, channels])`.
+        source: a path, an `http(s)://` address, the bytes of a picture file, a PIL image, or a uint8 array
+            `(height, width[, channels])`.
 
     Returns:
         A PIL image in mode `RGB`.
@@ -37,25 +38,27 @@ def load_image(source: Any) -> Image.Image:
         source = Image.fromarray(source)
     if isinstance(source, Image.Image):
         return _to_rgb(source, "The image")
-    if not isinstance(source, (str, Path)):
+    if not isinstance(source, (str, Path, bytes)):
         kind = f"{source.dtype} array" if isinstance(source, np.ndarray) else type(source).__name__
         raise TypeError(f"An image must be a path, an http(s) address, a PIL image or a uint8 array, not {kind}.")
-    name = str(source)
+    name = repr(str(source)) if not isinstance(source, bytes) else f"A file of {len(source):,} bytes"
     try:
-        if name.startswith(("http://", "https://")):
-            with urlopen(Request(name, headers={"User-Agent": "hf-smoothing"}), timeout=60) as response:
+        if isinstance(source, bytes):
+            image = Image.open(io.BytesIO(source))
+        elif (address := str(source)).startswith(("http://", "https://")):
+            with urlopen(Request(address, headers={"User-Agent": "hf-smoothing"}), timeout=60) as response:
                 image = Image.open(io.BytesIO(response.read()))
         else:
-            image = Image.open(name)
+            image = Image.open(source)
         image.load()
     except FileNotFoundError:
-        raise FileNotFoundError(f"There is no image at {name!r}.") from None
+        raise FileNotFoundError(f"There is no image at {name}.") from None
     except UnidentifiedImageError:
-        raise ValueError(f"{name!r} is not a picture in a format that Pillow can read.") from None
+        raise ValueError(f"{name} is not a picture in a format that Pillow can read.") from None
     # Pillow raises SyntaxError for broken PNG chunks; ValueErrors are malformed addresses
     except (OSError, SyntaxError, ValueError, HTTPException, Image.DecompressionBombError) as error:
-        raise ValueError(f"{name!r} cannot be read as a picture: {error}.") from error
-    return _to_rgb(image, repr(name))
+        raise ValueError(f"{name} cannot be read as a picture: {error}.") from error
+    return _to_rgb(image, name)
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:

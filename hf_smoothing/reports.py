@@ -5,7 +5,7 @@ from importlib.metadata import version
 from itertools import zip_longest
 from typing import Any
 
-from .certificates import Certificate, format_radius
+from .certificates import format_radius
 from .metrics.certified_accuracy import DEFAULT_THRESHOLDS, certified_accuracy
 from .results import Result, check_one_figure, name_of_figure
 
@@ -15,20 +15,6 @@ PACKAGES = ("torch", "transformers", "timm", "numpy", "scipy", "hf-smoothing")
 def package_versions() -> dict[str, str]:
     """Versions of the packages that a result depends on."""
     return {name: version(name) for name in PACKAGES}
-
-
-def records(certificates: Sequence[Certificate], labels: Sequence[int], names: Sequence[str]) -> list[dict[str, Any]]:
-    """One flat record an image, ready for Parquet: position, label, names and the certificate's fields."""
-    return [
-        {
-            "index": index,
-            "label": label,
-            "label_name": names[label],
-            "prediction_name": None if found.abstains else names[found.prediction],
-            **found.to_dict(),
-        }
-        for index, (found, label) in enumerate(zip(certificates, labels))
-    ]
 
 
 def percent(row: dict[str, Any]) -> str:

@@ -134,7 +134,7 @@ _RANK_DECAY = 0.1
 _UPPER_SHARE = 0.05
 """The part of alpha for the upper bounds. It adds less than 1 % to the draws of a claim that could do without them."""
 
-_ALPHA_STOP = 0.01
+_ALPHA_STOP = 0.03
 """Level of the intervals that show a radius to be out of reach: it costs some claims at worst, never validity."""
 
 _BISECTIONS = 20

@@ -114,7 +114,9 @@ class SmoothedClassifier:
         """
         model_kwargs.setdefault("dtype", torch.float32)
         model = AutoModelForImageClassification.from_pretrained(model_name_or_path, **model_kwargs)
-        processor = AutoImageProcessor.from_pretrained(model_name_or_path)
+        processor = AutoImageProcessor.from_pretrained(
+            model_name_or_path, revision=model_kwargs.get("revision", "main")
+        )
         if device is not None:
             model = model.to(device)
         names = [name for _, name in sorted(model.config.id2label.items())]
@@ -127,6 +129,12 @@ class SmoothedClassifier:
             autocast=autocast,
             compile=compile,
         )
+
+    @property
+    def precision(self) -> str:
+        """The type of the forward passes, as certificates record it."""
+        dtype = str(self.autocast or self.dtype).removeprefix("torch.")
+        return dtype if self.autocast is None else f"{dtype} autocast"
 
     @overload
     def certify(
@@ -242,10 +250,15 @@ class SmoothedClassifier:
         if total is None and isinstance(images, Sized):
             total = len(images)
         bar = _ProgressBar(total, rule.budget) if progress else None
-        exhausted = False
+        exhausted = started = False
         try:
             while True:
-                while not exhausted and sum(image.wanted for image in active) < self.batch_size:
+                # A first batch of nothing but clean passes would take a batch full of images away from other processes
+                while (
+                    not exhausted
+                    and sum(image.wanted if started or image.run else _FIRST_DRAWS for image in active)
+                    < self.batch_size
+                ):
                     try:
                         pixels = to_pixels(next(waiting), self.image_processor)
                     except StopIteration:
@@ -262,6 +275,7 @@ class SmoothedClassifier:
                 if not active:
                     return
                 self._run_batch(active, rule)
+                started = True
                 for image in [image for image in active if image.finished]:
                     yield image.position, self._certificate(image, rule, seed)
                 if bar:
@@ -316,7 +330,6 @@ class SmoothedClassifier:
     def _certificate(self, image: "_Active", rule: Rule, seed: int) -> Certificate:
         assert image.run is not None
         outcome = image.run.outcome()
-        dtype = str(self.dtype if self.autocast is None else self.autocast).removeprefix("torch.")
         return Certificate(
             prediction=outcome.prediction,
             radius=0.0 if outcome.prediction == ABSTAIN else image.noisy.radius(outcome.p_lower, outcome.p_upper),
@@ -332,7 +345,7 @@ class SmoothedClassifier:
             counts=tuple(image.run.counts.tolist()),
             num_samples=image.num_samples,
             seed=seed,
-            dtype=dtype if self.autocast is None else f"{dtype} autocast",
+            dtype=self.precision,
             compiled=self.compiled,
         )
 
@@ -365,6 +378,10 @@ def _check_weights(module: nn.Module) -> None:
             raise ValueError(
                 f"The weights of {name!r} are not all finite: the checkpoint is broken or was not loaded."
             )
+
+
+_FIRST_DRAWS = 8
+"""About what an image wants right after its clean pass."""
 
 
 class _Active:

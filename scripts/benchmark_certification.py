@@ -219,7 +219,7 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, help="write the results here as JSON")
     args = parser.parse_args()
-    num_images, measure, repeats = (40, 300, 3) if args.quick else (200, 1000, 5)
+    num_images, measure, repeats = (40, 300, 3) if args.quick else (200, 500, 5)
 
     console = Console()
     smoothed = SmoothedClassifier.from_pretrained(args.model, GaussianNoise(args.sigma))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import datasets
 import pytest
 import torch
 from transformers import ViTImageProcessor
@@ -32,6 +33,13 @@ class LinearClassifier:
     def exact_radius(self, images: torch.Tensor) -> torch.Tensor:
         """Distance to the hyperplane, whatever sigma: Cohen et al. 2019, proposition 4."""
         return self.margin(images).abs() / self.direction.norm()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def datasets_cache(tmp_path_factory) -> None:
+    """What the tests load with `load_dataset` is of no use to anybody later."""
+    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
+    os.environ["HF_DATASETS_CACHE"] = str(datasets.config.HF_DATASETS_CACHE)  # of the processes that they start
 
 
 @pytest.fixture

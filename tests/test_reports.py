@@ -10,7 +10,7 @@ from PIL import Image
 from hf_smoothing import Certificate, GaussianNoise
 from hf_smoothing.metrics.certified_accuracy import certified_accuracy
 from hf_smoothing.plots import picture_of_certificates, plot_certified_accuracy, true_class_frequency
-from hf_smoothing.reports import markdown, markdown_table, notes, other_rows, records, share_rows, summarize
+from hf_smoothing.reports import markdown, markdown_table, notes, other_rows, share_rows, summarize
 from hf_smoothing.results import load_pictures, read_results
 
 
@@ -258,15 +258,6 @@ def test_the_shipped_results_are_what_the_metric_makes_of_their_records():
     results = json.loads((SHIPPED_MODEL / "results" / "demo" / "results.json").read_text())
     columns = (result.column(name) for name in ("prediction", "label", "radius"))
     assert certified_accuracy(*columns, results["radii"])["certified_accuracy"] == results["certified_accuracy"]
-
-
-def test_records():
-    found = records([certificate(1, 0.25), certificate(-1, 0.0)], [1, 0], ["cat", "dog"])
-    assert [(row["index"], row["label_name"], row["prediction_name"]) for row in found] == [
-        (0, "dog", "dog"),
-        (1, "cat", None),
-    ]
-    json.dumps(found)
 
 
 def test_the_shipped_results_meet_what_the_project_promises():

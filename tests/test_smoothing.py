@@ -87,7 +87,9 @@ def test_batches_are_full_while_images_are_left(linear, noise):
     images = torch.rand(300, 3, 4, 4, generator=torch.Generator().manual_seed(5))
     SmoothedClassifier(spy, noise, batch_size=64).certify(images, radius=0.1, max_samples=500)
     assert max(sizes) == 64
-    full = [size == 64 for size in sizes[1:]]
+    full = [
+        size == 64 for size in sizes[2:]
+    ]  # one row to count the classes, then the clean passes of the first images
     assert full.index(False) > 0.8 * len(full)  # only the last images leave room
 
 
@@ -102,6 +104,24 @@ def test_images_are_read_as_they_are_needed(linear, noise):
     stream = SmoothedClassifier(linear, noise, batch_size=32).certify_stream(images(), FixedRule(n0=10, n=40))
     next(stream)
     assert len(read) < 10
+
+
+def test_a_first_batch_of_clean_passes_takes_no_more_images_than_the_draws_after_it_fill(linear, noise):
+    read, sizes = [], []
+
+    def images():
+        for position in range(100):
+            read.append(position)
+            yield torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(position))
+
+    def spy(batch):
+        sizes.append(len(batch))
+        return linear(batch)
+
+    smoothed = SmoothedClassifier(spy, noise, batch_size=64)
+    next(smoothed.certify_stream(images(), SequentialRule(max_samples=8, alpha=0.4)))
+    assert len(read) == 8
+    assert sizes[-2:] == [8, 64]
 
 
 def test_predict_abstains_or_answers(linear, noise, small_images):

@@ -1,0 +1,437 @@
+"""Certifying a whole dataset: by any number of processes, resumable, with one record an image.
+
+Processes take images one at a time from a counter that they share, so that none idles while there is work, however much
+the images differ in cost. Every image's noise depends on the seed and its pixels alone, so it does not matter which
+process takes it, when, or beside which others.
+"""
+
+import hashlib
+import json
+import shlex
+import sys
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime, timedelta
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+
+from .certificates import Rule, check_count
+from .crew import Crew, Progress
+from .labelled_images import LabelledImages
+from .noise import GaussianNoise
+from .records import (
+    Record,
+    ShardWriter,
+    error_record,
+    read_shards,
+    record,
+    repair,
+    shards_in,
+    write_json,
+    write_parquet,
+)
+from .reports import package_versions
+from .rules import make_rule
+from .smoothing import SmoothedClassifier
+
+DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
+"""Types of the forward passes by name, as the engine takes them: float32 weights, under autocast or not."""
+
+Pair = tuple[float, int]
+"""What a record is about: sigma, and the index of the image in its split."""
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """
+    What decides the records of a run. A run is gone on with only under the same settings.
+
+    Args:
+        model_name_or_path: an image classifier on the Hub or in a local folder.
+        dataset_name: what `load_dataset` takes (a name on the Hub, a local folder), or a Parquet file.
+        sigmas: noise levels, in `[0, 1]` pixels.
+        dataset_config_name: configuration of the dataset.
+        split: its split.
+        revision: revision of the model.
+        image_column: column of the images; found if it has a usual name.
+        label_column: column of the labels; found if it has a usual name.
+        every: take the images whose index in the split is a multiple of this.
+        max_samples: take at most this many images.
+        radii: radii to decide; `None` finds the radius of each image.
+        method: `sequential` or `fixed`, see [`make_rule`].
+        alpha: probability that a certificate is wrong.
+        max_draws: the most draws for one image.
+        n0, n: draws of the `fixed` method.
+        tolerance: relative tolerance of the radius, `sequential` without radii.
+        seed: seed of the noise.
+        dtype: `float32`, or `bfloat16` (autocast).
+
+    Raises:
+        ValueError: for a setting out of range.
+    """
+
+    model_name_or_path: str
+    dataset_name: str
+    sigmas: tuple[float, ...]
+    dataset_config_name: str | None = None
+    split: str = "test"
+    revision: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    every: int = 1
+    max_samples: int | None = None
+    radii: tuple[float, ...] | None = None
+    method: str = "sequential"
+    alpha: float = 0.001
+    max_draws: int | None = None
+    n0: int | None = None
+    n: int | None = None
+    tolerance: float | None = None
+    seed: int = 0
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        check_count("every", self.every)
+        if self.max_samples is not None:
+            check_count("max_samples", self.max_samples)
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype={self.dtype!r} is unknown: use {' or '.join(DTYPES)}.")
+        if not self.sigmas or len(set(self.sigmas)) < len(self.sigmas):
+            raise ValueError(f"sigmas={self.sigmas} must be one or more different noise levels.")
+        reached = {radius for sigma in self.sigmas for radius in self.rule(sigma)[1] or ()}
+        if missed := sorted(set(self.radii or ()) - reached):
+            self._rule(tuple(missed)).check(GaussianNoise(max(self.sigmas)))  # says how many draws it takes
+
+    @property
+    def smallest_radius(self) -> float:
+        """The smallest radius asked for; 0 where none is."""
+        return min(self.radii or (0.0,))
+
+    def rule(self, sigma: float) -> tuple[Rule, tuple[float, ...] | None]:
+        """
+        The rule at one sigma, and the radii that it decides: those that the budget can show there. With several sigmas the
+        larger radii are for the larger sigmas; deciding them at a smaller one would be an error.
+        """
+        noise = GaussianNoise(sigma)
+        reachable = None if self.radii is None else tuple(one for one in self.radii if self._shows(one, noise))
+        rule = self._rule(reachable or self.radii)
+        rule.check(noise)
+        return rule, reachable
+
+    def _rule(self, radii: tuple[float, ...] | None) -> Rule:
+        names = ("alpha", "n0", "n", "tolerance")
+        return make_rule(
+            self.method, radii=radii, max_samples=self.max_draws, **{name: getattr(self, name) for name in names}
+        )
+
+    def _shows(self, radius: float, noise: GaussianNoise) -> bool:
+        rule = self._rule((radius,))
+        try:
+            rule.check(noise)
+        except ValueError:
+            return False
+        return True
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """How a run ended; as text, what a user wants to read."""
+
+    path: Path
+    num_records: int
+    num_new: int
+    errors: tuple[tuple[float, int, str], ...]
+
+    def __str__(self) -> str:
+        text = f"{self.num_records} records in {self.path}"
+        text += f", {self.num_new} of them new." if self.num_new else ". The run was finished already."
+        if self.errors:
+            indices = sorted({index for _, index, _ in self.errors})
+            shown = ", ".join(map(str, indices[:10])) + (", ..." if len(indices) > 10 else "")
+            text += (
+                f"\n{len(indices)} images could not be certified and count as wrong: index {shown}. "
+                f"The first: {self.errors[0][2]}"
+            )
+        return text
+
+
+def start_processes() -> Accelerator:
+    """The processes that `accelerate launch` or `torchrun` started; one where neither did."""
+    return Accelerator(
+        # untold, accelerate takes each of several processes on CPUs for the only one
+        cpu=not torch.accelerator.is_available(),
+        # A process may wait for another as long as one image takes; launchers end the others when one dies
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
+    )
+
+
+def certify_dataset(
+    settings: RunSettings,
+    output_dir: str | Path,
+    *,
+    accelerator: Accelerator,
+    batch_size: int = 128,
+    streaming: bool = False,
+    resume: bool = True,
+) -> RunSummary | None:
+    """
+    Certify the images of a dataset, or go on with it, and merge the records to `output_dir/certificates.parquet`.
+
+    While it runs, every process appends to a shard of its own, `output_dir/shards/records-rank00000.jsonl`; what makes the
+    run reproducible is in `output_dir/run.json`. An image that cannot be read, or has another shape behind the image
+    processor than the first one, gets a record with an `error`.
+
+    Args:
+        settings: what decides the records.
+        output_dir: an empty or new folder, or that of a run with the same settings, which is gone on with.
+        accelerator: the processes, from [`start_processes`].
+        batch_size: draws in one forward pass.
+        streaming: read the dataset as a stream, once for each sigma, without storing it.
+        resume: go on with a run; otherwise the folder must not hold one.
+
+    Returns:
+        A summary, on the main process; `None` on the others.
+
+    Raises:
+        ValueError: for settings that make no sense, a column that is not there, an empty split, classes that do not match
+            (before any work); a label outside the classes; a folder with a run under other settings.
+        OSError: for a folder that cannot be written to, a full disk. All records written before stand.
+    """
+    output_dir = Path(output_dir)
+    at: dict[str, Any] = {} if settings.revision is None else {"revision": settings.revision}
+    with accelerator.main_process_first():  # one downloads, the others find it there
+        images = LabelledImages(
+            settings.dataset_name,
+            config_name=settings.dataset_config_name,
+            split=settings.split,
+            image_column=settings.image_column,
+            label_column=settings.label_column,
+            every=settings.every,
+            max_samples=settings.max_samples,
+            streaming=streaming,
+        )
+        smoothed = SmoothedClassifier.from_pretrained(
+            settings.model_name_or_path,
+            GaussianNoise(settings.sigmas[0]),
+            batch_size=batch_size,
+            device=accelerator.device,
+            autocast=DTYPES[settings.dtype],
+            **at,
+        )
+    names = list(smoothed.class_names or ())
+    images.meet(names, smoothed.image_processor)
+
+    def prepare() -> _Plan:
+        return _prepare(
+            output_dir, _identity(settings, images, smoothed), _session(accelerator, smoothed), images, resume
+        )
+
+    plan = _on_main_first(accelerator, prepare)
+    images.shape = plan.shape
+    crew = Crew(accelerator, plan.start)
+    writer = ShardWriter(output_dir / "shards" / f"records-rank{accelerator.process_index:05d}.jsonl")
+    total = None if images.total is None else images.total * len(settings.sigmas)
+    before = {sigma: plan.before.get(sigma, (0, 0)) for sigma in settings.sigmas}
+    progress = Progress(crew, before, settings.smallest_radius, total, shown=accelerator.is_main_process)
+    ended = time.monotonic()
+
+    def keep(row: Record) -> None:
+        nonlocal ended
+        row["seconds"], ended = time.monotonic() - ended, time.monotonic()
+        writer.write(row)
+        crew.count(row["sigma"], _is_right(row, settings.smallest_radius), row["num_samples"])
+        progress.update(row["sigma"])
+
+    try:
+        for sigma in settings.sigmas:
+            smoothed.noise = GaussianNoise(sigma)
+            work = (item for item in images.chosen() if (sigma, item[0]) not in plan.finished)
+            _certify(smoothed, settings, images, crew.handed_out(work, sigma), keep)
+        crew.finish()
+        while accelerator.is_main_process and not crew.all_finished():
+            progress.update(settings.sigmas[-1])
+            time.sleep(0.05)
+        progress.update(settings.sigmas[-1], at_once=True)
+    except BaseException as error:
+        crew.fail(error)  # so that the main process does not wait for this one
+        raise
+    finally:
+        progress.bar.close()
+        writer.close()
+    return _merge(output_dir, len(plan.finished), total) if accelerator.is_main_process else None
+
+
+def _certify(
+    smoothed: SmoothedClassifier,
+    settings: RunSettings,
+    images: LabelledImages,
+    work: Iterator[tuple[int, Callable[[], Record]]],
+    keep: Callable[[Record], None],
+) -> None:
+    """Certify the images that this process gets at the sigma of `smoothed`, and keep each record as soon as it is there."""
+    names = smoothed.class_names or ()
+    rule, _ = settings.rule(smoothed.noise.sigma)
+    handed: list[tuple[int, int]] = []
+
+    def pixels() -> Iterator[torch.Tensor]:
+        for index, read in work:
+            row = read()
+            label = images.label(index, row)
+            try:
+                found = images.pixels(row)
+            except (FileNotFoundError, ValueError) as error:
+                keep(error_record(index, label, names, smoothed, rule, settings.seed, str(error)))
+            else:
+                handed.append((index, label))
+                yield found
+
+    for position, certificate in smoothed.certify_stream(pixels(), rule, seed=settings.seed):
+        index, label = handed[position]
+        keep(record(index, label, names, certificate))
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """
+    What the main process finds out for all.
+
+    Attributes:
+        start: a name for this start of the run.
+        shape: the shape of the images, `None` where none can be read.
+        finished: what is done.
+        before: for each sigma, how many images that is, and how many of them are right.
+    """
+
+    start: str
+    shape: tuple[int, ...] | None
+    finished: frozenset[Pair]
+    before: dict[float, tuple[int, int]]
+
+
+def _on_main_first(accelerator: Accelerator, call: Callable[[], _Plan]) -> _Plan:
+    """What `call` returns on the main process, on all of them; or what it raises, on all of them."""
+    box: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            box = [call()]
+        except (OSError, ValueError) as error:
+            box = [error]
+    broadcast_object_list(box)
+    if isinstance(box[0], Exception):
+        raise box[0]
+    return box[0]
+
+
+def _prepare(output_dir: Path, identity: Record, session: Record, images: LabelledImages, resume: bool) -> _Plan:
+    """Begin a run in a folder or go on with the one there: check its settings, mend its shards, see what is done."""
+    shards, file = output_dir / "shards", output_dir / "run.json"
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ValueError(f"output_dir={str(output_dir)!r} is a file: choose a folder.")
+    shards.mkdir(parents=True, exist_ok=True)
+    identity = json.loads(json.dumps(identity))
+    if file.exists():
+        run = json.loads(file.read_text())
+        if not resume:
+            raise ValueError(f"{output_dir} holds a run: choose another folder, or go on with it (resume).")
+        _refuse_other(run["settings"], identity, output_dir)
+    elif shards_in(shards):
+        raise ValueError(f"{shards} holds records, but there is no {file} that says of what: choose another folder.")
+    else:
+        run = {"settings": identity, "image_shape": images.find_shape(), "sessions": []}
+    for shard in shards_in(shards):
+        repair(shard)
+    run = {**run, "command": session["command"], "versions": session["versions"], "finished": None}
+    run["sessions"].append(session)
+    write_json(run, file)
+    smallest = min(identity["radii"] or (0.0,))
+    finished = {(row["sigma"], row["index"]): _is_right(row, smallest) for row in read_shards(shards)}
+    done = Counter(sigma for sigma, _ in finished)
+    right = Counter(sigma for (sigma, _), one in finished.items() if one)
+    return _Plan(
+        start=uuid.uuid4().hex,
+        shape=run["image_shape"] and tuple(run["image_shape"]),
+        finished=frozenset(finished),
+        before={sigma: (done[sigma], right[sigma]) for sigma in done},
+    )
+
+
+def _refuse_other(before: Record, now: Record, output_dir: Path) -> None:
+    # only one of a stream and a stored dataset has a fingerprint: nothing to compare
+    unknown = {"dataset_fingerprint"} if None in (before["dataset_fingerprint"], now["dataset_fingerprint"]) else set()
+    differing = [
+        f"{name}: {before.get(name)!r} -> {now.get(name)!r}"
+        for name in {**before, **now}
+        if name not in unknown and before.get(name) != now.get(name)
+    ]
+    if differing:
+        raise ValueError(
+            f"{output_dir} holds a run with other settings ({'; '.join(differing)}): go on with those, or choose another "
+            "folder."
+        )
+
+
+def _identity(settings: RunSettings, images: LabelledImages, smoothed: SmoothedClassifier) -> Record:
+    """What must be the same for a run to be gone on with, as plain values. Processes, batch size and device may change."""
+    digest = hashlib.blake2b(digest_size=16)
+    model: Any = smoothed.base_classifier
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    processor = smoothed.image_processor
+    return {
+        **asdict(replace(settings, image_column=images.image_column, label_column=images.label_column)),
+        "dataset_fingerprint": images.fingerprint,
+        "dataset_label_names": images.class_names,
+        "label_names": smoothed.class_names,
+        "model_commit": getattr(model.config, "_commit_hash", None),
+        "model_weights": digest.hexdigest(),
+        "image_processor": type(processor).__name__,
+        "image_processor.backend": getattr(processor, "backend", None),
+        **{f"image_processor.{name}": value for name, value in processor.to_dict().items()},
+        "radii_decided": {f"{sigma:g}": settings.rule(sigma)[1] for sigma in settings.sigmas},
+    }
+
+
+def _session(accelerator: Accelerator, smoothed: SmoothedClassifier) -> Record:
+    packages = ("datasets", "accelerate", "torchvision")
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "num_processes": accelerator.num_processes,
+        "num_threads": torch.get_num_threads(),
+        "device": str(accelerator.device),
+        "batch_size": smoothed.batch_size,
+        "versions": {**package_versions(), **{name: version(name) for name in packages}},
+    }
+
+
+def _is_right(row: Record, radius: float) -> bool:
+    """Whether a record is of a right answer, certified at `radius`."""
+    return row["error"] is None and row["prediction"] == row["label"] and row["radius"] >= radius
+
+
+def _merge(output_dir: Path, num_before: int, expected: int | None) -> RunSummary:
+    """Put the records of all shards into one file, and say in `run.json` that the run is finished."""
+    rows = {(row["sigma"], row["index"]): row for row in read_shards(output_dir / "shards")}
+    if expected is not None and len(rows) != expected:
+        raise RuntimeError(f"{len(rows)} records of {expected} are there: start the run again to certify the rest.")
+    path = output_dir / "certificates.parquet"
+    write_parquet(rows.values(), path)
+    errors = tuple((sigma, index, row["error"]) for (sigma, index), row in sorted(rows.items()) if row["error"])
+    run = json.loads((output_dir / "run.json").read_text())
+    run |= {
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "num_records": len(rows),
+        "num_errors": len(errors),
+        "process_seconds": sum(row["seconds"] for row in rows.values()),
+    }
+    write_json(run, output_dir / "run.json")
+    return RunSummary(path, len(rows), len(rows) - num_before, errors)

@@ -1,0 +1,450 @@
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from transformers import ViTImageProcessor, pipeline
+from typer.testing import CliRunner
+
+from hf_smoothing import MixedNoiseViTConfig, MixedNoiseViTForImageClassification
+from hf_smoothing import records as records_module
+from hf_smoothing.cli import app
+from hf_smoothing.dataset_runs import RunSettings, certify_dataset, start_processes
+from hf_smoothing.records import SCHEMA
+
+ROOT = Path(__file__).parent.parent
+NAMES = [
+    "truck",
+    "Ship",
+    "horse",
+    "frog",
+    "dog",
+    "deer",
+    "cat",
+    "bird",
+    "automobile",
+    "airplane",
+]  # not the dataset's order
+
+
+def save_model(folder, names):
+    torch.manual_seed(0)
+    config = MixedNoiseViTConfig(
+        image_size=8,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        id2label=dict(enumerate(names)),
+        label2id={name: index for index, name in enumerate(names)},
+    )
+    model = MixedNoiseViTForImageClassification(config)
+    # a head that tells dark from bright pictures, so that some are certified and others not
+    light = torch.rand(512, 1, 1, 1)
+    features = []
+    hook = model.classifier.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
+    with torch.no_grad():
+        model.eval()(light + 0.25 * torch.randn(512, 3, 8, 8))
+        targets = torch.nn.functional.one_hot((light.flatten() * 3).long().clamp(max=len(names) - 1), len(names))
+        inputs = torch.cat([features[0], torch.ones(512, 1)], 1)
+        solution = torch.linalg.lstsq(inputs, targets.float(), driver="gelsd").solution
+        model.classifier.weight.copy_(solution[:-1].T)
+        model.classifier.bias.copy_(solution[-1])
+    hook.remove()
+    model.save_pretrained(folder)
+    ViTImageProcessor(size={"height": 8, "width": 8}, do_normalize=False).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("ten"), NAMES)
+
+
+@pytest.fixture(scope="module")
+def parquet(demo_images, tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "images.parquet"
+    demo_images.to_parquet(path)
+    return str(path)
+
+
+@pytest.fixture
+def certify(model, parquet, tmp_path):
+    def call(output_dir=tmp_path / "run", batch_size=64, streaming=False, resume=True, **settings):
+        settings = {
+            "model_name_or_path": model,
+            "dataset_name": parquet,
+            "sigmas": (0.25,),
+            "max_draws": 60,
+            **settings,
+        }
+        return certify_dataset(
+            RunSettings(**settings),
+            output_dir,
+            accelerator=start_processes(),
+            batch_size=batch_size,
+            streaming=streaming,
+            resume=resume,
+        )
+
+    return call
+
+
+def rows(folder):
+    """What a run found, without the time it took."""
+    return [{**row, "seconds": None} for row in pq.read_table(Path(folder) / "certificates.parquet").to_pylist()]
+
+
+def test_records_and_run_json(certify, parquet, model, tmp_path):
+    summary = certify(sigmas=(0.5, 0.25), every=20, radii=(0.1, 0.2))
+    found = rows(tmp_path / "run")
+    assert (summary.num_records, summary.num_new, summary.errors) == (20, 20, ())
+    assert [(row["sigma"], row["index"]) for row in found] == [
+        (sigma, index) for sigma in (0.25, 0.5) for index in range(0, 200, 20)
+    ]
+    data = datasets.Dataset.from_parquet(parquet)
+    for row in found:
+        assert row["label_name"] == NAMES[row["label"]]
+        assert row["label_name"].lower() == data.features["label"].int2str(data[row["index"]]["label"])
+        assert row["prediction_name"] == (None if row["prediction"] == -1 else NAMES[row["prediction"]])
+        assert sum(row["counts"]) + 1 == row["num_samples"]
+        assert (row["guarantee"], row["method"], row["dtype"], row["error"]) == (
+            "per_input", "sequential", "float32", None,
+        )  # fmt: skip
+    assert len({row["prediction"] for row in found}) > 2
+    assert len({row["radius"] for row in found}) > 2
+    loaded = datasets.load_dataset(
+        "parquet", data_files=str(tmp_path / "run" / "certificates.parquet"), split="train", cache_dir=str(tmp_path)
+    )
+    assert loaded.column_names == SCHEMA.names
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["settings"]["image_column"] == "image"
+    assert run["settings"]["image_processor.backend"] == "torchvision"
+    assert run["settings"]["label_names"] == NAMES
+    assert run["settings"]["model_name_or_path"] == model
+    assert run["versions"]["torch"]
+    assert run["command"]
+    assert run["finished"]
+    lines = [json.loads(line) for line in (tmp_path / "run/shards/records-rank00000.jsonl").read_text().splitlines()]
+    assert sorted(({**line, "seconds": None} for line in lines), key=lambda row: (row["sigma"], row["index"])) == found
+
+
+def test_the_same_certificates_as_the_pipeline(certify, model, demo_images, tmp_path):
+    certify(every=10, seed=3, radii=(0.1, 0.2))
+    pipe = pipeline("certified-image-classification", model=model, sigma=0.25, max_samples=60)
+    expected = pipe(list(demo_images[::10]["image"]), seed=3, radii=(0.1, 0.2))
+    found = rows(tmp_path / "run")
+    assert len(found) == len(expected) == 20
+    for row, result in zip(found, expected):
+        assert result.pop("label") == row["prediction_name"]
+        assert {name: row[name] for name in result} == result
+
+
+def test_a_stream_gives_what_a_stored_dataset_gives(certify, tmp_path):
+    certify(tmp_path / "stored", every=7, max_samples=12, sigmas=(0.25, 0.5))
+    certify(tmp_path / "streamed", every=7, max_samples=12, sigmas=(0.25, 0.5), streaming=True, batch_size=17)
+    assert rows(tmp_path / "stored") == rows(tmp_path / "streamed")
+    assert len(rows(tmp_path / "stored")) == 24
+    # and one goes on with the other
+    assert certify(tmp_path / "stored", every=7, max_samples=12, sigmas=(0.25, 0.5), streaming=True).num_new == 0
+
+
+def test_a_folder_of_pictures(certify, demo_images, tmp_path):
+    for index in range(0, 200, 25):
+        row = demo_images[index]
+        path = tmp_path / "pictures" / demo_images.features["label"].int2str(row["label"]) / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        row["image"].save(path)
+    for streaming in (False, True):
+        folder = tmp_path / f"run {streaming}"
+        certify(folder, dataset_name=str(tmp_path / "pictures"), split="train", streaming=streaming)
+        found = rows(folder)
+        assert len(found) == 8
+        assert all(row["error"] is None for row in found)
+        assert [row["label_name"].lower() for row in found] == sorted(row["label_name"].lower() for row in found)
+
+
+def test_larger_radii_are_for_larger_sigmas(certify, tmp_path):
+    certify(sigmas=(0.1, 1.0), radii=(0.1, 1.0), every=50, max_draws=100)
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["settings"]["radii_decided"] == {"0.1": [0.1], "1": [0.1, 1.0]}
+    with pytest.raises(ValueError, match="radius=9 can never be certified"):
+        certify(sigmas=(0.1, 1.0), radii=(0.1, 9), max_draws=100)
+
+
+def test_a_run_goes_on_where_it_stopped(certify, tmp_path):
+    certify(tmp_path / "whole", sigmas=(0.25, 0.5), every=10)
+    certify(tmp_path / "cut", sigmas=(0.25, 0.5), every=10)
+    shard = tmp_path / "cut" / "shards" / "records-rank00000.jsonl"
+    lines = shard.read_bytes().splitlines(keepends=True)
+    (tmp_path / "cut" / "shards" / "records-rank00003.jsonl").write_bytes(b"".join(lines[20:27]))
+    shard.write_bytes(b"".join(lines[:9]) + lines[9][:50])  # torn
+    (tmp_path / "cut" / "certificates.parquet").unlink()
+    summary = certify(tmp_path / "cut", sigmas=(0.25, 0.5), every=10, batch_size=7)
+    assert (summary.num_records, summary.num_new) == (40, 24)
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+    assert len(json.loads((tmp_path / "cut" / "run.json").read_text())["sessions"]) == 2
+    (tmp_path / "cut" / "certificates.parquet").unlink()
+    summary = certify(tmp_path / "cut", sigmas=(0.25, 0.5), every=10)
+    assert "finished already" in str(summary)
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+
+
+def test_other_settings_are_refused_with_the_difference(certify, tmp_path, model, demo_images):
+    certify(every=50)
+    before = rows(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"alpha: 0\.001 -> 0\.01; seed: 0 -> 4"):
+        certify(every=50, alpha=0.01, seed=4)
+    with pytest.raises(ValueError, match=r"every: 50 -> 25"):
+        certify(every=25)
+    with pytest.raises(ValueError, match="holds a run: choose another folder"):
+        certify(every=50, resume=False)
+    other = save_model(tmp_path / "other", NAMES[::-1])
+    with pytest.raises(ValueError, match=r"model_name_or_path: .*label_names: "):
+        certify(every=50, model_name_or_path=other)
+    assert rows(tmp_path / "run") == before
+    assert certify(every=50, batch_size=3).num_new == 0
+    (tmp_path / "run" / "run.json").unlink()
+    with pytest.raises(ValueError, match=r"there is no .*run\.json"):
+        certify(every=50)
+
+
+def test_weights_that_changed_in_their_place_are_noticed(certify, tmp_path):
+    folder = save_model(tmp_path / "model", NAMES)
+    certify(every=50, model_name_or_path=folder)
+    changed = MixedNoiseViTForImageClassification.from_pretrained(folder)
+    changed.classifier.bias.data.add_(1)
+    changed.save_pretrained(folder)
+    with pytest.raises(ValueError, match="other settings \\(model_weights: "):
+        certify(every=50, model_name_or_path=folder)
+
+
+def test_two_runs_do_not_write_to_one_folder(certify, tmp_path):
+    certify(every=100)
+    writer = records_module.ShardWriter(tmp_path / "run" / "shards" / "records-rank00000.jsonl")
+    with pytest.raises(ValueError, match="being written by another process"):
+        certify(every=100)
+    writer.close()
+    certify(every=100)
+
+
+def test_broken_images_are_recorded_and_reported(certify, demo_images, tmp_path):
+    pictures = datasets.Dataset.from_dict(
+        {"image": [row["image"] for row in demo_images.select(range(6)).cast_column("image", datasets.Image(decode=False))],
+         "label": demo_images[:6]["label"]},
+        features=datasets.Features({"image": datasets.Image(decode=False), "label": demo_images.features["label"]}),
+    )  # fmt: skip
+
+    def spoil(row, index):
+        if index == 0:
+            row["image"] = {"bytes": b"no picture", "path": None}
+        if index == 2:
+            row["image"] = {"bytes": row["image"]["bytes"][:200], "path": "cut.png"}
+        if index == 4:
+            row["image"] = None
+        return row
+
+    spoilt = pictures.map(spoil, with_indices=True, cache_file_name=str(tmp_path / "cache.arrow"))
+    spoilt.to_parquet(tmp_path / "spoilt.parquet")
+    summary = certify(tmp_path / "spoilt", dataset_name=str(tmp_path / "spoilt.parquet"), max_draws=60)
+    found = rows(tmp_path / "spoilt")
+    assert [row["error"] is not None for row in found] == [True, False, True, False, True, False]
+    for row in (found[0], found[2], found[4]):
+        assert row["num_samples"] == 0
+        assert row["prediction"] is row["radius"] is row["guarantee"] is row["counts"] is None
+        assert (row["sigma"], row["alpha"], row["method"], row["dtype"]) == (0.25, 0.001, "sequential", "float32")
+        assert row["label_name"]
+    assert "3 images could not be certified and count as wrong: index 0, 2, 4" in str(summary)
+    assert "not a picture" in str(summary)
+    # the others are as without them, and nothing is left to do
+    certify(tmp_path / "sound", max_samples=6)
+    assert [row for row in rows(tmp_path / "sound") if row["index"] % 2] == [row for row in found if row["index"] % 2]
+    assert certify(tmp_path / "spoilt", dataset_name=str(tmp_path / "spoilt.parquet"), max_draws=60).num_new == 0
+
+
+def test_images_of_another_shape(certify, model, tmp_path):
+    folder = tmp_path / "as they are"
+    MixedNoiseViTForImageClassification.from_pretrained(model).save_pretrained(folder)
+    ViTImageProcessor(do_resize=False, do_normalize=False).save_pretrained(folder)
+    for index, size in enumerate((8, 12, 8)):
+        path = tmp_path / "pictures" / ("cat", "dog")[index // 2] / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (size, size), "teal").save(path)
+    certify(model_name_or_path=str(folder), dataset_name=str(tmp_path / "pictures"), split="train")
+    errors = [row["error"] for row in rows(tmp_path / "run")]
+    assert errors[0] is errors[2] is None
+    assert errors[1] == "The image has shape (3, 12, 12) behind the image processor, the first one (3, 8, 8)."
+
+
+def test_a_full_disk_loses_nothing_already_written(certify, tmp_path, monkeypatch):
+    certify(tmp_path / "whole", every=10)
+    write, written = os.write, []
+
+    def full(file, data):
+        if len(data) > 300 and len(written) == 8:
+            if data[:1] == b"{":
+                return write(file, data[:100])
+            raise OSError(28, "No space left on device")
+        written.append(data)
+        return write(file, data)
+
+    monkeypatch.setattr(records_module.os, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        certify(every=10)
+    monkeypatch.undo()
+    shard = (tmp_path / "run" / "shards" / "records-rank00000.jsonl").read_bytes()
+    assert shard.count(b"\n") == 8
+    assert not shard.endswith(b"\n")
+    assert certify(every=10).num_new == 12
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+
+
+def test_errors_before_any_work(certify, demo_images, tmp_path, monkeypatch):
+    other = save_model(tmp_path / "other", ["cat", "dog"])
+    forwards = []
+    monkeypatch.setattr(MixedNoiseViTForImageClassification, "forward", lambda *args, **kwargs: forwards.append(args))
+    with pytest.raises(ValueError, match=r"no column 'pic'; the dataset has: image, label"):
+        certify(image_column="pic")
+    with pytest.raises(ValueError, match=r"no column 'coarse'; the dataset has: image, label"):
+        certify(label_column="coarse")
+    for sigmas in ((0.0,), (), (0.25, 0.25)):
+        with pytest.raises(ValueError, match="sigma"):
+            certify(sigmas=sigmas)
+    with pytest.raises(ValueError, match="every=0"):
+        certify(every=0)
+    with pytest.raises(ValueError, match="max_samples=0"):
+        certify(max_samples=0)
+    with pytest.raises(ValueError, match="dtype='float16' is unknown"):
+        certify(dtype="float16")
+    with pytest.raises(ValueError, match="batch_size=0"):
+        certify(batch_size=0)
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(ValueError, match="is a file: choose a folder"):
+        certify(tmp_path / "file")
+    with pytest.raises(OSError, match="file"):
+        certify(tmp_path / "file" / "run")
+    demo_images.select([]).to_parquet(tmp_path / "empty.parquet")
+    for streaming in (False, True):
+        with pytest.raises(ValueError, match=r"split 'test' of .* (is empty|.* no data)"):
+            certify(dataset_name=str(tmp_path / "empty.parquet"), streaming=streaming)
+    plain = demo_images.select(range(12)).cast_column("label", datasets.Value("int64"))
+    plain = plain.map(lambda row, index: {"label": 10 if index == 7 else 0}, with_indices=True)
+    plain.to_parquet(tmp_path / "plain.parquet")
+    with pytest.raises(ValueError, match="Image 7: label 10 is none of the model's 10 classes"):
+        certify(dataset_name=str(tmp_path / "plain.parquet"))
+    with pytest.raises(ValueError, match=r"\['airplane', .*the model has \['cat', 'dog'\]"):
+        certify(model_name_or_path=other)
+    assert not forwards
+
+
+def test_bfloat16_is_recorded(certify, tmp_path):
+    certify(every=50, dtype="bfloat16")
+    assert {row["dtype"] for row in rows(tmp_path / "run")} == {"bfloat16 autocast"}
+
+
+def test_the_command(model, parquet, tmp_path):
+    def run(*arguments):
+        command = ["certify-dataset", "--model", model, "--dataset", parquet, "--output-dir", tmp_path / "run"]
+        return CliRunner().invoke(app, [str(one) for one in (*command, *arguments)])
+
+    ask = ("--sigma", 0.25, "--sigma", 0.5, "--every", 50, "--max-draws", 60, "--radii", 0.1)
+    done = run(*ask)
+    assert done.exit_code == 0, done.output
+    assert "8 records in" in done.stdout
+    assert "draws/s" in done.stderr or "8/8" in done.stderr
+    refused = run(*ask, "--seed", 1)
+    assert refused.exit_code == 2
+    assert "seed: 0 -> 1" in " ".join(refused.stderr.split())
+    assert "Traceback" not in refused.output
+
+
+def script(model, data, output_dir, *arguments, processes=2):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes] if processes else []
+    command = [
+        sys.executable, *launcher, ROOT / "scripts" / "certify.py", "--model_name_or_path", model,
+        "--dataset_name", data, "--output_dir", output_dir, "--sigma", 0.25, 0.5, "--max_draws", 200, *arguments,
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(
+        [str(one) for one in command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(process):
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    return output
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(model, parquet, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    settings = RunSettings(model_name_or_path=model, dataset_name=parquet, sigmas=(0.25, 0.5), max_draws=200)
+    certify_dataset(settings, folder, accelerator=start_processes())
+    found = rows(folder)
+    assert len({row["prediction"] for row in found}) > 2
+    return found
+
+
+def num_lines(folder):
+    return sum(shard.read_bytes().count(b"\n") for shard in Path(folder).glob("shards/*.jsonl"))
+
+
+def kill_at_random(process, folder, generator, only_one):
+    """Kill -9 the launcher and its processes, or one of the latter, at some moment after a few more records."""
+    enough = num_lines(folder) + generator.randrange(1, 40)
+    while num_lines(folder) < enough and process.poll() is None:
+        time.sleep(0.002)
+    time.sleep(generator.random() * 0.05)
+    if process.poll() is None:
+        family = psutil.Process(process.pid).children(recursive=True)
+        for one in family[-1:] if only_one and family else (psutil.Process(process.pid), *family):
+            if one.is_running():
+                one.kill()
+    process.communicate(timeout=120)  # ends by itself where only one was killed: no deadlock
+
+
+def kill_and_go_on(model, parquet, folder, uninterrupted, kills, seed):
+    generator = random.Random(seed)
+    for kill in range(kills):
+        process = script(model, parquet, folder, processes=generator.choice((0, 2)))  # 0: without a launcher
+        kill_at_random(process, folder, generator, only_one=kill % 3 == 1)
+    before = num_lines(folder)
+    finish(script(model, parquet, folder))
+    assert rows(folder) == uninterrupted
+    assert num_lines(folder) == len(uninterrupted)
+    return before
+
+
+def test_two_processes_give_the_records_of_one(model, parquet, uninterrupted, tmp_path):
+    output = finish(script(model, parquet, tmp_path))
+    assert "400 records in" in output
+    assert rows(tmp_path) == uninterrupted
+    shards = sorted(tmp_path.glob("shards/*.jsonl"))
+    assert [shard.name for shard in shards] == ["records-rank00000.jsonl", "records-rank00001.jsonl"]
+    assert all(shard.read_bytes().count(b"\n") > 50 for shard in shards)
+    assert json.loads((tmp_path / "run.json").read_text())["sessions"][0]["num_processes"] == 2
+
+
+def test_killed_processes_lose_nothing(model, parquet, uninterrupted, tmp_path):
+    assert kill_and_go_on(model, parquet, tmp_path, uninterrupted, kills=1, seed=0) < 400
+
+
+@pytest.mark.slow
+def test_twenty_times_killed_processes_lose_nothing(model, parquet, uninterrupted, tmp_path):
+    kill_and_go_on(model, parquet, tmp_path, uninterrupted, kills=20, seed=1)
+
+
+def test_an_error_in_processes_ends_them_all(model, parquet, tmp_path):
+    process = script(model, parquet, tmp_path, "--image_column", "pic")
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode != 0
+    assert "There is no column 'pic'; the dataset has: image, label." in output
