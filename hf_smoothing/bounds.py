@@ -177,7 +177,8 @@ def confidence_sequence_lower(
     (There is one such place. With an [`OddsPrior`], each alternative multiplies the e-value of a hit by
     `exp(step) / (1 + p0 (exp(step) - 1))` and that of a miss by `1 / (1 + p0 (exp(step) - 1))`, both of which fall as p0
     ascends. With a cut Beta prior, mass that the cut takes away could in principle make the e-value rise; for Beta(1/2, 1/2)
-    the likelihood ratio outweighs that wherever the e-value matters.)
+    the likelihood ratio outweighs that wherever the e-value matters. For other Beta priors the tests find no exception, but
+    nobody has proved that there is none: the sampling rule takes an [`OddsPrior`] alone.)
 
     Args:
         successes: hits, 0 to `trials`.

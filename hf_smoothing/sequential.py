@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 
 from .bounds import (
     OddsPrior,
-    Prior,
     clopper_pearson_lower,
     confidence_sequence_lower,
     draws_to_reject,
@@ -48,7 +47,7 @@ class SequentialRule:
     Args:
         radii: radii to decide; `None` finds the radius.
         alpha: probability of a wrong certificate, in (0, 1).
-        max_samples: the most draws for one image.
+        max_samples: the most draws for one image, besides its clean pass.
         tolerance: without `radii`, stop once the proved radius is at least `1 - tolerance` of what it can still
             become (the upper end of a 95 % confidence interval, or what the budget can show if that is less).
         weight_floor: the part of alpha shared equally over all classes; the rest follows their rank on the clean image.
@@ -66,7 +65,7 @@ class SequentialRule:
     max_samples: int = 10_000
     tolerance: float = 0.1
     weight_floor: float = 0.05
-    prior: Prior | None = None
+    prior: OddsPrior | None = None
 
     method: ClassVar[str] = "sequential"
     guarantee: ClassVar[Guarantee] = "per_input"
@@ -99,12 +98,12 @@ class SequentialRule:
             raise too_few("max_samples", self.max_samples, radius, best, needed)
 
     @property
-    def _prior(self) -> Prior:
+    def _prior(self) -> OddsPrior:
         return self.prior or OddsPrior.for_budget(self.max_samples, self.alpha)
 
     @property
     def _largest_alpha(self) -> float:
-        """What a single claim can have of alpha, whatever the number of classes: the share of the class ranked first."""
+        """What a single claim can have of alpha: the share of the class ranked first, bar the little that the floor adds."""
         return (1 - _UPPER_SHARE) * (1 - self.weight_floor) * (1 - _RANK_DECAY) * self.alpha
 
     def start(self, noise: NoiseDistribution, clean_scores: NDArray[np.float64]) -> "_SequentialRun":
@@ -243,5 +242,5 @@ def _interval(hits: int, runner_up: int, draws: int, alpha: float) -> tuple[floa
     return 1 - float(lower[0]), float(lower[1])
 
 
-def _lower(hits: int, draws: int, alpha: float, prior: Prior) -> float:
+def _lower(hits: int, draws: int, alpha: float, prior: OddsPrior) -> float:
     return float(confidence_sequence_lower(hits, draws, alpha, prior))

@@ -88,10 +88,14 @@ def benchmark(results: dict[str, Any]) -> str:
         "",
         "Means are over the images that a quarter of the budget can decide by Wald's bound (the second column says how many "
         "of those that clear the radius); the last column is over all images, hopeless ones included. "
+        "Wald's bound is that of a test which sees no more of a draw than whether it hit the top class; the sequential rule "
+        "bounds the runner-up too, and can pass below it. "
         f"The engine makes {engine['engine_draws_per_second']:,.0f} draws/s, {engine['ratio']:.3f} of the bare forward pass "
         f"(median of {len(engine['ratios'])}); exact lattice noise changes its time by "
         f"{engine['seconds_with_lattice_over_floats'] - 1:+.1%}. {results['device']}, {results['num_threads']} threads, "
-        f"{results['dtype']}. Command: `{results['command']}` (seed {results['seed']}, "
+        f"{results['dtype']}. Command: `{results['command']}`"
+        + (f", then `{engine['command']}`" if "command" in engine else "")
+        + f" (seed {results['seed']}, "
         + ", ".join(f"{name} {version}" for name, version in results["versions"].items())
         + ").",
     ]
