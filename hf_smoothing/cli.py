@@ -18,6 +18,7 @@ from transformers import pipeline
 
 from . import dataset_runs
 from .certificates import Certificate, format_radius
+from .crew import start_processes
 from .data import load_demo_images
 from .dataset_runs import RunSettings
 from .metrics.certified_accuracy import certified_accuracy
@@ -204,7 +205,7 @@ def certify_dataset(
         summary = dataset_runs.certify_dataset(
             settings,
             output_dir,
-            accelerator=dataset_runs.start_processes(),
+            accelerator=start_processes(),
             batch_size=batch_size,
             streaming=streaming,
             resume=resume,

@@ -4,9 +4,12 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from typing import TypeVar
+from datetime import timedelta
+from typing import Any, TypeVar
 
+import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from torch import distributed
 from torch.distributed.distributed_c10d import _get_default_store
 from tqdm.auto import tqdm
@@ -15,6 +18,22 @@ Item = TypeVar("Item")
 
 _REFRESH = 0.5
 """Seconds between two looks at what the other processes have done."""
+
+
+def start_processes(**options: Any) -> Accelerator:
+    """
+    The processes that `accelerate launch` or `torchrun` started; one where neither did.
+
+    Args:
+        options: further ones of `Accelerator`.
+    """
+    return Accelerator(
+        # untold, accelerate takes each of several processes on CPUs for the only one
+        cpu=not torch.accelerator.is_available(),
+        # A process may wait for another as long as one image takes; launchers end the others when one dies
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
+        **options,
+    )
 
 
 class Crew:

@@ -14,14 +14,14 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+from accelerate.utils import broadcast_object_list
 
 from .certificates import Rule, check_count
 from .crew import Crew, Progress
@@ -163,16 +163,6 @@ class RunSummary:
         return text
 
 
-def start_processes() -> Accelerator:
-    """The processes that `accelerate launch` or `torchrun` started; one where neither did."""
-    return Accelerator(
-        # untold, accelerate takes each of several processes on CPUs for the only one
-        cpu=not torch.accelerator.is_available(),
-        # A process may wait for another as long as one image takes; launchers end the others when one dies
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
-    )
-
-
 def certify_dataset(
     settings: RunSettings,
     output_dir: str | Path,
@@ -192,7 +182,7 @@ def certify_dataset(
     Args:
         settings: what decides the records.
         output_dir: an empty or new folder, or that of a run with the same settings, which is gone on with.
-        accelerator: the processes, from [`start_processes`].
+        accelerator: the processes, from [`crew.start_processes`].
         batch_size: draws in one forward pass.
         streaming: read the dataset as a stream, once for each sigma, without storing it.
         resume: go on with a run; otherwise the folder must not hold one.

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetsError
+from PIL import Image
 
 from .data import load_image, to_pixels
 
@@ -183,13 +184,13 @@ class LabelledImages:
         except ValueError as error:
             raise ValueError(f"Image {index}: {error}") from None
 
-    def pixels(self, row: Row) -> torch.Tensor:
+    def picture(self, row: Row) -> Image.Image:
         """
-        Pixels of a row's image, as the engine takes them.
+        A row's image, in RGB.
 
         Raises:
-            FileNotFoundError, ValueError: where they cannot be had, or have another shape than the others. (A connection
-                that fails is another error: the image may be there tomorrow.)
+            FileNotFoundError, ValueError: where it cannot be had. (A connection that fails is another error: the image may
+                be there tomorrow.)
         """
         image = row[self.image_column]
         if image is None:
@@ -198,7 +199,16 @@ class LabelledImages:
         if content is None and "://" in image["path"]:  # a stream from elsewhere
             with fsspec.open(image["path"], "rb") as file:
                 content = file.read()
-        found = to_pixels(load_image(image["path"] if content is None else content), self.image_processor)
+        return load_image(image["path"] if content is None else content)
+
+    def pixels(self, row: Row) -> torch.Tensor:
+        """
+        Pixels of a row's image, as the engine takes them.
+
+        Raises:
+            FileNotFoundError, ValueError: see [`LabelledImages.picture`]; where they have another shape than the others.
+        """
+        found = to_pixels(self.picture(row), self.image_processor)
         if self.shape is not None and tuple(found.shape) != self.shape:
             raise ValueError(
                 f"The image has shape {tuple(found.shape)} behind the image processor, the first one {self.shape}."

@@ -10,7 +10,8 @@ Writes OUTPUT_DIR/certificates.parquet, one row an image and sigma, and OUTPUT_D
 import argparse
 import sys
 
-from hf_smoothing.dataset_runs import DTYPES, RunSettings, certify_dataset, start_processes
+from hf_smoothing.crew import start_processes
+from hf_smoothing.dataset_runs import DTYPES, RunSettings, certify_dataset
 
 
 def parse_args() -> argparse.Namespace:

@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 from hf_smoothing import MixedNoiseViTConfig, MixedNoiseViTForImageClassification
 from hf_smoothing import records as records_module
 from hf_smoothing.cli import app
-from hf_smoothing.dataset_runs import RunSettings, certify_dataset, start_processes
+from hf_smoothing.crew import start_processes
+from hf_smoothing.dataset_runs import RunSettings, certify_dataset
 from hf_smoothing.records import SCHEMA
 
 ROOT = Path(__file__).parent.parent

@@ -1,0 +1,56 @@
+"""Finetune a mixed-noise ViT on a dataset: on clean images by default, since robustness comes along from pretraining.
+
+    accelerate launch scripts/finetune.py --model_name_or_path user/repo --dataset_name uoft-cs/cifar10 --output_dir my-model
+
+On CPUs, several processes take `torchrun --nproc_per_node 2 scripts/finetune.py ...` (`accelerate launch --cpu` starts one).
+`--resume_from_checkpoint latest` goes on where a training was cut short, and ends with the weights it would have had.
+"""
+
+import sys
+from dataclasses import dataclass
+
+import torch
+from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
+
+from hf_smoothing.classifier_training import EvaluationSettings, load_to_finetune, train_classifier
+from hf_smoothing.training import TrainingSettings
+from hf_smoothing.training_images import ImageSettings, names_of_classes
+
+
+@dataclass
+class BaseSettings:
+    """What to start from."""
+
+    model_name_or_path: str = HfArg(
+        help="mixed-noise ViT on the Hub or in a local folder, or the name of a ViT of timm"
+    )
+    revision: str | None = HfArg(default=None, help="revision of the model: a branch, tag or commit")
+    freeze_backbone: bool = HfArg(default=False, help="train the head alone (linear probe)")
+    drop_path_rate: float = HfArg(default=0.0, help="stochastic depth")
+
+
+def main() -> None:
+    parser = HfArgumentParser((BaseSettings, ImageSettings, TrainingSettings, EvaluationSettings), description=__doc__)
+    parser.set_defaults(learning_rate=5e-4, layer_decay=0.75)
+    try:
+        base, image_settings, settings, evaluation = parser.parse_args_into_dataclasses()
+        accelerator = settings.start()
+        with accelerator.main_process_first():  # one downloads, the others find it there
+            images = image_settings.open()
+            torch.manual_seed(settings.seed)  # of the head
+            model = load_to_finetune(
+                base.model_name_or_path,
+                names_of_classes(images),
+                revision=base.revision,
+                drop_path_rate=base.drop_path_rate,
+            )
+        model.mixed_noise_vit.requires_grad_(not base.freeze_backbone)
+        train_classifier(model, images, image_settings, settings, evaluation, accelerator, base.model_name_or_path)
+    except (OSError, ValueError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import ViTConfig
+
+from hf_smoothing import MixedNoiseViTForImageClassification
+from hf_smoothing.classifier_training import (
+    EvaluationSettings,
+    load_to_finetune,
+    majority_accuracy,
+    train_classifier,
+)
+from hf_smoothing.training import TrainingSettings
+from hf_smoothing.training_images import ImageSettings, names_of_classes
+
+
+def by_brightness(pixels):
+    """Class 1 where a picture is brighter than .5 on average."""
+    bright = (pixels.mean((1, 2, 3)) - 0.5) * 100
+    return SimpleNamespace(logits=torch.stack([-bright, bright], 1))
+
+
+def test_majority_accuracy():
+    levels = torch.tensor([0.1, 0.45, 0.55, 0.9])
+    pixels = levels.view(4, 1, 1, 1).expand(4, 3, 2, 2).contiguous()
+    truth = torch.tensor([0, 0, 1, 1])
+    assert majority_accuracy(by_brightness, pixels, truth, 0.0, draws=5) == 1
+    assert majority_accuracy(by_brightness, pixels, 1 - truth, 0.0, draws=5) == 0
+    # .05 is .35 standard deviations of the mean at sigma .5: single draws err, the majority of many does not
+    assert majority_accuracy(by_brightness, pixels, truth, 0.5, draws=400, batch_size=3) == 1
+    single = [majority_accuracy(by_brightness, pixels, truth, 0.5, draws=1, seed=seed) for seed in range(50)]
+    assert 0.6 < sum(single) / 50 < 0.95
+
+
+def test_the_head_is_kept_only_for_the_same_classes(tiny_model_dir):
+    source = MixedNoiseViTForImageClassification.from_pretrained(tiny_model_dir)
+    same = load_to_finetune(str(tiny_model_dir), ["cat", "dog", "frog"])
+    assert torch.equal(same.classifier.weight, source.classifier.weight)
+    for names in (["dog", "cat", "frog"], ["a", "b", "c"], ["a", "b"], [str(i) for i in range(7)]):
+        model = load_to_finetune(str(tiny_model_dir), names, drop_path_rate=0.1)
+        assert [model.config.id2label[index] for index in range(len(names))] == names
+        assert model.config.label2id[names[1]] == 1
+        assert model.config.num_labels == model.classifier.out_features == len(names)
+        assert not torch.equal(model.classifier.weight[:2], source.classifier.weight[:2])
+        assert 0 < model.classifier.weight.std() < 0.1
+        assert model.config.drop_path_rate == 0.1
+        assert torch.equal(
+            model.mixed_noise_vit.encoder.blocks[1].attn.qkv.weight,
+            source.mixed_noise_vit.encoder.blocks[1].attn.qkv.weight,
+        )
+
+
+def test_timm_and_other_models(tmp_path):
+    with pytest.warns(UserWarning, match="No weights"):
+        model = load_to_finetune("timm/vit_tiny_patch16_224", ["a", "b"])
+    assert model.config.image_size == 224
+    assert model.config.id2label == {0: "a", 1: "b"}
+    ViTConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is a vit model"):
+        load_to_finetune(str(tmp_path), ["a", "b"])
+    with pytest.raises(OSError, match="nowhere"):
+        load_to_finetune("nobody/nowhere", ["a", "b"])
+
+
+def test_training_writes_a_model_and_what_came_of_it(tiny_model_dir, demo_images, tmp_path):
+    path = tmp_path / "demo.parquet"
+    demo_images.to_parquet(path)
+    image_settings = ImageSettings(
+        str(path), max_train_samples=40, sigmas=[0.0, 0.5], mixup_alpha=0.2, label_smoothing=0.1
+    )
+    settings = TrainingSettings(str(tmp_path / "out"), num_train_epochs=2, per_device_train_batch_size=20)
+    images = image_settings.open()
+    model = load_to_finetune(str(tiny_model_dir), names_of_classes(images))
+    evaluation = EvaluationSettings("train", eval_samples=10, eval_draws=2, eval_sigmas=[0.0, 0.5])
+    found = train_classifier(
+        model, images, image_settings, settings, evaluation, settings.start(), str(tiny_model_dir)
+    )
+    assert found == json.loads((tmp_path / "out" / "results" / "training.json").read_text())
+    assert found["steps"] == 4
+    assert found["images_seen"] == 80
+    assert found["evaluation"].keys() == {"majority_accuracy_sigma_0", "majority_accuracy_sigma_0.5"}
+    again = MixedNoiseViTForImageClassification.from_pretrained(tmp_path / "out")
+    assert again.config.id2label[6] == "frog"
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"eval_samples": 0}, {"eval_draws": 0}, {"eval_sigmas": [-1.0]}, {"eval_sigmas": []}]
+)
+def test_settings_out_of_range_are_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        EvaluationSettings("test", **wrong)
