@@ -1,0 +1,148 @@
+"""The folder of a run: what it is of (`run.json`), what is done (`shards`), and the table that it becomes."""
+
+import json
+import shlex
+import sys
+import uuid
+from collections import Counter
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from .labelled_images import LabelledImages
+from .records import Record, read_shards, repair, shards_in, write_json, write_parquet
+from .reports import package_versions
+from .smoothing import SmoothedClassifier
+
+
+Pair = tuple[float, int]
+"""What a record is about: sigma, and the index of the image in its split."""
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """How a run ended; as text, what a user wants to read."""
+
+    path: Path
+    num_records: int
+    num_new: int
+    errors: tuple[tuple[float, int, str], ...]
+
+    def __str__(self) -> str:
+        text = f"{self.num_records} records in {self.path}"
+        text += f", {self.num_new} of them new." if self.num_new else ". The run was finished already."
+        if self.errors:
+            indices = sorted({index for _, index, _ in self.errors})
+            shown = ", ".join(map(str, indices[:10])) + (", ..." if len(indices) > 10 else "")
+            text += (
+                f"\n{len(indices)} images could not be certified and count as wrong: index {shown}. "
+                f"The first: {self.errors[0][2]}"
+            )
+        return text
+
+
+@dataclass(frozen=True)
+class Plan:
+    """
+    What the main process finds out for all.
+
+    Attributes:
+        start: a name for this start of the run.
+        shape: the shape of the images, `None` where none can be read.
+        finished: what is done.
+        before: for each sigma, how many images that is, and how many of them are right.
+    """
+
+    start: str
+    shape: tuple[int, ...] | None
+    finished: frozenset[Pair]
+    before: dict[float, tuple[int, int]]
+
+
+def prepare(output_dir: Path, identity: Record, session: Record, images: LabelledImages, resume: bool) -> Plan:
+    """Begin a run in a folder or go on with the one there: check its settings, mend its shards, see what is done."""
+    shards, file = output_dir / "shards", output_dir / "run.json"
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ValueError(f"output_dir={str(output_dir)!r} is a file: choose a folder.")
+    shards.mkdir(parents=True, exist_ok=True)
+    identity = json.loads(json.dumps(identity))
+    if file.exists():
+        run = json.loads(file.read_text())
+        if not resume:
+            raise ValueError(f"{output_dir} holds a run: choose another folder, or go on with it (resume).")
+        _refuse_other(run["settings"], identity, output_dir)
+    elif shards_in(shards):
+        raise ValueError(f"{shards} holds records, but there is no {file} that says of what: choose another folder.")
+    else:
+        run = {"settings": identity, "image_shape": images.find_shape(), "sessions": []}
+    for shard in shards_in(shards):
+        repair(shard)
+    run = {**run, "command": session["command"], "versions": session["versions"], "finished": None}
+    run["sessions"].append(session)
+    write_json(run, file)
+    smallest = min(identity["radii"] or (0.0,))
+    finished = {(row["sigma"], row["index"]): is_right(row, smallest) for row in read_shards(shards)}
+    done = Counter(sigma for sigma, _ in finished)
+    right = Counter(sigma for (sigma, _), one in finished.items() if one)
+    return Plan(
+        start=uuid.uuid4().hex,
+        shape=run["image_shape"] and tuple(run["image_shape"]),
+        finished=frozenset(finished),
+        before={sigma: (done[sigma], right[sigma]) for sigma in done},
+    )
+
+
+def _refuse_other(before: Record, now: Record, output_dir: Path) -> None:
+    # only one of a stream and a stored dataset has a fingerprint: nothing to compare
+    unknown = {"dataset_fingerprint"} if None in (before["dataset_fingerprint"], now["dataset_fingerprint"]) else set()
+    differing = [
+        f"{name}: {before.get(name)!r} -> {now.get(name)!r}"
+        for name in {**before, **now}
+        if name not in unknown and before.get(name) != now.get(name)
+    ]
+    if differing:
+        raise ValueError(
+            f"{output_dir} holds a run with other settings ({'; '.join(differing)}): go on with those, or choose another "
+            "folder."
+        )
+
+
+def session_of(accelerator: Accelerator, smoothed: SmoothedClassifier) -> Record:
+    packages = ("datasets", "accelerate", "torchvision")
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "num_processes": accelerator.num_processes,
+        "num_threads": torch.get_num_threads(),
+        "device": str(accelerator.device),
+        "batch_size": smoothed.batch_size,
+        "versions": {**package_versions(), **{name: version(name) for name in packages}},
+    }
+
+
+def is_right(row: Record, radius: float) -> bool:
+    """Whether a record is of a right answer, certified at `radius`."""
+    return row["error"] is None and row["prediction"] == row["label"] and row["radius"] >= radius
+
+
+def merge(output_dir: Path, num_before: int, expected: int | None) -> RunSummary:
+    """Put the records of all shards into one file, and say in `run.json` that the run is finished."""
+    rows = {(row["sigma"], row["index"]): row for row in read_shards(output_dir / "shards")}
+    if expected is not None and len(rows) != expected:
+        raise RuntimeError(f"{len(rows)} records of {expected} are there: start the run again to certify the rest.")
+    path = output_dir / "certificates.parquet"
+    write_parquet(rows.values(), path)
+    errors = tuple((sigma, index, row["error"]) for (sigma, index), row in sorted(rows.items()) if row["error"])
+    run = json.loads((output_dir / "run.json").read_text())
+    run |= {
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "num_records": len(rows),
+        "num_errors": len(errors),
+        "process_seconds": sum(row["seconds"] for row in rows.values()),
+    }
+    write_json(run, output_dir / "run.json")
+    return RunSummary(path, len(rows), len(rows) - num_before, errors)
