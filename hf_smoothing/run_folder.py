@@ -18,7 +18,6 @@ from .records import Record, read_shards, repair, shards_in, write_json, write_p
 from .reports import package_versions
 from .smoothing import SmoothedClassifier
 
-
 Pair = tuple[float, int]
 """What a record is about: sigma, and the index of the image in its split."""
 

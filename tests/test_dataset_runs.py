@@ -1,107 +1,17 @@
 import json
 import os
-import random
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import datasets
-import psutil
-import pyarrow.parquet as pq
 import pytest
-import torch
+from conftest import NAMES, rows, save_model
 from PIL import Image
 from transformers import ViTImageProcessor, pipeline
 from typer.testing import CliRunner
 
-from hf_smoothing import MixedNoiseViTConfig, MixedNoiseViTForImageClassification
+from hf_smoothing import MixedNoiseViTForImageClassification
 from hf_smoothing import records as records_module
 from hf_smoothing.cli import app
-from hf_smoothing.crew import start_processes
-from hf_smoothing.dataset_runs import RunSettings, certify_dataset
 from hf_smoothing.records import SCHEMA
-
-ROOT = Path(__file__).parent.parent
-NAMES = [
-    "truck",
-    "Ship",
-    "horse",
-    "frog",
-    "dog",
-    "deer",
-    "cat",
-    "bird",
-    "automobile",
-    "airplane",
-]  # not the dataset's order
-
-
-def save_model(folder, names):
-    torch.manual_seed(0)
-    config = MixedNoiseViTConfig(
-        image_size=8,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        id2label=dict(enumerate(names)),
-        label2id={name: index for index, name in enumerate(names)},
-    )
-    model = MixedNoiseViTForImageClassification(config)
-    # a head that tells dark from bright pictures, so that some are certified and others not
-    light = torch.rand(512, 1, 1, 1)
-    features = []
-    hook = model.classifier.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
-    with torch.no_grad():
-        model.eval()(light + 0.25 * torch.randn(512, 3, 8, 8))
-        targets = torch.nn.functional.one_hot((light.flatten() * 3).long().clamp(max=len(names) - 1), len(names))
-        inputs = torch.cat([features[0], torch.ones(512, 1)], 1)
-        solution = torch.linalg.lstsq(inputs, targets.float(), driver="gelsd").solution
-        model.classifier.weight.copy_(solution[:-1].T)
-        model.classifier.bias.copy_(solution[-1])
-    hook.remove()
-    model.save_pretrained(folder)
-    ViTImageProcessor(size={"height": 8, "width": 8}, do_normalize=False).save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("ten"), NAMES)
-
-
-@pytest.fixture(scope="module")
-def parquet(demo_images, tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "images.parquet"
-    demo_images.to_parquet(path)
-    return str(path)
-
-
-@pytest.fixture
-def certify(model, parquet, tmp_path):
-    def call(output_dir=tmp_path / "run", batch_size=64, streaming=False, resume=True, **settings):
-        settings = {
-            "model_name_or_path": model,
-            "dataset_name": parquet,
-            "sigmas": (0.25,),
-            "max_draws": 60,
-            **settings,
-        }
-        return certify_dataset(
-            RunSettings(**settings),
-            output_dir,
-            accelerator=start_processes(),
-            batch_size=batch_size,
-            streaming=streaming,
-            resume=resume,
-        )
-
-    return call
-
-
-def rows(folder):
-    """What a run found, without the time it took."""
-    return [{**row, "seconds": None} for row in pq.read_table(Path(folder) / "certificates.parquet").to_pylist()]
 
 
 def test_records_and_run_json(certify, parquet, model, tmp_path):
@@ -179,62 +89,6 @@ def test_larger_radii_are_for_larger_sigmas(certify, tmp_path):
     assert run["settings"]["radii_decided"] == {"0.1": [0.1], "1": [0.1, 1.0]}
     with pytest.raises(ValueError, match="radius=9 can never be certified"):
         certify(sigmas=(0.1, 1.0), radii=(0.1, 9), max_draws=100)
-
-
-def test_a_run_goes_on_where_it_stopped(certify, tmp_path):
-    certify(tmp_path / "whole", sigmas=(0.25, 0.5), every=10)
-    certify(tmp_path / "cut", sigmas=(0.25, 0.5), every=10)
-    shard = tmp_path / "cut" / "shards" / "records-rank00000.jsonl"
-    lines = shard.read_bytes().splitlines(keepends=True)
-    (tmp_path / "cut" / "shards" / "records-rank00003.jsonl").write_bytes(b"".join(lines[20:27]))
-    shard.write_bytes(b"".join(lines[:9]) + lines[9][:50])  # torn
-    (tmp_path / "cut" / "certificates.parquet").unlink()
-    summary = certify(tmp_path / "cut", sigmas=(0.25, 0.5), every=10, batch_size=7)
-    assert (summary.num_records, summary.num_new) == (40, 24)
-    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
-    assert len(json.loads((tmp_path / "cut" / "run.json").read_text())["sessions"]) == 2
-    (tmp_path / "cut" / "certificates.parquet").unlink()
-    summary = certify(tmp_path / "cut", sigmas=(0.25, 0.5), every=10)
-    assert "finished already" in str(summary)
-    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
-
-
-def test_other_settings_are_refused_with_the_difference(certify, tmp_path, model, demo_images):
-    certify(every=50)
-    before = rows(tmp_path / "run")
-    with pytest.raises(ValueError, match=r"alpha: 0\.001 -> 0\.01; seed: 0 -> 4"):
-        certify(every=50, alpha=0.01, seed=4)
-    with pytest.raises(ValueError, match=r"every: 50 -> 25"):
-        certify(every=25)
-    with pytest.raises(ValueError, match="holds a run: choose another folder"):
-        certify(every=50, resume=False)
-    other = save_model(tmp_path / "other", NAMES[::-1])
-    with pytest.raises(ValueError, match=r"model_name_or_path: .*label_names: "):
-        certify(every=50, model_name_or_path=other)
-    assert rows(tmp_path / "run") == before
-    assert certify(every=50, batch_size=3).num_new == 0
-    (tmp_path / "run" / "run.json").unlink()
-    with pytest.raises(ValueError, match=r"there is no .*run\.json"):
-        certify(every=50)
-
-
-def test_weights_that_changed_in_their_place_are_noticed(certify, tmp_path):
-    folder = save_model(tmp_path / "model", NAMES)
-    certify(every=50, model_name_or_path=folder)
-    changed = MixedNoiseViTForImageClassification.from_pretrained(folder)
-    changed.classifier.bias.data.add_(1)
-    changed.save_pretrained(folder)
-    with pytest.raises(ValueError, match="other settings \\(model_weights: "):
-        certify(every=50, model_name_or_path=folder)
-
-
-def test_two_runs_do_not_write_to_one_folder(certify, tmp_path):
-    certify(every=100)
-    writer = records_module.ShardWriter(tmp_path / "run" / "shards" / "records-rank00000.jsonl")
-    with pytest.raises(ValueError, match="being written by another process"):
-        certify(every=100)
-    writer.close()
-    certify(every=100)
 
 
 def test_broken_images_are_recorded_and_reported(certify, demo_images, tmp_path):
@@ -365,87 +219,3 @@ def test_the_command(model, parquet, tmp_path):
     assert refused.exit_code == 2
     assert "seed: 0 -> 1" in " ".join(refused.stderr.split())
     assert "Traceback" not in refused.output
-
-
-def script(model, data, output_dir, *arguments, processes=2):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes] if processes else []
-    command = [
-        sys.executable, *launcher, ROOT / "scripts" / "certify.py", "--model_name_or_path", model,
-        "--dataset_name", data, "--output_dir", output_dir, "--sigma", 0.25, 0.5, "--max_draws", 200, *arguments,
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen(
-        [str(one) for one in command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
-def finish(process):
-    output = process.communicate(timeout=300)[0]
-    assert process.returncode == 0, output
-    return output
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(model, parquet, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    settings = RunSettings(model_name_or_path=model, dataset_name=parquet, sigmas=(0.25, 0.5), max_draws=200)
-    certify_dataset(settings, folder, accelerator=start_processes())
-    found = rows(folder)
-    assert len({row["prediction"] for row in found}) > 2
-    return found
-
-
-def num_lines(folder):
-    return sum(shard.read_bytes().count(b"\n") for shard in Path(folder).glob("shards/*.jsonl"))
-
-
-def kill_at_random(process, folder, generator, only_one):
-    """Kill -9 the launcher and its processes, or one of the latter, at some moment after a few more records."""
-    enough = num_lines(folder) + generator.randrange(1, 40)
-    while num_lines(folder) < enough and process.poll() is None:
-        time.sleep(0.002)
-    time.sleep(generator.random() * 0.05)
-    if process.poll() is None:
-        family = psutil.Process(process.pid).children(recursive=True)
-        for one in family[-1:] if only_one and family else (psutil.Process(process.pid), *family):
-            if one.is_running():
-                one.kill()
-    process.communicate(timeout=120)  # ends by itself where only one was killed: no deadlock
-
-
-def kill_and_go_on(model, parquet, folder, uninterrupted, kills, seed):
-    generator = random.Random(seed)
-    for kill in range(kills):
-        process = script(model, parquet, folder, processes=generator.choice((0, 2)))  # 0: without a launcher
-        kill_at_random(process, folder, generator, only_one=kill % 3 == 1)
-    before = num_lines(folder)
-    finish(script(model, parquet, folder))
-    assert rows(folder) == uninterrupted
-    assert num_lines(folder) == len(uninterrupted)
-    return before
-
-
-def test_two_processes_give_the_records_of_one(model, parquet, uninterrupted, tmp_path):
-    output = finish(script(model, parquet, tmp_path))
-    assert "400 records in" in output
-    assert rows(tmp_path) == uninterrupted
-    shards = sorted(tmp_path.glob("shards/*.jsonl"))
-    assert [shard.name for shard in shards] == ["records-rank00000.jsonl", "records-rank00001.jsonl"]
-    assert all(shard.read_bytes().count(b"\n") > 50 for shard in shards)
-    assert json.loads((tmp_path / "run.json").read_text())["sessions"][0]["num_processes"] == 2
-
-
-def test_killed_processes_lose_nothing(model, parquet, uninterrupted, tmp_path):
-    assert kill_and_go_on(model, parquet, tmp_path, uninterrupted, kills=1, seed=0) < 400
-
-
-@pytest.mark.slow
-def test_twenty_times_killed_processes_lose_nothing(model, parquet, uninterrupted, tmp_path):
-    kill_and_go_on(model, parquet, tmp_path, uninterrupted, kills=20, seed=1)
-
-
-def test_an_error_in_processes_ends_them_all(model, parquet, tmp_path):
-    process = script(model, parquet, tmp_path, "--image_column", "pic")
-    output = process.communicate(timeout=120)[0]
-    assert process.returncode != 0
-    assert "There is no column 'pic'; the dataset has: image, label." in output

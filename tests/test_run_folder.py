@@ -1,0 +1,65 @@
+"""Going on with a run, or refusing to."""
+
+import json
+
+import pytest
+from conftest import NAMES, rows, save_model
+
+from hf_smoothing import MixedNoiseViTForImageClassification
+from hf_smoothing import records as records_module
+
+
+def test_a_run_goes_on_where_it_stopped(certify, tmp_path):
+    certify(tmp_path / "whole", sigmas=(0.25, 0.5), every=10)
+    certify(tmp_path / "cut", sigmas=(0.25, 0.5), every=10)
+    shard = tmp_path / "cut" / "shards" / "records-rank00000.jsonl"
+    lines = shard.read_bytes().splitlines(keepends=True)
+    (tmp_path / "cut" / "shards" / "records-rank00003.jsonl").write_bytes(b"".join(lines[20:27]))
+    shard.write_bytes(b"".join(lines[:9]) + lines[9][:50])  # torn
+    (tmp_path / "cut" / "certificates.parquet").unlink()
+    summary = certify(tmp_path / "cut", sigmas=(0.25, 0.5), every=10, batch_size=7)
+    assert (summary.num_records, summary.num_new) == (40, 24)
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+    assert len(json.loads((tmp_path / "cut" / "run.json").read_text())["sessions"]) == 2
+    (tmp_path / "cut" / "certificates.parquet").unlink()
+    summary = certify(tmp_path / "cut", sigmas=(0.25, 0.5), every=10)
+    assert "finished already" in str(summary)
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+
+
+def test_other_settings_are_refused_with_the_difference(certify, tmp_path, model, demo_images):
+    certify(every=50)
+    before = rows(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"alpha: 0\.001 -> 0\.01; seed: 0 -> 4"):
+        certify(every=50, alpha=0.01, seed=4)
+    with pytest.raises(ValueError, match=r"every: 50 -> 25"):
+        certify(every=25)
+    with pytest.raises(ValueError, match="holds a run: choose another folder"):
+        certify(every=50, resume=False)
+    other = save_model(tmp_path / "other", NAMES[::-1])
+    with pytest.raises(ValueError, match=r"model_name_or_path: .*label_names: "):
+        certify(every=50, model_name_or_path=other)
+    assert rows(tmp_path / "run") == before
+    assert certify(every=50, batch_size=3).num_new == 0
+    (tmp_path / "run" / "run.json").unlink()
+    with pytest.raises(ValueError, match=r"there is no .*run\.json"):
+        certify(every=50)
+
+
+def test_weights_that_changed_in_their_place_are_noticed(certify, tmp_path):
+    folder = save_model(tmp_path / "model", NAMES)
+    certify(every=50, model_name_or_path=folder)
+    changed = MixedNoiseViTForImageClassification.from_pretrained(folder)
+    changed.classifier.bias.data.add_(1)
+    changed.save_pretrained(folder)
+    with pytest.raises(ValueError, match="other settings \\(model_weights: "):
+        certify(every=50, model_name_or_path=folder)
+
+
+def test_two_runs_do_not_write_to_one_folder(certify, tmp_path):
+    certify(every=100)
+    writer = records_module.ShardWriter(tmp_path / "run" / "shards" / "records-rank00000.jsonl")
+    with pytest.raises(ValueError, match="being written by another process"):
+        certify(every=100)
+    writer.close()
+    certify(every=100)
