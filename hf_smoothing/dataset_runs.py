@@ -139,8 +139,8 @@ def certify_dataset(
     Certify the images of a dataset, or go on with it, and merge the records to `output_dir/certificates.parquet`.
 
     While it runs, every process appends to a shard of its own, `output_dir/shards/records-rank00000.jsonl`; what makes the
-    run reproducible is in `output_dir/run.json`. An image that cannot be read, or has another shape behind the image
-    processor than the first one, gets a record with an `error`.
+    run reproducible is in `output_dir/run.json`. An image whose content is no picture, or that has another shape behind the
+    image processor than the first one, gets a record with an `error`.
 
     Args:
         settings: what decides the records.
@@ -156,7 +156,8 @@ def certify_dataset(
     Raises:
         ValueError: for settings that make no sense, a column that is not there, an empty split, classes that do not match
             (before any work); a label outside the classes; a folder with a run under other settings.
-        OSError: for a folder that cannot be written to, a full disk. All records written before stand.
+        OSError: for a folder that cannot be written to, a full disk; for an image whose file cannot be read. All records
+            written before stand, and a later run goes on.
     """
     output_dir = Path(output_dir)
     at: dict[str, Any] = {} if settings.revision is None else {"revision": settings.revision}
@@ -239,8 +240,12 @@ def _certify(
             label = images.label(index, row)
             try:
                 found = images.pixels(row)
-            except (FileNotFoundError, ValueError) as error:
+            except ValueError as error:
                 keep(error_record(index, label, names, smoothed, rule, settings.seed, str(error)))
+            except OSError as error:  # not the image's fault: as a record it would count as wrong for good
+                raise OSError(
+                    f"Image {index} of the split: {error} Once it can be read, the same command goes on with the run."
+                ) from error
             else:
                 handed.append((index, label))
                 yield found

@@ -1,6 +1,7 @@
 """Datasets of labelled images: which columns, which of the model's classes, which images, and their pixels."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -189,24 +190,21 @@ class LabelledImages:
         A row's image, in RGB.
 
         Raises:
-            FileNotFoundError, ValueError: where it cannot be had. (A connection that fails is another error: the image may
-                be there tomorrow.)
+            ValueError: where there is no image, or its content is no picture: so it will be tomorrow.
+            OSError: where its file cannot be read, as when a disk is not mounted: it may be there tomorrow.
         """
         image = row[self.image_column]
         if image is None:
             raise ValueError("The row has no image.")
-        content = image["bytes"]
-        if content is None and "://" in image["path"]:  # a stream from elsewhere
-            with fsspec.open(image["path"], "rb") as file:
-                content = file.read()
-        return load_image(image["path"] if content is None else content)
+        return load_image(_read(image["path"]) if image["bytes"] is None else image["bytes"])
 
     def pixels(self, row: Row) -> torch.Tensor:
         """
         Pixels of a row's image, as the engine takes them.
 
         Raises:
-            FileNotFoundError, ValueError: see [`LabelledImages.picture`]; where they have another shape than the others.
+            ValueError: see [`LabelledImages.picture`]; where they have another shape than the others.
+            OSError: where its file cannot be read.
         """
         found = to_pixels(self.picture(row), self.image_processor)
         if self.shape is not None and tuple(found.shape) != self.shape:
@@ -216,10 +214,23 @@ class LabelledImages:
         return found
 
     def find_shape(self) -> tuple[int, ...] | None:
-        """The shape of the first image that can be read."""
+        """
+        The shape of the first image that is a picture.
+
+        Raises:
+            OSError: where the file of one cannot be read.
+        """
         for _, read in self.chosen():
-            try:
+            with suppress(ValueError):
                 return tuple(self.pixels(read()).shape)
-            except (FileNotFoundError, ValueError):
-                continue
         return None
+
+
+def _read(path: str) -> bytes:
+    try:
+        if "://" in path:  # a stream from elsewhere
+            with fsspec.open(path, "rb") as file:
+                return file.read()
+        return Path(path).read_bytes()
+    except Exception as error:  # each protocol of fsspec has errors of its own
+        raise OSError(f"The file {path!r} of the dataset cannot be read: {error}.") from error

@@ -2,6 +2,7 @@ import json
 import os
 
 import datasets
+import pyarrow.parquet as pq
 import pytest
 from conftest import NAMES, rows, save_model
 from PIL import Image
@@ -123,6 +124,28 @@ def test_broken_images_are_recorded_and_reported(certify, demo_images, tmp_path)
     certify(tmp_path / "sound", max_samples=6)
     assert [row for row in rows(tmp_path / "sound") if row["index"] % 2] == [row for row in found if row["index"] % 2]
     assert certify(tmp_path / "spoilt", dataset_name=str(tmp_path / "spoilt.parquet"), max_draws=60).num_new == 0
+
+
+def test_a_file_that_is_away_stops_the_run_until_it_is_back(certify, demo_images, tmp_path):
+    paths = [tmp_path / f"{index}.png" for index in range(8)]
+    for path, picture in zip(paths, demo_images[:8]["image"]):
+        picture.save(path)
+    files = datasets.Dataset.from_dict(
+        {"image": [{"bytes": None, "path": str(path)} for path in paths], "label": demo_images[:8]["label"]},
+        features=datasets.Features({"image": datasets.Image(decode=False), "label": demo_images.features["label"]}),
+    )
+    pq.write_table(files.data.table, tmp_path / "files.parquet")  # paths, not pictures
+    (tmp_path / "away").mkdir()
+    for path in (paths[0], paths[5]):
+        away = path.rename(tmp_path / "away" / path.name)
+        with pytest.raises(OSError, match=rf"file '.*{path.name}' of the dataset cannot be read: .*No such file"):
+            certify(dataset_name=str(tmp_path / "files.parquet"), batch_size=8)
+        away.rename(path)
+    assert len((tmp_path / "run" / "shards" / "records-rank00000.jsonl").read_text().splitlines()) == 5
+    summary = certify(dataset_name=str(tmp_path / "files.parquet"), batch_size=8)
+    assert (summary.num_records, summary.num_new, summary.errors) == (8, 3, ())
+    certify(tmp_path / "sound", max_samples=8)
+    assert rows(tmp_path / "run") == rows(tmp_path / "sound")
 
 
 def test_images_of_another_shape(certify, model, tmp_path):
