@@ -37,6 +37,8 @@ from .smoothing import SmoothedClassifier
 
 app = typer.Typer(
     no_args_is_help=True,
+    # --image_column as well, which is what the scripts call it, and what errors say
+    context_settings={"token_normalize_func": lambda flag: flag.replace("_", "-")},
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     help="Certified robustness for image classifiers, by randomized smoothing.",

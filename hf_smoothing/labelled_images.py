@@ -1,5 +1,6 @@
 """Datasets of labelled images: which columns, which of the model's classes, which images, and their pixels."""
 
+import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
@@ -101,6 +102,22 @@ def _plain(name: str) -> str:
     return "".join(name.casefold().replace("_", " ").replace("-", " ").split())
 
 
+def _load(name: str, config_name: str | None, split: str, streaming: bool) -> Any:
+    files = {}
+    if name.endswith(".parquet"):
+        if not Path(name).is_file():
+            raise ValueError(f"There is no Parquet file at {name!r}.")
+        files = {"data_files": {re.split(r"[\[+]", split)[0].strip(): name}}  # without a slice such as [:100]
+    try:
+        return load_dataset("parquet" if files else name, config_name, split=split, streaming=streaming, **files)
+    except (OSError, ValueError, DatasetsError) as error:
+        if isinstance(error, OSError) and not Path(name).exists():
+            problem = f"There is no folder {name!r}, and no dataset of this name can be loaded from the Hub."
+        else:
+            problem = f"The split {split!r} of {name!r} cannot be loaded."
+        raise ValueError(f"{problem} {error}") from error
+
+
 class LabelledImages:
     """
     Images of a dataset, their labels as classes of a model, and their pixels.
@@ -122,7 +139,7 @@ class LabelledImages:
         shape: the shape that pixels must have, once it is set.
 
     Raises:
-        ValueError: for an empty split, or columns that are not there.
+        ValueError: for a dataset or split that cannot be loaded, an empty one, or columns that are not there.
     """
 
     def __init__(
@@ -137,15 +154,11 @@ class LabelledImages:
         max_samples: int | None = None,
         streaming: bool = False,
     ):
-        files = {"data_files": {split: name}} if name.endswith(".parquet") and Path(name).is_file() else {}
-        try:
-            source = load_dataset("parquet" if files else name, config_name, split=split, streaming=streaming, **files)
-        except (ValueError, DatasetsError) as error:
-            raise ValueError(f"The split {split!r} of {name!r} cannot be loaded. {error}") from error
+        source = _load(name, config_name, split, streaming)
         if source.features is None:  # a stream of a format that does not say
             source = source._resolve_features()
-        self.image_column = find_column(source.features, IMAGE_COLUMNS, image_column, "image_column")
-        self.label_column = find_column(source.features, LABEL_COLUMNS, label_column, "label_column")
+        self.image_column = find_column(source.features, IMAGE_COLUMNS, image_column, "--image_column")
+        self.label_column = find_column(source.features, LABEL_COLUMNS, label_column, "--label_column")
         self.class_names: list[str] | None = getattr(source.features[self.label_column], "names", None)
         self.fingerprint = None if streaming else source._fingerprint
         self.every, self.max_samples = every, max_samples

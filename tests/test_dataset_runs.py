@@ -238,6 +238,9 @@ def test_the_command(model, parquet, tmp_path):
     assert done.exit_code == 0, done.output
     assert "8 records in" in done.stdout
     assert "draws/s" in done.stderr or "8/8" in done.stderr
+    assert "no column 'pic'; the dataset has: image, label. Choose one with --image_column." in " ".join(
+        run(*ask, "--image_column", "pic").stderr.split()
+    )
     refused = run(*ask, "--seed", 1)
     assert refused.exit_code == 2
     assert "seed: 0 -> 1" in " ".join(refused.stderr.split())
