@@ -28,7 +28,7 @@ from .records import (
 )
 from .rules import make_rule
 from .run_folder import Plan, RunSummary, is_right, merge, prepare, session_of
-from .smoothing import SmoothedClassifier
+from .smoothing import SmoothedClassifier, loading
 
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 """Types of the forward passes by name, as the engine takes them: float32 weights, under autocast or not."""
@@ -56,7 +56,7 @@ class RunSettings:
         max_draws: the most draws for one image.
         n0, n: draws of the `fixed` method.
         tolerance: relative tolerance of the radius, `sequential` without radii.
-        seed: seed of the noise.
+        seed: seed of the noise, from 0 to 2**63 - 1.
         dtype: `float32`, or `bfloat16` (autocast).
 
     Raises:
@@ -91,9 +91,14 @@ class RunSettings:
             raise ValueError(f"dtype={self.dtype!r} is unknown: use {' or '.join(DTYPES)}.")
         if not self.sigmas or len(set(self.sigmas)) < len(self.sigmas):
             raise ValueError(f"sigmas={self.sigmas} must be one or more different noise levels.")
-        reached = {radius for sigma in self.sigmas for radius in self.rule(sigma)[1] or ()}
-        if missed := sorted(set(self.radii or ()) - reached):
-            self._rule(tuple(missed)).check(GaussianNoise(max(self.sigmas)))  # says how many draws it takes
+        if not 0 <= self.seed < 2**63:  # records hold it as a 64-bit number
+            raise ValueError(f"seed={self.seed} must be 0 or above, and below 2**63.")
+        try:
+            reached = {radius for sigma in self.sigmas for radius in self.rule(sigma)[1] or ()}
+            if missed := sorted(set(self.radii or ()) - reached):
+                self._rule(tuple(missed)).check(GaussianNoise(max(self.sigmas)))  # says how many draws it takes
+        except ValueError as error:  # rules call max_samples what is max_draws here
+            raise ValueError(str(error).replace("max_samples=", "max_draws=")) from error
 
     @property
     def smallest_radius(self) -> float:
@@ -154,13 +159,18 @@ def certify_dataset(
         A summary, on the main process; `None` on the others.
 
     Raises:
-        ValueError: for settings that make no sense, a column that is not there, an empty split, classes that do not match
-            (before any work); a label outside the classes; a folder with a run under other settings.
+        ValueError: before any work, for settings that make no sense, a model or dataset that cannot be loaded, a column that
+            is not there, an empty split, classes that do not match, a folder with a run under other settings; for a label
+            outside the classes.
         OSError: for a folder that cannot be written to, a full disk; for an image whose file cannot be read. All records
             written before stand, and a later run goes on.
     """
     output_dir = Path(output_dir)
     at: dict[str, Any] = {} if settings.revision is None else {"revision": settings.revision}
+    if at and Path(settings.model_name_or_path).is_dir():
+        raise ValueError(
+            f"revision={settings.revision!r} is for models on the Hub; {settings.model_name_or_path!r} is a local folder."
+        )
     with accelerator.main_process_first():  # one downloads, the others find it there
         images = LabelledImages(
             settings.dataset_name,
@@ -172,14 +182,15 @@ def certify_dataset(
             max_samples=settings.max_samples,
             streaming=streaming,
         )
-        smoothed = SmoothedClassifier.from_pretrained(
-            settings.model_name_or_path,
-            GaussianNoise(settings.sigmas[0]),
-            batch_size=batch_size,
-            device=accelerator.device,
-            autocast=DTYPES[settings.dtype],
-            **at,
-        )
+        with loading(settings.model_name_or_path):
+            smoothed = SmoothedClassifier.from_pretrained(
+                settings.model_name_or_path,
+                GaussianNoise(settings.sigmas[0]),
+                batch_size=batch_size,
+                device=accelerator.device,
+                autocast=DTYPES[settings.dtype],
+                **at,
+            )
     names = list(smoothed.class_names or ())
     images.meet(names, smoothed.image_processor)
 

@@ -200,6 +200,17 @@ def test_errors_before_any_work(certify, demo_images, tmp_path, monkeypatch):
         certify(every=0)
     with pytest.raises(ValueError, match="max_samples=0"):
         certify(max_samples=0)
+    for seed in (-1, 2**63):
+        with pytest.raises(ValueError, match=f"seed={seed} must be"):
+            certify(seed=seed)
+    with pytest.raises(ValueError, match="max_draws=0 must be"):
+        certify(max_draws=0)
+    with pytest.raises(ValueError, match=r"max_draws=60 draws can never certify radius 0\.9"):
+        certify(radii=(0.9,))
+    with pytest.raises(ValueError, match="revision='v1' is for models on the Hub"):
+        certify(revision="v1")
+    with pytest.raises(ValueError, match="The model 'no/such-model' cannot be loaded"):
+        certify(model_name_or_path="no/such-model")
     with pytest.raises(ValueError, match="dtype='float16' is unknown"):
         certify(dtype="float16")
     with pytest.raises(ValueError, match="batch_size=0"):
@@ -221,6 +232,11 @@ def test_errors_before_any_work(certify, demo_images, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"\['airplane', .*the model has \['cat', 'dog'\]"):
         certify(model_name_or_path=other)
     assert not forwards
+
+
+def test_the_largest_seed(certify, tmp_path):
+    certify(every=100, seed=2**63 - 1)
+    assert {row["seed"] for row in rows(tmp_path / "run")} == {2**63 - 1}
 
 
 def test_bfloat16_is_recorded(certify, tmp_path):
