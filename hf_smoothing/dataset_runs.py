@@ -9,8 +9,9 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -27,11 +28,13 @@ from .records import (
     record,
 )
 from .rules import make_rule
-from .run_folder import Plan, RunSummary, is_right, merge, prepare, session_of
+from .run_folder import Plan, RunSummary, check_folder, is_right, merge, prepare, session_of
 from .smoothing import SmoothedClassifier, loading
 
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 """Types of the forward passes by name, as the engine takes them: float32 weights, under autocast or not."""
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -171,6 +174,7 @@ def certify_dataset(
         raise ValueError(
             f"revision={settings.revision!r} is for models on the Hub; {settings.model_name_or_path!r} is a local folder."
         )
+    _on_main_first(accelerator, partial(check_folder, output_dir, resume))
     with accelerator.main_process_first():  # one downloads, the others find it there
         images = LabelledImages(
             settings.dataset_name,
@@ -196,7 +200,7 @@ def certify_dataset(
 
     def begin() -> Plan:
         session = session_of(accelerator, smoothed)
-        return prepare(output_dir, _identity(settings, images, smoothed), session, images, resume)
+        return prepare(output_dir, _identity(settings, images, smoothed), session, images)
 
     plan = _on_main_first(accelerator, begin)
     images.shape = plan.shape
@@ -266,7 +270,7 @@ def _certify(
         keep(record(index, label, names, certificate))
 
 
-def _on_main_first(accelerator: Accelerator, call: Callable[[], Plan]) -> Plan:
+def _on_main_first(accelerator: Accelerator, call: Callable[[], Found]) -> Found:
     """What `call` returns on the main process, on all of them; or what it raises, on all of them."""
     box: list[Any] = [None]
     if accelerator.is_main_process:
