@@ -201,6 +201,9 @@ def certify_dataset(
             streaming=streaming,
             resume=resume,
         )
+    except KeyboardInterrupt as error:
+        typer.echo(f"\n{error}" if error.args else "\nstopped", err=True)
+        raise typer.Exit(130) from None
     except (OSError, RuntimeError, ValueError) as error:
         _fail(error)
     typer.echo(summary)

@@ -24,6 +24,7 @@ from .noise import GaussianNoise
 from .records import (
     Record,
     ShardWriter,
+    count_records,
     error_record,
     record,
 )
@@ -167,6 +168,7 @@ def certify_dataset(
             outside the classes.
         OSError: for a folder that cannot be written to, a full disk; for an image whose file cannot be read. All records
             written before stand, and a later run goes on.
+        KeyboardInterrupt: on the user's, with a message that says how many records are there.
     """
     output_dir = Path(output_dir)
     at: dict[str, Any] = {} if settings.revision is None else {"revision": settings.revision}
@@ -206,9 +208,10 @@ def certify_dataset(
     images.shape = plan.shape
     crew = Crew(accelerator, plan.start)
     writer = ShardWriter(output_dir / "shards" / f"records-rank{accelerator.process_index:05d}.jsonl")
-    total = None if images.total is None else images.total * len(settings.sigmas)
+    expected = None if images.total is None else images.total * len(settings.sigmas)
+    at_most = expected or (settings.max_samples and settings.max_samples * len(settings.sigmas))
     before = {sigma: plan.before.get(sigma, (0, 0)) for sigma in settings.sigmas}
-    progress = Progress(crew, before, settings.smallest_radius, total, shown=accelerator.is_main_process)
+    progress = Progress(crew, before, settings.smallest_radius, at_most, shown=accelerator.is_main_process)
     ended = time.monotonic()
 
     def keep(row: Record) -> None:
@@ -228,13 +231,17 @@ def certify_dataset(
             progress.update(settings.sigmas[-1])
             time.sleep(0.05)
         progress.update(settings.sigmas[-1], at_once=True)
+    except KeyboardInterrupt as error:
+        crew.fail(error)
+        done = f"{count_records(writer.path.parent)}{'' if expected is None else f' of {expected}'}"
+        raise KeyboardInterrupt(f"stopped; {done} are done; the same command goes on") from error
     except BaseException as error:
         crew.fail(error)  # so that the main process does not wait for this one
         raise
     finally:
         progress.bar.close()
         writer.close()
-    return merge(output_dir, len(plan.finished), total) if accelerator.is_main_process else None
+    return merge(output_dir, len(plan.finished), expected) if accelerator.is_main_process else None
 
 
 def _certify(

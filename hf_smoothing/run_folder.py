@@ -33,15 +33,13 @@ class RunSummary:
     errors: tuple[tuple[float, int, str], ...]
 
     def __str__(self) -> str:
-        text = f"{self.num_records} records in {self.path}"
+        text = f"{self.num_records} {'record' if self.num_records == 1 else 'records'} in {self.path}"
         text += f", {self.num_new} of them new." if self.num_new else ". The run was finished already."
         if self.errors:
             indices = sorted({index for _, index, _ in self.errors})
             shown = ", ".join(map(str, indices[:10])) + (", ..." if len(indices) > 10 else "")
-            text += (
-                f"\n{len(indices)} images could not be certified and count as wrong: index {shown}. "
-                f"The first: {self.errors[0][2]}"
-            )
+            images = "1 image" if len(indices) == 1 else f"{len(indices)} images"
+            text += f"\nNot certified, and counted as wrong: {images} (index {shown}). The first error: {self.errors[0][2]}"
         return text
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -18,10 +19,13 @@ from hf_smoothing.dataset_runs import RunSettings, certify_dataset
 
 def script(model, data, output_dir, *arguments, processes=2):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes] if processes else []
-    command = [
+    return start(
         sys.executable, *launcher, ROOT / "scripts" / "certify.py", "--model_name_or_path", model,
         "--dataset_name", data, "--output_dir", output_dir, "--sigma", 0.25, 0.5, "--max_draws", 200, *arguments,
-    ]  # fmt: skip
+    )  # fmt: skip
+
+
+def start(*command):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen(
         [str(one) for one in command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -82,6 +86,26 @@ def test_two_processes_give_the_records_of_one(model, parquet, uninterrupted, tm
     assert [shard.name for shard in shards] == ["records-rank00000.jsonl", "records-rank00001.jsonl"]
     assert all(shard.read_bytes().count(b"\n") > 50 for shard in shards)
     assert json.loads((tmp_path / "run.json").read_text())["sessions"][0]["num_processes"] == 2
+
+
+@pytest.mark.parametrize("command", [True, False])
+def test_ctrl_c_says_how_far_it_is(model, parquet, tmp_path, command):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # processes inherit it where a shell had it ignored
+    if command:
+        process = start(
+            Path(sys.executable).parent / "hf-smoothing", "certify-dataset", "--model", model, "--dataset", parquet,
+            "--output-dir", tmp_path, "--sigma", 0.25, "--sigma", 0.5, "--max-draws", 200,
+        )  # fmt: skip
+    else:
+        process = script(model, parquet, tmp_path, processes=0)
+    while num_lines(tmp_path) < 3 and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 130, output
+    assert 3 <= num_lines(tmp_path) < 400
+    assert f"stopped; {num_lines(tmp_path)} of 400 are done; the same command goes on" in output
+    assert "Traceback" not in output
 
 
 def test_killed_processes_lose_nothing(model, parquet, uninterrupted, tmp_path):

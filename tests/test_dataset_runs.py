@@ -118,7 +118,7 @@ def test_broken_images_are_recorded_and_reported(certify, demo_images, tmp_path)
         assert row["prediction"] is row["radius"] is row["guarantee"] is row["counts"] is None
         assert (row["sigma"], row["alpha"], row["method"], row["dtype"]) == (0.25, 0.001, "sequential", "float32")
         assert row["label_name"]
-    assert "3 images could not be certified and count as wrong: index 0, 2, 4" in str(summary)
+    assert "Not certified, and counted as wrong: 3 images (index 0, 2, 4)" in str(summary)
     assert "not a picture" in str(summary)
     # the others are as without them, and nothing is left to do
     certify(tmp_path / "sound", max_samples=6)
