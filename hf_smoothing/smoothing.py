@@ -379,7 +379,8 @@ def loading(model: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ValueError(f"The model {model!r} cannot be loaded. {error}") from error
+        where = "" if Path(model).exists() else "There is no such folder, and on the Hub: "
+        raise ValueError(f"The model {model!r} cannot be loaded. {where}{error}") from error
 
 
 def _check_weights(module: nn.Module) -> None:

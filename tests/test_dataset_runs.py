@@ -209,7 +209,7 @@ def test_errors_before_any_work(certify, demo_images, tmp_path, monkeypatch):
         certify(radii=(0.9,))
     with pytest.raises(ValueError, match="revision='v1' is for models on the Hub"):
         certify(revision="v1")
-    with pytest.raises(ValueError, match="The model 'no/such-model' cannot be loaded"):
+    with pytest.raises(ValueError, match=r"The model 'no/such-model' cannot be loaded\. There is no such folder"):
         certify(model_name_or_path="no/such-model")
     with pytest.raises(ValueError, match="dtype='float16' is unknown"):
         certify(dtype="float16")
