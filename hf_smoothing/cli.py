@@ -4,8 +4,6 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -33,10 +31,12 @@ from .plots import (
 from .records import record, write_parquet
 from .reports import markdown, notes, other_rows, package_versions, percent, share_rows, summarize
 from .results import load_pictures, name_of_figure, read_results
-from .smoothing import SmoothedClassifier
+from .smoothing import SmoothedClassifier, loading
 
 app = typer.Typer(
     no_args_is_help=True,
+    # --image_column as well, which is what the scripts call it, and what errors say
+    context_settings={"token_normalize_func": lambda flag: flag.replace("_", "-")},
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     help="Certified robustness for image classifiers, by randomized smoothing.",
@@ -59,15 +59,6 @@ def _fail(error: Exception) -> NoReturn:
     # as plain text: paths and class names may hold what rich reads as markup
     Console(stderr=True).print(Text("error: ", style="bold red").append(str(error), style="not bold default"))
     raise typer.Exit(2)
-
-
-@contextmanager
-def _loading(model: str) -> Iterator[None]:
-    """transformers does not always say which model it failed to load."""
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(f"The model {model!r} cannot be loaded. {error}") from error
 
 
 def _table(title: str, rows: list[dict[str, Any]]) -> Table:
@@ -106,7 +97,7 @@ def certify(
     """
     settings = {"alpha": alpha, "radius": radius, "max_samples": max_samples, "method": method, "seed": seed}
     try:
-        with _loading(model):
+        with loading(model):
             pipe = pipeline("certified-image-classification", model=model, sigma=sigma, batch_size=batch_size)
         found = pipe(images, progress=sys.stderr.isatty(), **{k: v for k, v in settings.items() if v is not None})
     except (OSError, TypeError, ValueError) as error:
@@ -210,7 +201,10 @@ def certify_dataset(
             streaming=streaming,
             resume=resume,
         )
-    except (OSError, ValueError) as error:
+    except KeyboardInterrupt as error:
+        typer.echo(f"\n{error}" if error.args else "\nstopped", err=True)
+        raise typer.Exit(130) from None
+    except (OSError, RuntimeError, ValueError) as error:
         _fail(error)
     typer.echo(summary)
 
@@ -237,7 +231,7 @@ def demo(
     try:
         require_matplotlib()  # and a folder to write to, before the work
         output_dir.mkdir(parents=True, exist_ok=True)
-        with _loading(model):
+        with loading(model):
             smoothed = SmoothedClassifier.from_pretrained(model, GaussianNoise(sigma), batch_size=batch_size)
         images = load_demo_images()
         names = images.features["label"].names
