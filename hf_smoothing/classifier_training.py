@@ -23,6 +23,7 @@ from .labelled_images import LabelledImages
 from .modeling_mixed_noise_vit import MixedNoiseViTForImageClassification
 from .records import write_json
 from .reports import package_versions
+from .smoothing import loading
 from .training import TrainingSettings, train
 from .training_images import ImageSettings, TrainingBatches
 
@@ -92,8 +93,7 @@ def load_to_finetune(
         config_kwargs: fields of the config to set, such as `drop_path_rate`.
 
     Raises:
-        ValueError: for a model of another kind.
-        OSError: for one that is not there.
+        ValueError: for a model of another kind, or one that cannot be loaded.
     """
     labels: dict[str, Any] = {
         "id2label": dict(enumerate(names)),
@@ -103,10 +103,8 @@ def load_to_finetune(
     if not Path(model_name_or_path).exists() and timm.is_model(timm_name):
         return MixedNoiseViTForImageClassification.from_timm(timm_name, **labels, **config_kwargs)
     at: dict[str, Any] = {} if revision is None else {"revision": revision}
-    try:
+    with loading(model_name_or_path):
         config = AutoConfig.from_pretrained(model_name_or_path, **at)
-    except (OSError, ValueError) as error:
-        raise type(error)(f"The model {model_name_or_path!r} cannot be loaded. {error}") from error
     if not isinstance(config, MixedNoiseViTConfig):
         raise ValueError(
             f"{model_name_or_path!r} is a {config.model_type} model: finetune a mixed-noise ViT, or a ViT of timm by its "

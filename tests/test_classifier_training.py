@@ -59,7 +59,7 @@ def test_timm_and_other_models(tmp_path):
     ViTConfig().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is a vit model"):
         load_to_finetune(str(tmp_path), ["a", "b"])
-    with pytest.raises(OSError, match="nowhere"):
+    with pytest.raises(ValueError, match="nowhere"):
         load_to_finetune("nobody/nowhere", ["a", "b"])
 
 
