@@ -60,6 +60,10 @@ class MixedNoiseViTConfig(PreTrainedConfig):
             `pixel_values` are in `[0, 1]`, noise included; the model itself subtracts the mean and divides by the standard
             deviation. Noise levels and radii therefore always refer to `[0, 1]` pixels.
 
+        count_sigmas (`list[float]`, *optional*):
+            Noise levels that a count head ([`MixedNoiseViTForCountPrediction`]) was trained for, in `[0, 1]` pixels. It
+            predicts for every level from the smallest to the largest of them.
+
     Raises:
         ValueError: where values do not fit together; the message names the value and the mend.
     """
@@ -89,6 +93,7 @@ class MixedNoiseViTConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     image_mean: list[float] | tuple[float, ...] | None = None
     image_std: list[float] | tuple[float, ...] | None = None
+    count_sigmas: list[float] | tuple[float, ...] | None = None
 
     def __post_init__(self, **kwargs):
         if self.class_token is None:
@@ -125,6 +130,8 @@ class MixedNoiseViTConfig(PreTrainedConfig):
                 raise ValueError(f"{name} has {len(getattr(self, name))} values for num_channels={self.num_channels}.")
         if any(std <= 0 for std in self.image_std or ()):
             raise ValueError(f"image_std={self.image_std} must be positive.")
+        if self.count_sigmas is not None and (not self.count_sigmas or min(self.count_sigmas) <= 0):
+            raise ValueError(f"count_sigmas={self.count_sigmas} must be one or more noise levels above 0.")
 
 
 __all__ = ["MixedNoiseViTConfig"]

@@ -1,7 +1,7 @@
 """The rules with a number of draws fixed in advance, and every rule by its name."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -157,6 +157,54 @@ class _PredictRun:
         return Outcome(int(self.counts.argmax()), 0.0, 1.0)
 
 
+@dataclass(frozen=True)
+class CountRule:
+    """
+    Count the classes of `n` draws and claim nothing: what a count head is trained on (arXiv 2402.07498).
+
+    Args:
+        n: draws.
+
+    Raises:
+        ValueError: for a setting out of range.
+    """
+
+    n: int = 64
+
+    method: ClassVar[str] = "counts"
+    guarantee: ClassVar[Guarantee] = "none"
+    uses_clean_pass: ClassVar[bool] = False
+    alpha: ClassVar[float] = 1.0  # nothing is claimed
+
+    def __post_init__(self) -> None:
+        check_count("n", self.n)
+
+    @property
+    def budget(self) -> int:
+        return self.n
+
+    def check(self, noise: NoiseDistribution) -> None:
+        """Counting is always possible."""
+
+    def start(self, noise: NoiseDistribution, clean_scores: NDArray[np.float64]) -> "_CountRun":
+        return _CountRun(self, len(clean_scores))
+
+
+class _CountRun:
+    def __init__(self, rule: CountRule, num_classes: int):
+        self.rule = rule
+        self.counts = np.zeros(num_classes, np.int64)
+
+    def next_draws(self) -> int:
+        return self.rule.n - int(self.counts.sum())
+
+    def update(self, counts: Counts) -> None:
+        self.counts += counts
+
+    def outcome(self) -> Outcome:
+        return Outcome(int(self.counts.argmax()), 0.0, 1.0)
+
+
 def make_rule(
     method: str,
     *,
@@ -172,13 +220,13 @@ def make_rule(
     A rule by name, from the settings that users give; those left at `None` take the rule's defaults.
 
     Args:
-        method: `"sequential"` or `"fixed"`.
-        alpha: probability of a wrong certificate, in (0, 1).
+        method: `"sequential"` or `"fixed"`; `"counts"` only counts.
+        alpha: probability of a wrong certificate, in (0, 1); without meaning for `counts`, which claims nothing.
         radius: one radius to decide.
         radii: several radii to decide, instead of `radius`.
         max_samples: the most draws for one image (for `fixed` it is `n`, unless a smaller one is given).
         n0: draws that choose the class, `fixed` only.
-        n: draws that bound its probability, `fixed` only.
+        n: draws that bound its probability (`fixed`), or that are counted (`counts`).
         tolerance: relative tolerance of the radius, `sequential` without a radius only.
 
     Raises:
@@ -189,7 +237,7 @@ def make_rule(
     if radii is not None and not isinstance(radii, Sequence):
         raise ValueError(f"radii={radii!r} must be a list of radii; one alone is `radius`.")
     asked = tuple(radii) if radii is not None else None if radius is None else (radius,)
-    rule: type[FixedRule] | type[SequentialRule]
+    rule: Callable[..., Rule]
     for one in asked or ():
         check_radius(one)
     if method == "fixed":
@@ -203,8 +251,12 @@ def make_rule(
         if asked is not None:
             refused["tolerance"] = tolerance
         settings = {"radii": asked, "max_samples": max_samples, "tolerance": tolerance}
+    elif method == "counts":
+        rule = lambda alpha, **chosen: CountRule(**chosen)  # noqa: E731
+        refused = {"radius": radius, "radii": radii, "n0": n0, "tolerance": tolerance}
+        settings = {"n": n if n is not None else max_samples}
     else:
-        raise ValueError(f"method={method!r} is unknown: use 'sequential' or 'fixed'.")
+        raise ValueError(f"method={method!r} is unknown: use 'sequential', 'fixed' or 'counts'.")
     for name, value in refused.items():
         if value is not None:
             why = (

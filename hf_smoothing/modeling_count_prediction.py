@@ -1,0 +1,137 @@
+"""The count head: class frequencies under noise, predicted from one pass over the clean image (arXiv 2402.07498)."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils import ModelOutput
+
+from .configuration_mixed_noise_vit import MixedNoiseViTConfig
+from .modeling_mixed_noise_vit import MixedNoiseViTModel, MixedNoiseViTPreTrainedModel
+
+
+@dataclass
+class CountPredictionOutput(ModelOutput):
+    """
+    Args:
+        loss: where counts were given.
+        logits: `(batch, num_labels)`.
+        probabilities: `(batch, num_labels)`, their softmax: the expected share of each class among noisy copies.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    probabilities: torch.Tensor | None = None
+
+
+def jensen_shannon(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """
+    Mean Jensen-Shannon divergence between predicted and measured frequencies, in nats (at most ln 2).
+
+    Args:
+        logits: `(batch, classes)`.
+        targets: `(batch, classes)`, of sum 1.
+    """
+    log_predicted = logits.log_softmax(1)
+    log_middle = torch.log((log_predicted.exp() + targets) / 2)
+    to_middle = torch.xlogy(targets, targets) - targets * log_middle
+    from_predicted = log_predicted.exp() * (log_predicted - log_middle)
+    return (to_middle + from_predicted).sum(1).mean() / 2
+
+
+def soft_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of the predicted against the measured frequencies, in nats; arguments as [`jensen_shannon`]."""
+    return nn.functional.cross_entropy(logits, targets)
+
+
+def kullback_leibler(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """
+    Mean divergence of the measured from the predicted frequencies: [`soft_cross_entropy`] less what no prediction can avoid, so
+    with the same gradient, and 0 where the prediction is right. Arguments as [`jensen_shannon`].
+    """
+    return nn.functional.kl_div(logits.log_softmax(1), targets, reduction="batchmean")
+
+
+LOSSES = {"jensen_shannon": jensen_shannon, "cross_entropy": soft_cross_entropy, "kl": kullback_leibler}
+
+
+class CountHead(nn.Module):
+    """
+    From the features of an image and a noise level to class logits.
+
+    The base classifier's own logits, at a temperature that depends on the noise level, are where it starts from; a small
+    network, modulated by the level, adds what they miss.
+    """
+
+    def __init__(self, hidden_size: int, num_labels: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden_size)
+        self.modulation = nn.Sequential(nn.Linear(3, 64), nn.GELU(), nn.Linear(64, 2 * hidden_size + 1))
+        self.hidden = nn.Linear(hidden_size, hidden_size)
+        self.output = nn.Linear(hidden_size, num_labels)
+        self.act = nn.GELU()
+
+    def forward(self, features: torch.Tensor, logits: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        level = torch.log2(sigma)[:, None]
+        modulation = self.modulation(torch.cat([level, level**2 / 4, sigma[:, None]], 1))
+        scale, shift, log_gain = modulation.split([features.shape[1], features.shape[1], 1], 1)
+        modulated = self.norm(features) * (1 + scale) + shift
+        return logits * log_gain.exp() + self.output(self.act(self.hidden(modulated)))
+
+
+class MixedNoiseViTForCountPrediction(MixedNoiseViTPreTrainedModel):
+    """
+    Predicts from a clean image how often each class would come out among its noisy copies: an estimate, with no guarantee.
+
+    One head serves every noise level from the smallest to the largest of `config.count_sigmas`. Encoder and classifier may be
+    the base classifier's own (frozen: one pass gives its answer and the estimate) or trained along.
+
+    Source: Accelerated Smoothing (arXiv 2402.07498).
+    """
+
+    def __init__(self, config: MixedNoiseViTConfig):
+        super().__init__(config)
+        if config.count_sigmas is None:
+            raise ValueError("The config has no count_sigmas: say which noise levels the count head is for.")
+        self.mixed_noise_vit = MixedNoiseViTModel(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.count_head = CountHead(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        sigma: float | torch.Tensor,
+        counts: torch.Tensor | None = None,
+        loss: str = "jensen_shannon",
+        return_dict: bool | None = None,
+    ) -> CountPredictionOutput:
+        """
+        Args:
+            pixel_values: clean images `(batch, channels, height, width)` in `[0, 1]`.
+            sigma: noise level in `[0, 1]` pixels, one for all or `(batch,)`.
+            counts: `(batch, num_labels)`, measured; with them the output holds the loss.
+            loss: one of [`LOSSES`].
+            return_dict: `False` for a plain tuple.
+
+        Raises:
+            ValueError: for a noise level outside those that the head was trained for.
+        """
+        sigma = torch.as_tensor(sigma, dtype=pixel_values.dtype, device=pixel_values.device).expand(len(pixel_values))
+        low, high = min(self.config.count_sigmas), max(self.config.count_sigmas)
+        if not bool(((sigma >= low) & (sigma <= high)).all()):
+            raise ValueError(
+                f"sigma={sigma.min():g} to {sigma.max():g} is outside what the count head was trained for ({low:g} to {high:g})."
+            )
+        features = self.mixed_noise_vit(pixel_values).pooler_output
+        logits = self.count_head(features, self.classifier(features), sigma)
+        found: Any = None
+        if counts is not None:
+            targets = counts.to(logits.dtype)
+            found = LOSSES[loss](logits, targets / targets.sum(1, keepdim=True))
+        output = CountPredictionOutput(loss=found, logits=logits, probabilities=logits.softmax(1))
+        return output if return_dict is not False else output.to_tuple()
+
+
+__all__ = ["CountPredictionOutput", "MixedNoiseViTForCountPrediction"]
