@@ -47,8 +47,8 @@ def soft_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Ten
 
 def kullback_leibler(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """
-    Mean divergence of the measured from the predicted frequencies: [`soft_cross_entropy`] less what no prediction can avoid, so
-    with the same gradient, and 0 where the prediction is right. Arguments as [`jensen_shannon`].
+    Mean divergence of the measured from the predicted frequencies: [`soft_cross_entropy`] less what no prediction can
+    avoid, so with the same gradient, and 0 where the prediction is right. Arguments as [`jensen_shannon`].
     """
     return nn.functional.kl_div(logits.log_softmax(1), targets, reduction="batchmean")
 
@@ -84,8 +84,8 @@ class MixedNoiseViTForCountPrediction(MixedNoiseViTPreTrainedModel):
     """
     Predicts from a clean image how often each class would come out among its noisy copies: an estimate, with no guarantee.
 
-    One head serves every noise level from the smallest to the largest of `config.count_sigmas`. Encoder and classifier may be
-    the base classifier's own (frozen: one pass gives its answer and the estimate) or trained along.
+    One head serves every noise level from the smallest to the largest of `config.count_sigmas`. Encoder and classifier may
+    be the base classifier's own (frozen: one pass gives its answer and the estimate) or trained along.
 
     Source: Accelerated Smoothing (arXiv 2402.07498).
     """
@@ -101,9 +101,10 @@ class MixedNoiseViTForCountPrediction(MixedNoiseViTPreTrainedModel):
 
     def forward(
         self,
-        pixel_values: torch.Tensor,
-        sigma: float | torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
+        sigma: float | torch.Tensor = 0.0,
         counts: torch.Tensor | None = None,
+        features: torch.Tensor | None = None,
         loss: str = "jensen_shannon",
         return_dict: bool | None = None,
     ) -> CountPredictionOutput:
@@ -112,19 +113,22 @@ class MixedNoiseViTForCountPrediction(MixedNoiseViTPreTrainedModel):
             pixel_values: clean images `(batch, channels, height, width)` in `[0, 1]`.
             sigma: noise level in `[0, 1]` pixels, one for all or `(batch,)`.
             counts: `(batch, num_labels)`, measured; with them the output holds the loss.
+            features: `(batch, hidden_size)`, what the encoder makes of the images (its `pooler_output`), instead of them.
             loss: one of [`LOSSES`].
             return_dict: `False` for a plain tuple.
 
         Raises:
             ValueError: for a noise level outside those that the head was trained for.
         """
-        sigma = torch.as_tensor(sigma, dtype=pixel_values.dtype, device=pixel_values.device).expand(len(pixel_values))
-        low, high = min(self.config.count_sigmas), max(self.config.count_sigmas)
-        if not bool(((sigma >= low) & (sigma <= high)).all()):
+        if features is None:
+            features = self.mixed_noise_vit(pixel_values).pooler_output
+        sigma = torch.as_tensor(sigma, dtype=features.dtype, device=features.device).expand(len(features))
+        levels = self.config.count_sigmas or ()
+        if not bool(((sigma >= min(levels) - _SLACK) & (sigma <= max(levels) + _SLACK)).all()):
             raise ValueError(
-                f"sigma={sigma.min():g} to {sigma.max():g} is outside what the count head was trained for ({low:g} to {high:g})."
+                f"sigma={float(sigma.min()):g} to {float(sigma.max()):g} is outside what the count head was trained for "
+                f"({min(levels):g} to {max(levels):g})."
             )
-        features = self.mixed_noise_vit(pixel_values).pooler_output
         logits = self.count_head(features, self.classifier(features), sigma)
         found: Any = None
         if counts is not None:
@@ -132,6 +136,10 @@ class MixedNoiseViTForCountPrediction(MixedNoiseViTPreTrainedModel):
             found = LOSSES[loss](logits, targets / targets.sum(1, keepdim=True))
         output = CountPredictionOutput(loss=found, logits=logits, probabilities=logits.softmax(1))
         return output if return_dict is not False else output.to_tuple()
+
+
+_SLACK = 1e-6
+"""Noise levels come in float32."""
 
 
 __all__ = ["CountPredictionOutput", "MixedNoiseViTForCountPrediction"]

@@ -238,6 +238,7 @@ def make_rule(
         raise ValueError(f"radii={radii!r} must be a list of radii; one alone is `radius`.")
     asked = tuple(radii) if radii is not None else None if radius is None else (radius,)
     rule: Callable[..., Rule]
+    refused: dict[str, Any]
     for one in asked or ():
         check_radius(one)
     if method == "fixed":
