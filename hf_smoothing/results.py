@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -63,7 +64,7 @@ class Result:
     def decided_radii(self) -> list[float]:
         """The radii that were decided at this noise level; empty where the largest was looked for, or nothing is said."""
         by_sigma = self.settings.get("radii_decided", {})
-        return list(by_sigma.get(_known(self.sigma), self.settings.get("radii")) or [])
+        return list(by_sigma.get(f"{self.sigma or 0:g}", self.settings.get("radii")) or [])
 
     @cached_property
     def sigma(self) -> float | None:
@@ -83,8 +84,8 @@ class Result:
 
     @property
     def title(self) -> str:
-        """Name and noise level."""
-        return f"{self.name}, sigma = {_known(self.sigma)}"
+        """Name and noise level; the name alone where the level is unknown."""
+        return self.name if self.sigma is None else f"{self.name}, sigma = {self.sigma:g}"
 
     def names(self) -> dict[int, str]:
         """Class names by class index, as far as the records have them."""
@@ -102,10 +103,6 @@ class Result:
         return values[0] if values else None
 
 
-def _known(value: float | None) -> str:
-    return "unknown" if value is None else format(value, "g")
-
-
 def read_results(sources: Sequence[Path], log_guarantee: str | None = None) -> list[Result]:
     """
     The results in run folders, Parquet files of certificates and logs: one for each source and noise level, in order.
@@ -117,8 +114,12 @@ def read_results(sources: Sequence[Path], log_guarantee: str | None = None) -> l
 
     Raises:
         FileNotFoundError: where there is no such run.
-        ValueError: for a file that is no such table, or holds an image twice; the message names it.
+        ValueError: for a file that is no such table, or holds an image twice, or is named twice; the message names it.
     """
+    tables = [(source / "certificates.parquet" if source.is_dir() else source).resolve() for source in sources]
+    for number, source in enumerate(sources):
+        if tables[number] in tables[:number]:
+            raise ValueError(f"{str(source)!r} is there twice: name each run once.")
     found = []
     for source in sources:
         # two folders of the same name are told apart by their paths
@@ -166,8 +167,10 @@ def _read_log(source: Path, name: str, guarantee: str | None) -> Result:
         rows = []
         for row in reader:
             try:
+                if None in row or None in row.values():  # how `csv` marks what is too much, and what is missing
+                    raise ValueError(f"it has not the columns {', '.join(header)}")
                 rows.append(_log_row(row, guarantee))
-            except (TypeError, ValueError) as error:  # a torn line has None for what is missing
+            except ValueError as error:
                 raise ValueError(f"{source}, line {reader.line_num}, is no certificate: {error}.") from None
     if not rows:
         raise ValueError(f"{source} has no certificates.")
@@ -193,11 +196,12 @@ def _log_row(row: dict[str, str], guarantee: str | None) -> Row:
 
 
 def _seconds(text: str) -> float:
-    """Seconds in what `str(timedelta)` or a plain number says: `0:00:17.3`, `17.3`."""
+    """Seconds in what `str(timedelta)` or a plain number says: `1 day, 0:00:17.3`, `0:00:17.3`, `17.3`."""
+    days, clock = re.fullmatch(r"(?:(\d+) days?, )?(.*)", text).groups()  # type: ignore[union-attr]  # it always matches
     seconds = 0.0
-    for part in text.split(":"):
+    for part in clock.split(":"):
         seconds = 60 * seconds + float(part)
-    return seconds
+    return 86400 * int(days or 0) + seconds
 
 
 def _check_once(result: Result) -> None:

@@ -115,7 +115,7 @@ def test_report_of_runs_and_a_log(tmp_path):
     assert "best of" not in found.output
     report = json.loads((out / "report.json").read_text())
     assert [entry["title"] for entry in report["results"]] == [
-        "one, sigma = 0.25", "one, sigma = 0.5", "two, sigma = 0.5", "cohen.tsv, sigma = unknown",
+        "one, sigma = 0.25", "one, sigma = 0.5", "two, sigma = 0.5", "cohen.tsv",
     ]  # fmt: skip
     text = (out / "report.md").read_text()
     for picture in ("certified-accuracy", "p-a", "draws"):

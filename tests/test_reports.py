@@ -142,6 +142,9 @@ def test_the_log_of_a_research_script(tmp_path):
     [
         ("idx label predict radius\n1 2 2 0.5\n", "lacks the columns"),
         (LOG + "80\t1", "line 6"),
+        (LOG + "80\t1\t1\t0.5\t1", "line 6.* columns idx, label, predict, radius, correct, time"),
+        (LOG + "80\t1\t1\t0.5\t1\t0:00:01\t7\n", "line 6"),
+        (LOG + "80\t1\t1\t0.5\t1\tyesterday\n", "line 6.*yesterday"),
         (LOG + "80\t1\t1\t0.5\t0\t0:00:01\n", "correct=0 with label 1 and prediction 1"),
         (LOG + "60\t6\t6\t0.25\t1\t0:00:16\n", "image 60 twice"),
         (LOG.splitlines()[0], "no certificates"),
@@ -150,6 +153,24 @@ def test_the_log_of_a_research_script(tmp_path):
 def test_broken_logs_are_refused(tmp_path, text, said):
     with pytest.raises(ValueError, match=said):
         read_results([write_log(tmp_path / "bad.tsv", text)])
+
+
+def test_a_picture_may_take_days(tmp_path):
+    text = LOG + "80\t1\t1\t0.5\t1\t1 day, 0:00:17\n100\t1\t1\t0.5\t1\t12 days, 1:00:00.5\n"
+    (result,) = read_results([write_log(tmp_path / "slow.tsv", text)])
+    assert result.column("seconds")[-2:] == [86417, 12 * 86400 + 3600.5]
+
+
+def test_logs_are_told_apart_by_their_files(tmp_path):
+    results = read_results([write_log(tmp_path / name) for name in ("a.tsv", "b.tsv")])
+    assert [result.title for result in results] == ["a.tsv", "b.tsv"]
+
+
+def test_a_run_is_named_once(tmp_path):
+    folder = write_run(tmp_path / "run")
+    for again in (folder, folder / "certificates.parquet", tmp_path / "run" / ".." / "run"):
+        with pytest.raises(ValueError, match="is there twice"):
+            read_results([folder, again])
 
 
 def test_what_is_no_run_is_refused(tmp_path):
