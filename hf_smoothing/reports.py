@@ -31,16 +31,16 @@ def summarize(
 
     Args:
         results: of one guarantee and one norm.
-        radii: where to count; by default those that the runs decided, or else 0, 0.25, ... 1.
-        envelope: add the best share at each radius over all results, which is the figure of no single model and sigma.
+        radii: where to count; by default those asked of the runs, or else 0, 0.25, ... 1.
+        envelope: add the best share over all results, which is the figure of no single model and sigma, at each radius that
+            is more than a floor for one of them.
 
     Raises:
         ValueError: for mixed guarantees or norms, bad values, or an envelope over one result or over different images.
     """
     check_one_figure(results)
-    decided = sorted({0.0, *(radius for result in results for radius in result.decided_radii)})
     if radii is None:
-        radii = decided if len(decided) > 1 else DEFAULT_THRESHOLDS
+        radii = sorted({radius for result in results for radius in result.asked_radii}) or DEFAULT_THRESHOLDS
     entries = [_entry(result, radii) for result in results]
     return {
         "guarantee": results[0].guarantee,
@@ -64,6 +64,8 @@ def _entry(result: Result, radii: Sequence[float]) -> dict[str, Any]:
         )
     except ValueError as error:
         raise ValueError(f"{result.title}: {error}") from None
+    for share in figures["certified_accuracy"]:
+        share["standing"] = result.standing(share["radius"])
     return {
         "run": result.name,
         "title": result.title,
@@ -72,6 +74,7 @@ def _entry(result: Result, radii: Sequence[float]) -> dict[str, Any]:
         "sigma": result.sigma,
         "alpha": result.alpha,
         "decided_radii": result.decided_radii,
+        "radii_out_of_reach": result.radii_out_of_reach,
         **figures,
         "mean_seconds": sum(seconds) / len(seconds) if seconds else None,
         "made_by": {name: result.run[name] for name in ("command", "settings", "versions") if name in result.run},
@@ -96,41 +99,63 @@ def _envelope(results: Sequence[Result], entries: Sequence[dict[str, Any]]) -> d
         kind = "several sigmas of one model" if len(sigmas) > 1 else "several runs of one model"
     rows = []
     for at in zip(*(entry["certified_accuracy"] for entry in entries)):
+        standings = {share["standing"] for share in at}
+        if "counted" not in standings:
+            continue
         best = max(range(len(at)), key=lambda which: at[which]["share"])
-        rows.append({"radius": at[best]["radius"], "share": at[best]["share"], "from": entries[best]["title"]})
+        rows.append(
+            {
+                "radius": at[best]["radius"],
+                "share": at[best]["share"],
+                "standing": "floor" if "floor" in standings else "counted",
+                "from": entries[best]["title"],
+            }
+        )
     return {"label": f"best of {kind}", "num_images": len(results[0].rows), "certified_accuracy": rows}
 
 
 def share_rows(report: dict[str, Any]) -> list[dict[str, str]]:
-    """Certified accuracy as a table of text, from [`summarize`]: one row a run and noise level, intervals below."""
+    """
+    Certified accuracy as a table of text, from [`summarize`]: one row a run and noise level, intervals below. What is no
+    more than a floor is marked (`>=`), and has no interval.
+    """
     rows = []
     for entry in report["results"]:
         row = {"run": entry["run"], "sigma": _known(entry["sigma"]), "images": str(entry["num_images"])}
         for share in entry["certified_accuracy"]:
             low, high = share["interval_95"]
-            row[f"r = {share['radius']:g}"] = f"{share['share']:.1%}\n{100 * low:.1f} to {100 * high:.1f}"
+            interval = f"\n{100 * low:.1f} to {100 * high:.1f}" if share["standing"] == "counted" else ""
+            row[f"r = {share['radius']:g}"] = _share(share) + interval
         rows.append(row)
     if envelope := report["envelope"]:
-        row = {"run": envelope["label"], "sigma": "", "images": str(envelope["num_images"])}
-        row |= {f"r = {share['radius']:g}": f"{share['share']:.1%}" for share in envelope["certified_accuracy"]}
+        row = {name: "" for name in rows[0]}  # it may lack some radii
+        row |= {"run": envelope["label"], "images": str(envelope["num_images"])}
+        row |= {f"r = {share['radius']:g}": _share(share) for share in envelope["certified_accuracy"]}
         rows.append(row)
     return rows
 
 
+def _share(row: dict[str, Any]) -> str:
+    return f"{'>= ' if row['standing'] == 'floor' else ''}{row['share']:.1%}"
+
+
 def other_rows(report: dict[str, Any]) -> list[dict[str, str]]:
     """What else a report says of each run and noise level, as a table of text in the order of [`share_rows`]."""
-    return [
-        {
-            "run": entry["run"],
-            "sigma": _known(entry["sigma"]),
-            "failed": str(entry["num_failed"]),
-            "abstains": f"{entry['abstention_rate']:.1%}",
-            "mean radius (*)": format_radius(entry["mean_certified_radius"]),
-            "median draws": _known(entry["median_num_samples"], ",.0f"),
-            "mean seconds": _known(entry["mean_seconds"], ".3g"),
-        }
-        for entry in report["results"]
-    ]
+    rows = []
+    for entry in report["results"]:
+        decided = entry["decided_radii"]
+        rows.append(
+            {
+                "run": entry["run"],
+                "sigma": _known(entry["sigma"]),
+                "failed": str(entry["num_failed"]),
+                "abstains": f"{'<= ' if decided and 0 not in decided else ''}{entry['abstention_rate']:.1%}",
+                "mean radius (*)": f"{'>= ' if decided else ''}{format_radius(entry['mean_certified_radius'])}",
+                "median draws": _known(entry["median_num_samples"], ",.0f"),
+                "mean seconds": _known(entry["mean_seconds"], ".3g"),
+            }
+        )
+    return rows
 
 
 def notes(report: dict[str, Any]) -> list[str]:
@@ -145,12 +170,7 @@ def notes(report: dict[str, Any]) -> list[str]:
         "(*) Wrong images count 0; rounded down. A weak measure: a useless classifier can make it as large as it likes, and "
         "it rewards easy images (arXiv 2410.06895). Compare the shares and the distribution of p_A instead.",
     ]
-    for radii in sorted({tuple(entry["decided_radii"]) for entry in entries} - {()}):
-        runs = ", ".join(dict.fromkeys(entry["run"] for entry in entries if tuple(entry["decided_radii"]) == radii))
-        said.append(
-            f"{runs}: sampling stopped once the radii {', '.join(f'{radius:g}' for radius in radii)} were settled. Between "
-            "and beyond them the share is a floor, and so is the mean radius."
-        )
+    said += _early_stops(entries)
     if logs := [entry["run"] for entry in entries if entry["is_log"]]:
         said.append(
             f"{', '.join(logs)}: a log, which says nothing of sigma, alpha and draws. Its radii are taken as l2 of [0, 1] "
@@ -165,6 +185,28 @@ def notes(report: dict[str, Any]) -> list[str]:
             f"The last row ({envelope['label']}) is no classifier of its own: at each radius it takes the best, chosen in "
             f"sight of these images, so it has no interval. {chosen}."
         )
+    return said
+
+
+def _early_stops(entries: Sequence[dict[str, Any]]) -> list[str]:
+    """One note for all runs and noise levels at which the same radii were decided: what of their figures is a bound only."""
+    alike: dict[tuple[tuple[float, ...], ...], list[str]] = {}
+    for entry in entries:
+        if entry["decided_radii"]:
+            radii = (tuple(entry["decided_radii"]), tuple(entry["radii_out_of_reach"]))
+            alike.setdefault(radii, []).append(entry["title"])
+    said = []
+    for (decided, beyond), titles in alike.items():
+        start = (
+            f"{'; '.join(titles)}: sampling stopped once the radii {_listed(decided)} were settled. Everywhere but at "
+        )
+        bounds = "the figures are bounds only: shares and mean radius from below (>=)"
+        if 0 in decided:
+            text = f"these radii {bounds}"
+        else:
+            text = f"these radii, radius 0 and the abstention rate included, {bounds}, abstentions from above (<=)"
+        out_of_reach = f" Out of reach of its budget, and so 0: {_listed(beyond)}." if beyond else ""
+        said.append(f"{start}{text}. The draws are those that settling these radii took.{out_of_reach}")
     return said
 
 
@@ -199,6 +241,10 @@ def markdown_table(report: dict[str, Any]) -> str:
     ]
     table = "\n".join(f"| {' | '.join(line)} |" for line in cells)
     return "\n\n".join([table, *(note.replace("(*)", "(\\*)") for note in notes(report))])
+
+
+def _listed(radii: Sequence[float]) -> str:
+    return ", ".join(f"{radius:g}" for radius in radii)
 
 
 def _known(value: float | None, form: str = "g") -> str:

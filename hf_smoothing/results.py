@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import pyarrow.parquet as pq
@@ -21,6 +21,9 @@ COLUMNS = ("index", "label", "prediction", "radius")
 """What a table of certificates must have; every other column of a record may be missing, and is then unknown."""
 
 LOG_COLUMNS = ("idx", "label", "predict", "radius")
+
+Standing = Literal["counted", "floor", "out of reach"]
+"""What the share of images at a radius is worth, see [`Result.standing`]."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +64,32 @@ class Result:
         return self.settings.get("model_weights") or self.settings.get("model_name_or_path")
 
     @property
-    def decided_radii(self) -> list[float]:
-        """The radii that were decided at this noise level; empty where the largest was looked for, or nothing is said."""
+    def asked_radii(self) -> list[float]:
+        """The radii asked for that the budget can show at this noise level, ascending; empty where none is named."""
         by_sigma = self.settings.get("radii_decided", {})
-        return list(by_sigma.get(f"{self.sigma or 0:g}", self.settings.get("radii")) or [])
+        return sorted(by_sigma.get(f"{self.sigma or 0:g}", self.settings.get("radii")) or [])
+
+    @property
+    def decided_radii(self) -> list[float]:
+        """The radii asked for if sampling stopped once they were settled; empty if it went on to each image's radius."""
+        # `fixed` makes all its draws whatever radii are asked
+        return [] if self.settings.get("method") == "fixed" else self.asked_radii
+
+    @property
+    def radii_out_of_reach(self) -> list[float]:
+        """The radii asked for that the budget cannot show at this noise level, ascending."""
+        return sorted(set(self.settings.get("radii") or ()) - set(self.asked_radii))
+
+    def standing(self, radius: float) -> Standing:
+        """
+        What the share of images at `radius` is worth.
+
+        It is `counted` where each image's radius was found or this radius was decided; no image can have one that is `out of
+        reach`; a `floor` might be higher, had the run been asked for this radius.
+        """
+        if not self.decided_radii or radius in self.decided_radii:
+            return "counted"
+        return "out of reach" if any(beyond <= radius for beyond in self.radii_out_of_reach) else "floor"
 
     @cached_property
     def sigma(self) -> float | None:

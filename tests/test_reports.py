@@ -5,11 +5,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, SHIPPED_MODEL
+from matplotlib.figure import Figure
 from PIL import Image
 
 from hf_smoothing import Certificate, GaussianNoise
 from hf_smoothing.metrics.certified_accuracy import certified_accuracy
-from hf_smoothing.plots import picture_of_certificates, plot_certified_accuracy, true_class_frequency
+from hf_smoothing.plots import (
+    draw_certified_accuracy,
+    picture_of_certificates,
+    plot_certified_accuracy,
+    true_class_frequency,
+)
 from hf_smoothing.reports import markdown, markdown_table, notes, other_rows, share_rows, summarize
 from hf_smoothing.results import load_pictures, read_results
 
@@ -25,8 +31,10 @@ def certificate(prediction, radius, guarantee="per_input"):
 NAMES = ["cat", "dog", "frog"]
 
 
-def write_run(folder, sigmas=(0.25,), model="user/model", guarantee="per_input", radii=(), images=60, seed=0):
-    """A finished run: every 20th image, the third one undecodable."""
+def write_run(
+    folder, sigmas=(0.25,), model="user/model", guarantee="per_input", radii=(), images=60, seed=0, method=None
+):
+    """A finished run: every 20th image, the third one undecodable. The settings name `radii` and the `method`, if any."""
     generator = np.random.default_rng(seed)
     rows = []
     for sigma in sigmas:
@@ -58,7 +66,7 @@ def write_run(folder, sigmas=(0.25,), model="user/model", guarantee="per_input",
     pq.write_table(
         pa.table({name: [row.get(name) for row in rows] for name in fullest}), folder / "certificates.parquet"
     )
-    settings = {"model_name_or_path": model, "radii": list(radii) or None}
+    settings = {"model_name_or_path": model, "radii": list(radii) or None} | ({"method": method} if method else {})
     run = {"command": "scripts/certify.py", "settings": settings, "versions": {"torch": "2"}}
     (folder / "run.json").write_text(json.dumps(run))
     return folder
@@ -231,16 +239,110 @@ def test_an_envelope_takes_the_same_images(tmp_path):
 
 def test_radii_that_were_decided_are_the_ones_reported(tmp_path):
     report = summarize(read_results([write_run(tmp_path / "run", radii=[0.1, 0.3])]))
-    assert [row["radius"] for row in report["results"][0]["certified_accuracy"]] == [0, 0.1, 0.3]
+    assert [row["radius"] for row in report["results"][0]["certified_accuracy"]] == [0.1, 0.3]
     assert any("0.1, 0.3 were settled" in note for note in notes(report))
 
 
-def test_fewer_radii_may_be_decided_at_a_small_sigma(tmp_path):
-    folder = write_run(tmp_path / "run", (0.25, 0.5), radii=[0.1, 1.5])
+def test_what_was_not_decided_is_marked_as_a_bound(tmp_path):
+    report = summarize(read_results([write_run(tmp_path / "run", radii=[0.1, 0.3])]), [0, 0.1, 0.2, 0.5])
+    (shares,), (others,) = share_rows(report), other_rows(report)
+    assert [shares[f"r = {radius}"].startswith(">= ") for radius in ("0", "0.1", "0.2", "0.5")] == [
+        True,
+        False,
+        True,
+        True,
+    ]
+    assert [" to " in shares[f"r = {radius}"] for radius in ("0", "0.1", "0.2", "0.5")] == [False, True, False, False]
+    assert (others["abstains"][:3], others["mean radius (*)"][:3]) == ("<= ", ">= ")
+    everywhere = "Everywhere but at these radii, radius 0 and the abstention rate included"
+    assert any(everywhere in note for note in notes(report))
+    with_0 = summarize(read_results([write_run(tmp_path / "with-0", radii=[0, 0.3])]))
+    assert share_rows(with_0)[0]["r = 0"][0].isdigit()
+    assert other_rows(with_0)[0]["abstains"][0].isdigit()
+    assert not any("abstention rate included" in note for note in notes(with_0))
+
+
+@pytest.mark.parametrize("run", [{}, {"radii": [0.1, 0.3], "method": "fixed"}])
+def test_a_run_that_drew_on_has_no_floors(tmp_path, run):
+    (result,) = read_results([write_run(tmp_path / "run", **run)])
+    report = summarize([result])
+    assert [row["radius"] for row in report["results"][0]["certified_accuracy"]] == run.get(
+        "radii", [0, 0.25, 0.5, 0.75, 1]
+    )
+    assert result.standing(0.2) == "counted"
+    assert "settled" not in " ".join(notes(report))
+    assert "=" not in other_rows(report)[0]["mean radius (*)"]
+
+
+def two_sigmas(folder):
+    """A run that decided 0.1 at both its noise levels, 0.4 at the larger one, where alone it is in reach."""
+    write_run(folder, (0.25, 0.5), radii=[0.1, 0.4])
     run = json.loads((folder / "run.json").read_text())
-    run["settings"]["radii_decided"] = {"0.25": [0.1], "0.5": [0.1, 1.5]}
+    run["settings"]["radii_decided"] = {"0.25": [0.1], "0.5": [0.1, 0.4]}
     (folder / "run.json").write_text(json.dumps(run))
-    assert [result.decided_radii for result in read_results([folder])] == [[0.1], [0.1, 1.5]]
+    return read_results([folder])
+
+
+def test_fewer_radii_may_be_decided_at_a_small_sigma(tmp_path):
+    small, large = two_sigmas(tmp_path / "run")
+    assert (small.decided_radii, large.decided_radii) == ([0.1], [0.1, 0.4])
+    radii = (0.05, 0.1, 0.2, 0.4, 0.5)
+    assert [small.standing(radius) for radius in radii] == [
+        "floor",
+        "counted",
+        "floor",
+        "out of reach",
+        "out of reach",
+    ]
+    assert [large.standing(radius) for radius in radii] == ["floor", "counted", "floor", "counted", "floor"]
+    assert any("Out of reach of its budget, and so 0: 0.4." in note for note in notes(summarize([small, large])))
+
+
+def test_the_envelope_is_known_only_where_a_radius_was_decided(tmp_path):
+    results = two_sigmas(tmp_path / "run")
+    rows = summarize(results, [0.05, 0.1, 0.2, 0.4, 0.5], envelope=True)["envelope"]["certified_accuracy"]
+    assert [(row["radius"], row["standing"]) for row in rows] == [(0.1, "counted"), (0.4, "counted")]
+    # beside a run that found each image's radius, it is known everywhere, and where the other did not decide a floor
+    results.append(*read_results([write_run(tmp_path / "found", (0.5,), seed=1)]))
+    report = summarize(results, [0.05, 0.1], envelope=True)
+    assert [row["standing"] for row in report["envelope"]["certified_accuracy"]] == ["floor", "counted"]
+    assert share_rows(report)[-1]["r = 0.05"].startswith(">= ")
+    assert share_rows(report)[-1]["r = 0.1"][0].isdigit()
+
+
+def drawn(results, envelope=None):
+    """The lines of a picture by their labels, as radii and shares, and what the legend names."""
+    axes = Figure().subplots()
+    draw_certified_accuracy(axes, results, envelope)
+    lines = axes.lines + [bars.lines[0] for bars in axes.containers]
+    return {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in lines}, axes
+
+
+def test_decided_radii_are_drawn_as_points_with_their_intervals(tmp_path):
+    small, large = two_sigmas(tmp_path / "run")
+    points, axes = drawn([small, large], "best")
+    rows = summarize([small, large], [0.1, 0.4])["results"]
+    shares = [[row["share"] for row in entry["certified_accuracy"]] for entry in rows]
+    assert [bars.get_label() for bars in axes.containers] == [small.title, large.title]
+    assert [segment[:, 1].tolist() for segment in axes.containers[1].lines[2][0].get_segments()] == [
+        pytest.approx(row["interval_95"]) for row in rows[1]["certified_accuracy"]
+    ]
+    drawings = [list(bars.lines[0].get_xydata()[:, 1]) for bars in axes.containers]
+    assert drawings == [shares[0][:1], shares[1]]
+    assert points["best"] == ([0.1, 0.4], [max(at) for at in zip(*shares)])
+
+
+def test_found_radii_are_drawn_as_exact_steps(tmp_path):
+    results = read_results([write_run(tmp_path / "run", (0.25, 0.5))])
+    lines, axes = drawn(results, "best")
+    assert not axes.containers
+    assert {line.get_drawstyle() for line in axes.lines} == {"steps-pre"}
+    for result in results:
+        radii, shares = lines[result.title]
+        right = [row["radius"] for row in result.rows if row.get("prediction") == row["label"]]
+        assert radii[1:-1] == sorted(set(right))
+        assert shares[0] == len(right) / 60
+    assert set(lines["best"][0]) == {radius for result in results for radius in lines[result.title][0]}
 
 
 def test_how_often_the_true_class_is_hit(tmp_path):
