@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -30,7 +31,7 @@ from .plots import (
     plot_true_class_frequency,
     require_matplotlib,
 )
-from .records import record, write_parquet
+from .records import record, write_json, write_parquet
 from .reports import markdown, notes, other_rows, package_versions, percent, share_rows, summarize
 from .results import load_pictures, name_of_figure, read_results
 from .smoothing import SmoothedClassifier
@@ -42,6 +43,7 @@ app = typer.Typer(
     help="Certified robustness for image classifiers, by randomized smoothing.",
 )
 DEMO_MODEL = "model_cards/mixed-noise-vit-nano-cifar10"
+DEMO_IMAGES = "hf_smoothing/cifar10_demo.parquet"
 DEMO_RADII = (0.0, 0.25, 0.5)
 SHOWN_PICTURES = 60
 
@@ -218,9 +220,9 @@ def certify_dataset(
 @app.command()
 def demo(
     model: Model = DEMO_MODEL,
-    output_dir: Annotated[Path, typer.Option(help="Where to write certificates.parquet and certificates.png.")] = Path(
-        "demo"
-    ),
+    output_dir: Annotated[
+        Path, typer.Option(help="Where to write certificates.parquet, run.json and certificates.png.")
+    ] = Path("demo"),
     sigma: Sigma = 0.25,
     alpha: Alpha = 0.001,
     max_samples: Annotated[int, typer.Option(help="The most draws for one picture.")] = 450,
@@ -237,6 +239,17 @@ def demo(
     try:
         require_matplotlib()  # and a folder to write to, before the work
         output_dir.mkdir(parents=True, exist_ok=True)
+        settings = RunSettings(
+            model_name_or_path=model,
+            dataset_name=DEMO_IMAGES,
+            sigmas=(sigma,),
+            image_column="image",
+            label_column="label",
+            radii=DEMO_RADII,
+            alpha=alpha,
+            max_draws=max_samples,
+            seed=seed,
+        )
         with _loading(model):
             smoothed = SmoothedClassifier.from_pretrained(model, GaussianNoise(sigma), batch_size=batch_size)
         images = load_demo_images()
@@ -260,26 +273,25 @@ def demo(
         picture_of_certificates(pictures, predictions, radii, labels, names, title, output_dir / file, at_most=at_most)
     guarantees = [found.guarantee for found in certificates]
     figures = certified_accuracy(predictions, labels, radii, DEMO_RADII, guarantees=guarantees)
-    results = {
+    run = {
+        "settings": {
+            **asdict(settings),
+            "dataset_fingerprint": None,
+            "dataset_label_names": names,
+            "label_names": names,
+        },
         "command": shlex.join(["hf-smoothing", *sys.argv[1:]]),
-        "model": model,
-        "images": len(labels),
-        "sigma": sigma,
-        "alpha": alpha,
-        "radii": DEMO_RADII,
-        "max_samples": max_samples,
-        "seed": seed,
-        "dtype": certificates[0].dtype,
+        "versions": package_versions(),
+        "num_records": len(rows),
         "guarantee": figures["guarantee"],
         "certified_accuracy": figures["certified_accuracy"],
         "mean_draws": sum(found.num_samples for found in certificates) / len(certificates),
         "seconds": time.monotonic() - started,
         "device": str(smoothed.device),
         "num_threads": torch.get_num_threads(),
-        "versions": package_versions(),
     }
-    (output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    _show_demo(console, results, certificates, labels, names, output_dir)
+    write_json(run, output_dir / "run.json")
+    _show_demo(console, run, certificates, labels, names, output_dir)
 
 
 @app.command()
@@ -362,7 +374,7 @@ def report(
 
 def _show_demo(
     console: Console,
-    results: dict[str, Any],
+    run: dict[str, Any],
     certificates: list[Certificate],
     labels: list[int],
     names: list[str],
@@ -380,16 +392,16 @@ def _show_demo(
         }
         for index, (found, label) in enumerate(zip(certificates[:shown], labels))
     ]
-    sigma, alpha = results["sigma"], results["alpha"]
+    (sigma,), alpha = run["settings"]["sigmas"], run["settings"]["alpha"]
     console.print(
         _table(f"The first {len(rows)} of {len(labels)} pictures (sigma = {sigma:g}, alpha = {alpha:g})", rows)
     )
     console.print(f"Certified accuracy over all {len(labels)} pictures, abstentions counted as wrong [95 % interval]:")
-    for row in results["certified_accuracy"]:
+    for row in run["certified_accuracy"]:
         console.print(f"  r = {row['radius']:<5g} {percent(row)}", markup=False, highlight=False)
     console.print(
-        f"{results['mean_draws']:.0f} forward passes a picture on average (the usual protocol takes 100,100), "
-        f"{results['seconds']:.0f} s in all."
+        f"{run['mean_draws']:.0f} forward passes a picture on average (the usual protocol takes 100,100), "
+        f"{run['seconds']:.0f} s in all."
     )
     written = f"Wrote {output_dir / 'certificates.parquet'} and {output_dir / 'certificates.png'}."
     console.print(written, markup=False, soft_wrap=True)

@@ -11,6 +11,7 @@ from test_reports import write_log, write_run
 from typer.testing import CliRunner
 
 from hf_smoothing.cli import app
+from hf_smoothing.results import read_results
 
 
 def run(*arguments):
@@ -97,9 +98,16 @@ def test_demo_with_the_shipped_model(tmp_path):
     assert len(rows) == 200
     assert {"label", "prediction", "radius", "num_samples", "guarantee", "counts", "sigma"} <= set(rows[0])
     assert Image.open(tmp_path / "certificates.png").width > 1000
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert results["versions"]["torch"]
-    assert results["command"].endswith("--sigma 0.5")
+    made = json.loads((tmp_path / "run.json").read_text())
+    assert made["versions"]["torch"]
+    assert made["command"].endswith("--sigma 0.5")
+    (result,) = read_results([tmp_path])
+    assert result.decided_radii == [0, 0.25, 0.5]
+    # a run for the whole dataset does not write over it
+    into = ["--model", SHIPPED_MODEL, "--dataset", ROOT / made["settings"]["dataset_name"], "--output-dir", tmp_path]
+    found = run("certify-dataset", *into, "--sigma", 0.5)
+    assert found.exit_code == 2
+    assert "other settings" in found.stderr
 
 
 def test_report_of_runs_and_a_log(tmp_path):

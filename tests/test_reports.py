@@ -378,14 +378,17 @@ def test_pictures_of_other_data_are_refused(tmp_path):
 
 def test_the_shipped_results_are_what_the_metric_makes_of_their_records():
     (result,) = read_results([SHIPPED_MODEL / "results" / "demo"])
-    results = json.loads((SHIPPED_MODEL / "results" / "demo" / "results.json").read_text())
     columns = (result.column(name) for name in ("prediction", "label", "radius"))
-    assert certified_accuracy(*columns, results["radii"])["certified_accuracy"] == results["certified_accuracy"]
+    found = certified_accuracy(*columns, result.decided_radii)
+    assert found["certified_accuracy"] == result.run["certified_accuracy"]
+    assert found["num_images"] == result.run["num_records"]
+    draws = result.column("num_samples")
+    assert result.run["mean_draws"] == sum(draws) / len(draws)
 
 
 def test_the_shipped_results_meet_what_the_project_promises():
-    results = json.loads((SHIPPED_MODEL / "results" / "demo" / "results.json").read_text())
-    shares = {row["radius"]: row["share"] for row in results["certified_accuracy"]}
+    (result,) = read_results([SHIPPED_MODEL / "results" / "demo"])
+    shares = {row["radius"]: row["share"] for row in result.run["certified_accuracy"]}
     assert shares[0.25] >= 0.38
-    assert results["sigma"] == 0.25
-    assert results["alpha"] == 0.001
+    assert result.sigma == 0.25
+    assert result.alpha == 0.001
