@@ -270,7 +270,9 @@ def demo(
         f"({certificates[0].norm}, [0, 1] pixels) changes the answer"
     )
     for file, at_most in (("certificates.png", None), ("certificates-few.png", 30)):
-        picture_of_certificates(pictures, predictions, radii, labels, names, title, output_dir / file, at_most=at_most)
+        picture_of_certificates(
+            pictures.__getitem__, predictions, radii, labels, names, title, output_dir / file, at_most=at_most
+        )
     guarantees = [found.guarantee for found in certificates]
     figures = certified_accuracy(predictions, labels, radii, DEMO_RADII, guarantees=guarantees)
     run = {
@@ -346,10 +348,12 @@ def report(
             figures["Forward passes an image"] = "draws.png"
         if images is not None:
             for number, result in enumerate(results):
-                rows, pictures = load_pictures(result, images, split)
+                rows, picture = load_pictures(result, images, split)
+                if not rows:  # every image failed
+                    continue
                 file = f"examples-{number}.png"
                 picture_of_certificates(
-                    pictures,
+                    picture,
                     [row["prediction"] for row in rows],
                     [row["radius"] for row in rows],
                     [row["label"] for row in rows],

@@ -1,6 +1,6 @@
 """Pictures of results: example images with their radii, curves of certified accuracy, histograms. Needs matplotlib."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,7 +12,7 @@ from PIL import Image
 
 from .certificates import ABSTAIN, format_radius
 from .metrics.certified_accuracy import certified_accuracy, certified_accuracy_curve
-from .results import Result, check_one_figure, name_of_figure
+from .results import Result, name_of_figure, shared_guarantee_and_norm
 
 FORMATS = (".png", ".svg")
 
@@ -24,7 +24,7 @@ def require_matplotlib() -> None:
 
 
 def picture_of_certificates(
-    images: Sequence[Image.Image],
+    picture: Callable[[int], Image.Image],
     predictions: Sequence[int],
     radii: Sequence[float],
     labels: Sequence[int],
@@ -40,7 +40,7 @@ def picture_of_certificates(
     A right prediction is green, a wrong one red, an abstention grey.
 
     Args:
-        images: the pictures; only those shown are looked at.
+        picture: the picture of each certificate, by its position; only those shown are asked for.
         predictions: class indices, -1 for an abstention.
         radii: the certified radii.
         labels: the true classes.
@@ -56,7 +56,7 @@ def picture_of_certificates(
     require_matplotlib()
     from matplotlib.figure import Figure
 
-    order = sorted(range(len(images)), key=lambda index: (-radii[index], predictions[index] == ABSTAIN))
+    order = sorted(range(len(radii)), key=lambda index: (-radii[index], predictions[index] == ABSTAIN))
     if at_most is not None and len(order) > at_most:
         order = [order[round(rank)] for rank in np.linspace(0, len(order) - 1, at_most)]
     rows = -(-len(order) // columns)
@@ -66,7 +66,7 @@ def picture_of_certificates(
         axis.axis("off")
     for axis, index in zip(axes, order):
         label, prediction = labels[index], predictions[index]
-        axis.imshow(images[index])
+        axis.imshow(picture(index))
         if prediction == ABSTAIN:
             text, color = f"{names[label]}?\nabstains", "dimgrey"
         else:
@@ -91,13 +91,12 @@ def plot_certified_accuracy(results: Sequence[Result], stem: Path, envelope: str
     Raises:
         ValueError: where guarantees or norms are mixed.
     """
-    check_one_figure(results)
-    norm, guarantee = results[0].norm or "norm unknown", results[0].guarantee or "unknown"
+    guarantee, norm = shared_guarantee_and_norm(results)
     with _figure(
-        stem, f"radius ({norm}, [0, 1] pixels)", f"{name_of_figure(results[0].guarantee)}, all images"
+        stem, f"radius ({norm or 'norm unknown'}, [0, 1] pixels)", f"{name_of_figure(guarantee)}, all images"
     ) as axes:
         draw_certified_accuracy(axes, results, envelope)
-        axes.set(xlim=(0, None), ylim=(0, 1), title=f"guarantee: {guarantee}")
+        axes.set(xlim=(0, None), ylim=(0, 1), title=f"guarantee: {guarantee or 'unknown'}")
         axes.legend(fontsize=8)
 
 
@@ -167,7 +166,7 @@ def plot_true_class_frequency(results: Sequence[Result], stem: Path) -> list[Res
     Returns:
         The results that it could be drawn for, those with counts; nothing is written where there are none.
     """
-    check_one_figure(results)
+    shared_guarantee_and_norm(results)
     counted = [result for result in results if len(true_class_frequency(result))]
     if not counted:
         return []

@@ -7,7 +7,7 @@ from typing import Any
 
 from .certificates import format_radius
 from .metrics.certified_accuracy import DEFAULT_THRESHOLDS, certified_accuracy
-from .results import Result, check_one_figure, name_of_figure
+from .results import Result, name_of_figure, shared_guarantee_and_norm
 
 PACKAGES = ("torch", "transformers", "timm", "numpy", "scipy", "hf-smoothing")
 
@@ -38,13 +38,13 @@ def summarize(
     Raises:
         ValueError: for mixed guarantees or norms, bad values, or an envelope over one result or over different images.
     """
-    check_one_figure(results)
+    guarantee, norm = shared_guarantee_and_norm(results)
     if radii is None:
         radii = sorted({radius for result in results for radius in result.asked_radii}) or DEFAULT_THRESHOLDS
     entries = [_entry(result, radii) for result in results]
     return {
-        "guarantee": results[0].guarantee,
-        "norm": results[0].norm,
+        "guarantee": guarantee,
+        "norm": norm,
         "results": entries,
         "envelope": _envelope(results, entries) if envelope else None,
         "versions": package_versions(),

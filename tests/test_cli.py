@@ -3,6 +3,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, SHIPPED_MODEL
@@ -145,6 +146,22 @@ def test_report_shows_pictures(tmp_path):
     assert found.exit_code == 0, found.output
     assert Image.open(tmp_path / "examples-0.png").width > 500
     assert "(examples-0.png)" in (tmp_path / "report.md").read_text()
+
+
+def test_report_of_a_run_all_of_whose_images_failed(tmp_path):
+    folder = write_run(tmp_path / "one", images=60)
+    rows = [row for row in pq.read_table(folder / "certificates.parquet").to_pylist() if row["error"]]
+    pq.write_table(pa.Table.from_pylist([row | {"index": 0} for row in rows]), folder / "certificates.parquet")
+    images = ROOT / "hf_smoothing" / "cifar10_demo.parquet"
+    found = run("report", folder, "--images", images)
+    assert found.exit_code == 0, found.output
+    assert (folder / "report.md").read_text().startswith("# Certified accuracy (every image failed)\n")
+    assert "guarantee unknown" not in found.output
+    assert not list(folder.glob("examples*"))
+    # beside one that certified some, it is what that is
+    beside = run("report", folder, write_run(tmp_path / "two"), "--output-dir", tmp_path / "report")
+    assert beside.exit_code == 0, beside.output
+    assert "Guarantee: per_input" in (tmp_path / "report" / "report.md").read_text()
 
 
 @pytest.mark.parametrize(

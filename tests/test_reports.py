@@ -1,5 +1,6 @@
 import json
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -8,7 +9,7 @@ from conftest import ROOT, SHIPPED_MODEL
 from matplotlib.figure import Figure
 from PIL import Image
 
-from hf_smoothing import Certificate, GaussianNoise
+from hf_smoothing import Certificate, GaussianNoise, load_demo_images
 from hf_smoothing.metrics.certified_accuracy import certified_accuracy
 from hf_smoothing.plots import (
     draw_certified_accuracy,
@@ -88,7 +89,9 @@ def write_log(path, text=LOG):
 def test_the_picture(tmp_path):
     pictures = [Image.new("RGB", (32, 32), colour) for colour in ("red", "green", "blue")]
     path = tmp_path / "certificates.png"
-    picture_of_certificates(pictures, [0, -1, 1], [0.25, 0.0, 0.5], [0, 1, 0], ["cat", "dog"], "title", path)
+    picture_of_certificates(
+        pictures.__getitem__, [0, -1, 1], [0.25, 0.0, 0.5], [0, 1, 0], ["cat", "dog"], "title", path
+    )
     assert Image.open(path).width > 500
 
 
@@ -365,15 +368,67 @@ def test_the_same_drawing_gives_the_same_bytes(tmp_path):
 def test_pictures_of_other_data_are_refused(tmp_path):
     (result,) = read_results([SHIPPED_MODEL / "results" / "demo"])
     data = str(ROOT / "hf_smoothing" / "cifar10_demo.parquet")
-    rows, pictures = load_pictures(result, data, "test")
-    assert len(rows) == len(pictures) == 200
+    rows, picture = load_pictures(result, data, "test")
+    assert len(rows) == 200
+    assert picture(7).tobytes() == load_demo_images()[7]["image"].tobytes()
     for row in result.rows:
         row["index"] = 199 - row["index"]
-    with pytest.raises(ValueError, match="other labels"):
+    with pytest.raises(ValueError, match="another label"):
         load_pictures(result, data, "test")
     result.rows[0]["index"] = 200
     with pytest.raises(ValueError, match="has 200 images"):
         load_pictures(result, data, "test")
+
+
+def run_over(data, tmp_path, **settings):
+    """A finished run over the rows of `data`, whose model has three of the classes, `Cat`, `dog` and `Tree-Frog`."""
+    folder = write_run(tmp_path / "run", images=9)
+    rows = pq.read_table(folder / "certificates.parquet").to_pylist()
+    for position, row in enumerate(rows):
+        row["index"] = position
+    pq.write_table(pa.Table.from_pylist(rows), folder / "certificates.parquet")
+    run = json.loads((folder / "run.json").read_text())
+    run["settings"] |= {"dataset_name": str(data), "label_names": ["Cat", "dog", "Tree-Frog"], **settings}
+    (folder / "run.json").write_text(json.dumps(run))
+    return read_results([folder])[0]
+
+
+def save(path, picture_column, label_column, names=("dog", "tree_frog", "cat")):
+    """Nine pictures, labelled cat, dog, frog and so on; with another column of pictures, and of labels."""
+    model_names = ["cat", "dog", "tree_frog"]
+    pictures = [Image.new("RGB", (8, 8), (20 * position, 0, 0)) for position in range(9)]
+    labels = [names.index(model_names[position % 3]) for position in range(9)]
+    data = datasets.Dataset.from_dict(
+        {picture_column: pictures, label_column: labels, "mask": pictures, "coarse": [0] * 9},
+        datasets.Features(
+            {
+                picture_column: datasets.Image(),
+                label_column: datasets.ClassLabel(names=list(names)),
+                "mask": datasets.Image(),
+                "coarse": datasets.Value("int64"),
+            }
+        ),
+    )
+    data.to_parquet(path)
+    return path
+
+
+def test_the_data_certified_are_known_by_the_columns_and_classes_of_the_run(tmp_path):
+    data = save(tmp_path / "data.parquet", "photo", "kind")
+    result = run_over(data, tmp_path, image_column="photo", label_column="kind", dataset_config_name="default")
+    copies = [
+        data,
+        save(tmp_path / "copy.parquet", "photo", "kind"),
+        save(tmp_path / "usual.parquet", "image", "label"),
+    ]
+    for copy in copies:
+        rows, picture = load_pictures(result, str(copy))
+        assert [row["index"] for row in rows] == [0, 1, 3, 4, 5, 6, 7, 8]  # the third one failed
+        assert picture(2).getpixel((0, 0)) == (60, 0, 0)
+    with pytest.raises(ValueError, match="classes of dataset and model do not match"):
+        load_pictures(
+            result, str(save(tmp_path / "other.parquet", "photo", "kind", ("dog", "cat", "tree_frog", "fox")))
+        )
 
 
 def test_the_shipped_results_are_what_the_metric_makes_of_their_records():
