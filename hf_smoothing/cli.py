@@ -32,7 +32,7 @@ from .plots import (
     require_matplotlib,
 )
 from .records import record, write_json, write_parquet
-from .reports import markdown, notes, other_rows, package_versions, percent, share_rows, summarize
+from .reports import counted_draws, markdown, notes, other_rows, package_versions, percent, share_rows, summarize
 from .results import load_pictures, name_of_figure, read_results
 from .smoothing import SmoothedClassifier
 
@@ -341,11 +341,12 @@ def report(
         folder.mkdir(parents=True, exist_ok=True)
         label = found["envelope"]["label"] if envelope else None
         plot_certified_accuracy(results, folder / "certified-accuracy", label)
-        figures = {"Curves": "certified-accuracy.png"}
+        figures = [("Curves", "certified-accuracy.png", "")]
         if plot_true_class_frequency(results, folder / "p-a"):
-            figures["How often the base classifier is right under noise (p_A)"] = "p-a.png"
+            what = "How often the base classifier is right under noise (p_A)"
+            figures.append((what, "p-a.png", counted_draws(found)))
         if plot_draws(results, folder / "draws"):
-            figures["Forward passes an image"] = "draws.png"
+            figures.append(("Forward passes an image", "draws.png", ""))
         if images is not None:
             for number, result in enumerate(results):
                 rows, picture = load_pictures(result, images, split)
@@ -362,7 +363,7 @@ def report(
                     folder / file,
                     at_most=SHOWN_PICTURES,
                 )
-                figures[f"Examples from largest to smallest radius: {result.title}"] = file
+                figures.append((f"Examples from largest to smallest radius: {result.title}", file, ""))
         found["command"] = shlex.join(["hf-smoothing", *sys.argv[1:]])
         (folder / "report.json").write_text(json.dumps(found, indent=2) + "\n")
         (folder / "report.md").write_text(markdown(found, figures))

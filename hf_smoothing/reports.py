@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from importlib.metadata import version
 from itertools import zip_longest
+from statistics import median
 from typing import Any
 
 from .certificates import format_radius
@@ -54,6 +55,7 @@ def summarize(
 def _entry(result: Result, radii: Sequence[float]) -> dict[str, Any]:
     optional = {"p_lower": "p_lower", "num_samples": "num_samples", "guarantees": "guarantee"}
     seconds = [value for value in result.column("seconds") if value is not None]
+    counted = [sum(counts) for counts in result.column("counts") if counts and sum(counts)]
     try:
         figures = certified_accuracy(
             result.column("prediction"),
@@ -76,6 +78,7 @@ def _entry(result: Result, radii: Sequence[float]) -> dict[str, Any]:
         "decided_radii": result.decided_radii,
         "radii_out_of_reach": result.radii_out_of_reach,
         **figures,
+        "median_counted_draws": median(counted) if counted else None,
         "mean_seconds": sum(seconds) / len(seconds) if seconds else None,
         "made_by": {name: result.run[name] for name in ("command", "settings", "versions") if name in result.run},
     }
@@ -210,16 +213,29 @@ def _early_stops(entries: Sequence[dict[str, Any]]) -> list[str]:
     return said
 
 
-def markdown(report: dict[str, Any], figures: dict[str, str]) -> str:
+def counted_draws(report: dict[str, Any]) -> str:
+    """What a reader of the histogram of p_A must know: how many draws each share is made of."""
+    draws = "; ".join(
+        f"{entry['title']}: {_known(entry['median_counted_draws'], ',.0f')}"
+        for entry in report["results"]
+        if entry["median_counted_draws"] is not None
+    )
+    return (
+        f"Median number of counted draws an image: {draws}. Each share is known no finer than so many draws tell: where "
+        "sampling stopped early the histogram is coarse, and the share a little off."
+    )
+
+
+def markdown(report: dict[str, Any], figures: Sequence[tuple[str, str, str]]) -> str:
     """
     A report as Markdown.
 
     Args:
         report: from [`summarize`].
-        figures: file names of pictures, relative to the text, by what they show.
+        figures: the pictures, in order: what each shows, its file name relative to the text, and a note below it, if any.
     """
     text = [f"# {name_of_figure(report['guarantee'])}", markdown_table(report)]
-    text += [f"## {what}\n\n![{what}]({file})" for what, file in figures.items()]
+    text += [f"## {what}\n\n![{what}]({file})" + (f"\n\n{note}" if note else "") for what, file, note in figures]
     made = {entry["run"]: entry["made_by"] for entry in report["results"] if entry["made_by"]}
     if made:
         text.append("## How the runs were made")

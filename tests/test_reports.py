@@ -17,7 +17,7 @@ from hf_smoothing.plots import (
     plot_certified_accuracy,
     true_class_frequency,
 )
-from hf_smoothing.reports import markdown, markdown_table, notes, other_rows, share_rows, summarize
+from hf_smoothing.reports import counted_draws, markdown, markdown_table, notes, other_rows, share_rows, summarize
 from hf_smoothing.results import load_pictures, read_results
 
 
@@ -116,7 +116,7 @@ def test_a_run_of_several_sigmas(tmp_path):
     table = markdown_table(report)
     assert table.count("\n| run |") == 2
     assert "2410.06895" in table
-    assert "scripts/certify.py" in markdown(report, {"Curves": "curves.png"})
+    assert "scripts/certify.py" in markdown(report, [("Curves", "curves.png", "")])
 
 
 def test_an_image_without_a_sigma_counts_once_at_every_one(tmp_path):
@@ -145,7 +145,7 @@ def test_the_log_of_a_research_script(tmp_path):
     assert entry["mean_seconds"] == pytest.approx((17.341 + 16.2 + 60 + 16.000001) / 4)
     assert share_rows(report)[0]["sigma"] == other_rows(report)[0]["median draws"] == "unknown"
     assert any("guarantee is unknown" in note for note in notes(report))
-    assert "as claimed" in markdown(report, {})
+    assert "as claimed" in markdown(report, [])
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_guarantees_are_not_mixed(tmp_path):
             summarize(results)
         with pytest.raises(ValueError, match="do not make one figure"):
             plot_certified_accuracy(results, tmp_path / "curves")
-    assert "not certified" in markdown(summarize(read_results(folders[1:])), {})
+    assert "not certified" in markdown(summarize(read_results(folders[1:])), [])
     stated = summarize(read_results([folders[0], tmp_path / "log.tsv"], log_guarantee="per_input"))
     assert any("--log-guarantee states" in note for note in notes(stated))
 
@@ -353,6 +353,7 @@ def test_how_often_the_true_class_is_hit(tmp_path):
     shares = true_class_frequency(result)
     assert len(shares) == 59
     assert shares[0] == result.rows[0]["counts"][0] / 200
+    assert "run, sigma = 0.25: 200." in counted_draws(summarize([result]))
 
 
 def test_the_same_drawing_gives_the_same_bytes(tmp_path):
