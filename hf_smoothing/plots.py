@@ -96,7 +96,8 @@ def plot_certified_accuracy(results: Sequence[Result], stem: Path, envelope: str
         stem, f"radius ({norm or 'norm unknown'}, [0, 1] pixels)", f"{name_of_figure(guarantee)}, all images"
     ) as axes:
         draw_certified_accuracy(axes, results, envelope)
-        axes.set(xlim=(0, None), ylim=(0, 1), title=f"guarantee: {guarantee or 'unknown'}")
+        right = axes.get_xlim()[1]
+        axes.set(xlim=(-0.02 * right, right), ylim=(0, 1), title=f"guarantee: {guarantee or 'unknown'}")
         axes.legend(fontsize=8)
 
 
@@ -196,12 +197,19 @@ def plot_draws(results: Sequence[Result], stem: Path) -> list[Result]:
     known = [result for result in results if any(result.column("num_samples"))]
     if not known:
         return []
+    require_matplotlib()
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
     draws = [np.array([value for value in result.column("num_samples") if value]) for result in known]
     edges = np.geomspace(min(values.min() for values in draws), max(values.max() for values in draws) + 1, 31)
     with _figure(stem, "forward passes an image", "share of images") as axes:
         for result, values in zip(known, draws):
             axes.stairs(np.histogram(values, edges)[0] / len(values), edges, label=result.title, lw=1.4)
         axes.set(xscale="log", ylim=(0, None))
+        # matplotlib writes 4 x 10^1 where there is less than a decade to show
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if edges[-1] < 100 * edges[0] else (1,)))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.legend(fontsize=8)
     return known
 
