@@ -13,7 +13,6 @@ from typing import Annotated, Any, NoReturn
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 from transformers import pipeline
 
@@ -32,9 +31,20 @@ from .plots import (
     require_matplotlib,
 )
 from .records import record, write_json, write_parquet
-from .reports import counted_draws, markdown, notes, other_rows, package_versions, percent, share_rows, summarize
+from .reports import (
+    counted_draws,
+    how_drawn,
+    markdown,
+    notes,
+    other_rows,
+    package_versions,
+    percent,
+    share_rows,
+    summarize,
+)
 from .results import load_pictures, name_of_figure, read_results
 from .smoothing import SmoothedClassifier
+from .tables import print_table
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -70,15 +80,6 @@ def _loading(model: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise ValueError(f"The model {model!r} cannot be loaded. {error}") from error
-
-
-def _table(title: str, rows: list[dict[str, Any]]) -> Table:
-    table = Table(title=title, title_justify="left")
-    for column in rows[0]:
-        table.add_column(column, justify="right" if column in ("radius", "draws") else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(str(value)) for value in row.values()))
-    return table
 
 
 @app.command()
@@ -127,7 +128,7 @@ def certify(
         }
         for name, result in zip(images, found)
     ]
-    Console().print(_table(f"sigma = {sigma:g}, alpha = {alpha:g}, l2 radius in [0, 1] pixels", rows))
+    print_table(Console(), f"sigma = {sigma:g}, alpha = {alpha:g}, l2 radius in [0, 1] pixels", rows)
 
 
 @app.command()
@@ -341,7 +342,7 @@ def report(
         folder.mkdir(parents=True, exist_ok=True)
         label = found["envelope"]["label"] if envelope else None
         plot_certified_accuracy(results, folder / "certified-accuracy", label)
-        figures = [("Curves", "certified-accuracy.png", "")]
+        figures = [("Curves", "certified-accuracy.png", how_drawn(found))]
         if plot_true_class_frequency(results, folder / "p-a"):
             what = "How often the base classifier is right under noise (p_A)"
             figures.append((what, "p-a.png", counted_draws(found)))
@@ -370,8 +371,8 @@ def report(
     except (ImportError, OSError, TypeError, ValueError) as error:
         _fail(error)
     console = Console()
-    console.print(_table(name_of_figure(found["guarantee"]), share_rows(found)))
-    console.print(_table("Abstentions, radii, cost", other_rows(found)))
+    print_table(console, name_of_figure(found["guarantee"]), share_rows(found), keys=2)
+    print_table(console, "Abstentions, radii, cost", other_rows(found), keys=2)
     for note in notes(found):
         console.print(note, markup=False, highlight=False)
     console.print(f"Wrote {folder / 'report.md'}, report.json and the pictures.", markup=False, soft_wrap=True)
@@ -398,8 +399,8 @@ def _show_demo(
         for index, (found, label) in enumerate(zip(certificates[:shown], labels))
     ]
     (sigma,), alpha = run["settings"]["sigmas"], run["settings"]["alpha"]
-    console.print(
-        _table(f"The first {len(rows)} of {len(labels)} pictures (sigma = {sigma:g}, alpha = {alpha:g})", rows)
+    print_table(
+        console, f"The first {len(rows)} of {len(labels)} pictures (sigma = {sigma:g}, alpha = {alpha:g})", rows
     )
     console.print(f"Certified accuracy over all {len(labels)} pictures, abstentions counted as wrong [95 % interval]:")
     for row in run["certified_accuracy"]:

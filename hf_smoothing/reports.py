@@ -124,16 +124,17 @@ def share_rows(report: dict[str, Any]) -> list[dict[str, str]]:
     """
     rows = []
     for entry in report["results"]:
-        row = {"run": entry["run"], "sigma": _known(entry["sigma"]), "images": str(entry["num_images"])}
+        row = {"run": entry["run"], "sigma": _known(entry["sigma"])}
         for share in entry["certified_accuracy"]:
             low, high = share["interval_95"]
-            interval = f"\n{100 * low:.1f} to {100 * high:.1f}" if share["standing"] == "counted" else ""
+            interval = f"\n{100 * low:.1f}-{100 * high:.1f}" if share["standing"] == "counted" else ""
             row[f"r = {share['radius']:g}"] = _share(share) + interval
         rows.append(row)
     if envelope := report["envelope"]:
         row = {name: "" for name in rows[0]}  # it may lack some radii
-        row |= {"run": envelope["label"], "images": str(envelope["num_images"])}
-        row |= {f"r = {share['radius']:g}": _share(share) for share in envelope["certified_accuracy"]}
+        row |= {"run": envelope["label"]} | {
+            f"r = {share['radius']:g}": _share(share) for share in envelope["certified_accuracy"]
+        }
         rows.append(row)
     return rows
 
@@ -151,11 +152,12 @@ def other_rows(report: dict[str, Any]) -> list[dict[str, str]]:
             {
                 "run": entry["run"],
                 "sigma": _known(entry["sigma"]),
+                "images": str(entry["num_images"]),
                 "failed": str(entry["num_failed"]),
                 "abstains": f"{'<= ' if decided and 0 not in decided else ''}{entry['abstention_rate']:.1%}",
-                "mean radius (*)": f"{'>= ' if decided else ''}{format_radius(entry['mean_certified_radius'])}",
-                "median draws": _known(entry["median_num_samples"], ",.0f"),
-                "mean seconds": _known(entry["mean_seconds"], ".3g"),
+                "mean\nradius (*)": f"{'>= ' if decided else ''}{format_radius(entry['mean_certified_radius'])}",
+                "median\ndraws": _known(entry["median_num_samples"], ",.0f"),
+                "mean\nseconds": _known(entry["mean_seconds"], ".3g"),
             }
         )
     return rows
@@ -211,6 +213,16 @@ def _early_stops(entries: Sequence[dict[str, Any]]) -> list[str]:
         out_of_reach = f" Out of reach of its budget, and so 0: {_listed(beyond)}." if beyond else ""
         said.append(f"{start}{text}. The draws are those that settling these radii took.{out_of_reach}")
     return said
+
+
+def how_drawn(report: dict[str, Any]) -> str:
+    """What a reader of the curves must know; empty where each is exact at every radius."""
+    if not any(entry["decided_radii"] for entry in report["results"]):
+        return ""
+    return (
+        "Points are shares at decided radii, with their exact 95 % intervals; the dashed lines between them are no "
+        "measurement."
+    )
 
 
 def counted_draws(report: dict[str, Any]) -> str:

@@ -17,7 +17,16 @@ from hf_smoothing.plots import (
     plot_certified_accuracy,
     true_class_frequency,
 )
-from hf_smoothing.reports import counted_draws, markdown, markdown_table, notes, other_rows, share_rows, summarize
+from hf_smoothing.reports import (
+    counted_draws,
+    how_drawn,
+    markdown,
+    markdown_table,
+    notes,
+    other_rows,
+    share_rows,
+    summarize,
+)
 from hf_smoothing.results import load_pictures, read_results
 
 
@@ -143,7 +152,7 @@ def test_the_log_of_a_research_script(tmp_path):
     assert [row["right"] for row in entry["certified_accuracy"]] == [2, 2, 1]
     assert entry["abstention_rate"] == 0.25
     assert entry["mean_seconds"] == pytest.approx((17.341 + 16.2 + 60 + 16.000001) / 4)
-    assert share_rows(report)[0]["sigma"] == other_rows(report)[0]["median draws"] == "unknown"
+    assert share_rows(report)[0]["sigma"] == other_rows(report)[0]["median\ndraws"] == "unknown"
     assert any("guarantee is unknown" in note for note in notes(report))
     assert "as claimed" in markdown(report, [])
 
@@ -244,6 +253,8 @@ def test_radii_that_were_decided_are_the_ones_reported(tmp_path):
     report = summarize(read_results([write_run(tmp_path / "run", radii=[0.1, 0.3])]))
     assert [row["radius"] for row in report["results"][0]["certified_accuracy"]] == [0.1, 0.3]
     assert any("0.1, 0.3 were settled" in note for note in notes(report))
+    assert "no measurement" in how_drawn(report)
+    assert not how_drawn(summarize(read_results([write_run(tmp_path / "found")])))
 
 
 def test_what_was_not_decided_is_marked_as_a_bound(tmp_path):
@@ -255,8 +266,8 @@ def test_what_was_not_decided_is_marked_as_a_bound(tmp_path):
         True,
         True,
     ]
-    assert [" to " in shares[f"r = {radius}"] for radius in ("0", "0.1", "0.2", "0.5")] == [False, True, False, False]
-    assert (others["abstains"][:3], others["mean radius (*)"][:3]) == ("<= ", ">= ")
+    assert ["-" in shares[f"r = {radius}"] for radius in ("0", "0.1", "0.2", "0.5")] == [False, True, False, False]
+    assert (others["abstains"][:3], others["mean\nradius (*)"][:3]) == ("<= ", ">= ")
     everywhere = "Everywhere but at these radii, radius 0 and the abstention rate included"
     assert any(everywhere in note for note in notes(report))
     with_0 = summarize(read_results([write_run(tmp_path / "with-0", radii=[0, 0.3])]))
@@ -274,7 +285,7 @@ def test_a_run_that_drew_on_has_no_floors(tmp_path, run):
     )
     assert result.standing(0.2) == "counted"
     assert "settled" not in " ".join(notes(report))
-    assert "=" not in other_rows(report)[0]["mean radius (*)"]
+    assert "=" not in other_rows(report)[0]["mean\nradius (*)"]
 
 
 def two_sigmas(folder):
