@@ -23,6 +23,7 @@ from .labelled_images import LabelledImages
 from .modeling_mixed_noise_vit import MixedNoiseViTForImageClassification
 from .records import write_json
 from .reports import package_versions
+from .smoothing import loading
 from .training import TrainingSettings, train
 from .training_images import ImageSettings, TrainingBatches
 
@@ -47,39 +48,33 @@ class EvaluationSettings:
 
 
 @torch.no_grad()
-def majority_accuracy(
-    model: Any,
-    pixels: torch.Tensor,
-    labels: torch.Tensor,
-    sigma: float,
-    *,
-    draws: int,
-    batch_size: int = 128,
-    seed: int = 0,
-) -> float:
+def majority_answers(
+    model: Any, pixels: torch.Tensor, sigma: float, *, draws: int, batch_size: int = 128, seed: int = 0
+) -> torch.Tensor:
     """
-    Share of images that the majority of a few noisy copies gets right: an estimate of the smoothed classifier's accuracy.
+    The majority of a few noisy copies of each image: an estimate, without guarantee, of the smoothed classifier's answers.
 
     Args:
         model: maps pixels in `[0, 1]` to an output with `logits`.
         pixels: `(images, channels, height, width)` in `[0, 1]`, on the model's device.
-        labels: `(images,)`.
         sigma: noise level; 0 takes one clean pass.
         draws: noisy copies of each image. Ties go to the class of the lowest index.
         batch_size: copies in a forward pass.
         seed: of the noise.
+
+    Returns:
+        Class indices `(images,)`.
     """
     generator = torch.Generator(pixels.device).manual_seed(seed)
-    counts = torch.zeros(0)
+    votes = []
     for _ in range(draws if sigma > 0 else 1):
-        logits = []
-        for batch in pixels.split(batch_size):
-            noise = torch.randn(batch.shape, generator=generator, device=batch.device)
-            logits.append(model(batch + sigma * noise).logits.float())
-        found = torch.cat(logits)
-        answers = nn.functional.one_hot(found.argmax(1), found.shape[1])
-        counts = counts + answers if len(counts) else answers
-    return float((counts.argmax(1) == labels).float().mean())
+        noisy = (
+            batch + sigma * torch.randn(batch.shape, generator=generator, device=batch.device)
+            for batch in pixels.split(batch_size)
+        )
+        logits = torch.cat([model(batch).logits for batch in noisy])
+        votes.append(nn.functional.one_hot(logits.argmax(1), logits.shape[1]))
+    return torch.stack(votes).sum(0).argmax(1)
 
 
 def load_to_finetune(
@@ -98,8 +93,7 @@ def load_to_finetune(
         config_kwargs: fields of the config to set, such as `drop_path_rate`.
 
     Raises:
-        ValueError: for a model of another kind.
-        OSError: for one that is not there.
+        ValueError: for a model of another kind, or one that cannot be loaded.
     """
     labels: dict[str, Any] = {
         "id2label": dict(enumerate(names)),
@@ -109,10 +103,8 @@ def load_to_finetune(
     if not Path(model_name_or_path).exists() and timm.is_model(timm_name):
         return MixedNoiseViTForImageClassification.from_timm(timm_name, **labels, **config_kwargs)
     at: dict[str, Any] = {} if revision is None else {"revision": revision}
-    try:
+    with loading(model_name_or_path):
         config = AutoConfig.from_pretrained(model_name_or_path, **at)
-    except (OSError, ValueError) as error:
-        raise type(error)(f"The model {model_name_or_path!r} cannot be loaded. {error}") from error
     if not isinstance(config, MixedNoiseViTConfig):
         raise ValueError(
             f"{model_name_or_path!r} is a {config.model_type} model: finetune a mixed-noise ViT, or a ViT of timm by its "
@@ -248,12 +240,11 @@ def _evaluation(
     def evaluate(model: Any) -> dict[str, float]:
         found = {}
         for sigma in evaluation.eval_sigmas:
-            share = majority_accuracy(
-                model, pixels, labels, sigma, draws=evaluation.eval_draws, seed=accelerator.process_index
+            answers = majority_answers(
+                model, pixels, sigma, draws=evaluation.eval_draws, seed=accelerator.process_index
             )
-            right = torch.tensor([share * len(mine), len(mine)], dtype=torch.float64, device=accelerator.device)
-            right = accelerator.reduce(right, "sum")
-            found[f"majority_accuracy_sigma_{sigma:g}"] = float(right[0] / right[1])
+            right = accelerator.reduce((answers == labels).sum(), "sum")
+            found[f"majority_accuracy_sigma_{sigma:g}"] = float(right) / len(rows)
         return found
 
     return evaluate

@@ -4,8 +4,6 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -19,7 +17,7 @@ from transformers import pipeline
 from . import dataset_runs
 from .certificates import Certificate, format_radius
 from .crew import start_processes
-from .data import load_demo_images
+from .data import load_demo_images, to_pixels
 from .dataset_runs import RunSettings
 from .metrics.certified_accuracy import certified_accuracy
 from .noise import GaussianNoise
@@ -43,11 +41,13 @@ from .reports import (
     summarize,
 )
 from .results import load_pictures, name_of_figure, read_results
-from .smoothing import SmoothedClassifier
+from .smoothing import SmoothedClassifier, loading
 from .tables import print_table
 
 app = typer.Typer(
     no_args_is_help=True,
+    # --image_column as well, which is what the scripts call it, and what errors say
+    context_settings={"token_normalize_func": lambda flag: flag.replace("_", "-")},
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     help="Certified robustness for image classifiers, by randomized smoothing.",
@@ -71,15 +71,6 @@ def _fail(error: Exception) -> NoReturn:
     # as plain text: paths and class names may hold what rich reads as markup
     Console(stderr=True).print(Text("error: ", style="bold red").append(str(error), style="not bold default"))
     raise typer.Exit(2)
-
-
-@contextmanager
-def _loading(model: str) -> Iterator[None]:
-    """transformers does not always say which model it failed to load."""
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(f"The model {model!r} cannot be loaded. {error}") from error
 
 
 @app.command()
@@ -109,7 +100,7 @@ def certify(
     """
     settings = {"alpha": alpha, "radius": radius, "max_samples": max_samples, "method": method, "seed": seed}
     try:
-        with _loading(model):
+        with loading(model):
             pipe = pipeline("certified-image-classification", model=model, sigma=sigma, batch_size=batch_size)
         found = pipe(images, progress=sys.stderr.isatty(), **{k: v for k, v in settings.items() if v is not None})
     except (OSError, TypeError, ValueError) as error:
@@ -213,7 +204,10 @@ def certify_dataset(
             streaming=streaming,
             resume=resume,
         )
-    except (OSError, ValueError) as error:
+    except KeyboardInterrupt as error:
+        typer.echo(f"\n{error}" if error.args else "\nstopped", err=True)
+        raise typer.Exit(130) from None
+    except (OSError, RuntimeError, ValueError) as error:
         _fail(error)
     typer.echo(summary)
 
@@ -251,7 +245,7 @@ def demo(
             max_draws=max_samples,
             seed=seed,
         )
-        with _loading(model):
+        with loading(model):
             smoothed = SmoothedClassifier.from_pretrained(model, GaussianNoise(sigma), batch_size=batch_size)
         images = load_demo_images()
         names = images.features["label"].names
@@ -283,6 +277,8 @@ def demo(
             "dataset_label_names": names,
             "label_names": names,
         },
+        "image_shape": list(to_pixels(pictures[0], smoothed.image_processor).shape),
+        "sessions": [{"device": str(smoothed.device), "num_threads": torch.get_num_threads()}],
         "command": shlex.join(["hf-smoothing", *sys.argv[1:]]),
         "versions": package_versions(),
         "num_records": len(rows),
@@ -290,8 +286,6 @@ def demo(
         "certified_accuracy": figures["certified_accuracy"],
         "mean_draws": sum(found.num_samples for found in certificates) / len(certificates),
         "seconds": time.monotonic() - started,
-        "device": str(smoothed.device),
-        "num_threads": torch.get_num_threads(),
     }
     write_json(run, output_dir / "run.json")
     _show_demo(console, run, certificates, labels, names, output_dir)

@@ -113,7 +113,7 @@ class Progress:
         crew: the processes.
         before: for each sigma, the images that were done before, and how many of them were right.
         radius: the radius at which an answer is certified to count as right.
-        total: images in all, if it is known.
+        total: images in all, or the most that there can be, if that is known.
         shown: whether this process shows the bar.
     """
 

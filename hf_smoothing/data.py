@@ -43,22 +43,27 @@ def load_image(source: Any) -> Image.Image:
         raise TypeError(f"An image must be a path, an http(s) address, a PIL image or a uint8 array, not {kind}.")
     name = repr(str(source)) if not isinstance(source, bytes) else f"A file of {len(source):,} bytes"
     try:
-        if isinstance(source, bytes):
-            image = Image.open(io.BytesIO(source))
-        elif (address := str(source)).startswith(("http://", "https://")):
-            with urlopen(Request(address, headers={"User-Agent": "hf-smoothing"}), timeout=60) as response:
-                image = Image.open(io.BytesIO(response.read()))
-        else:
-            image = Image.open(source)
-        image.load()
+        content = source if isinstance(source, bytes) else _read(str(source))
     except FileNotFoundError:
         raise FileNotFoundError(f"There is no image at {name}.") from None
+    except (OSError, ValueError, HTTPException) as error:  # ValueErrors are malformed addresses
+        raise ValueError(f"{name} cannot be read as a picture: {error}.") from error
+    try:
+        image = Image.open(io.BytesIO(content))
+        image.load()
     except UnidentifiedImageError:
         raise ValueError(f"{name} is not a picture in a format that Pillow can read.") from None
-    # Pillow raises SyntaxError for broken PNG chunks; ValueErrors are malformed addresses
-    except (OSError, SyntaxError, ValueError, HTTPException, Image.DecompressionBombError) as error:
+    # Pillow raises OSError for what is cut off, SyntaxError for broken PNG chunks
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{name} cannot be read as a picture: {error}.") from error
     return _to_rgb(image, name)
+
+
+def _read(source: str) -> bytes:
+    if source.startswith(("http://", "https://")):
+        with urlopen(Request(source, headers={"User-Agent": "hf-smoothing"}), timeout=60) as response:
+            return response.read()
+    return Path(source).read_bytes()
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:

@@ -6,18 +6,12 @@ process takes it, when, or beside which others.
 """
 
 import hashlib
-import json
-import shlex
-import sys
 import time
-import uuid
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -30,23 +24,18 @@ from .noise import GaussianNoise
 from .records import (
     Record,
     ShardWriter,
+    count_records,
     error_record,
-    read_shards,
     record,
-    repair,
-    shards_in,
-    write_json,
-    write_parquet,
 )
-from .reports import package_versions
 from .rules import make_rule
-from .smoothing import SmoothedClassifier
+from .run_folder import Plan, RunSummary, check_folder, is_right, merge, prepare, session_of
+from .smoothing import SmoothedClassifier, loading
 
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 """Types of the forward passes by name, as the engine takes them: float32 weights, under autocast or not."""
 
-Pair = tuple[float, int]
-"""What a record is about: sigma, and the index of the image in its split."""
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -71,7 +60,7 @@ class RunSettings:
         max_draws: the most draws for one image.
         n0, n: draws of the `fixed` method.
         tolerance: relative tolerance of the radius, `sequential` without radii.
-        seed: seed of the noise.
+        seed: seed of the noise, from 0 to 2**63 - 1.
         dtype: `float32`, or `bfloat16` (autocast).
 
     Raises:
@@ -106,9 +95,14 @@ class RunSettings:
             raise ValueError(f"dtype={self.dtype!r} is unknown: use {' or '.join(DTYPES)}.")
         if not self.sigmas or len(set(self.sigmas)) < len(self.sigmas):
             raise ValueError(f"sigmas={self.sigmas} must be one or more different noise levels.")
-        reached = {radius for sigma in self.sigmas for radius in self.rule(sigma)[1] or ()}
-        if missed := sorted(set(self.radii or ()) - reached):
-            self._rule(tuple(missed)).check(GaussianNoise(max(self.sigmas)))  # says how many draws it takes
+        if not 0 <= self.seed < 2**63:  # records hold it as a 64-bit number
+            raise ValueError(f"seed={self.seed} must be 0 or above, and below 2**63.")
+        try:
+            reached = {radius for sigma in self.sigmas for radius in self.rule(sigma)[1] or ()}
+            if missed := sorted(set(self.radii or ()) - reached):
+                self._rule(tuple(missed)).check(GaussianNoise(max(self.sigmas)))  # says how many draws it takes
+        except ValueError as error:  # rules call max_samples what is max_draws here
+            raise ValueError(str(error).replace("max_samples=", "max_draws=")) from error
 
     @property
     def smallest_radius(self) -> float:
@@ -141,28 +135,6 @@ class RunSettings:
         return True
 
 
-@dataclass(frozen=True)
-class RunSummary:
-    """How a run ended; as text, what a user wants to read."""
-
-    path: Path
-    num_records: int
-    num_new: int
-    errors: tuple[tuple[float, int, str], ...]
-
-    def __str__(self) -> str:
-        text = f"{self.num_records} records in {self.path}"
-        text += f", {self.num_new} of them new." if self.num_new else ". The run was finished already."
-        if self.errors:
-            indices = sorted({index for _, index, _ in self.errors})
-            shown = ", ".join(map(str, indices[:10])) + (", ..." if len(indices) > 10 else "")
-            text += (
-                f"\n{len(indices)} images could not be certified and count as wrong: index {shown}. "
-                f"The first: {self.errors[0][2]}"
-            )
-        return text
-
-
 def certify_dataset(
     settings: RunSettings,
     output_dir: str | Path,
@@ -176,8 +148,8 @@ def certify_dataset(
     Certify the images of a dataset, or go on with it, and merge the records to `output_dir/certificates.parquet`.
 
     While it runs, every process appends to a shard of its own, `output_dir/shards/records-rank00000.jsonl`; what makes the
-    run reproducible is in `output_dir/run.json`. An image that cannot be read, or has another shape behind the image
-    processor than the first one, gets a record with an `error`.
+    run reproducible is in `output_dir/run.json`. An image whose content is no picture, or that has another shape behind the
+    image processor than the first one, gets a record with an `error`.
 
     Args:
         settings: what decides the records.
@@ -191,12 +163,20 @@ def certify_dataset(
         A summary, on the main process; `None` on the others.
 
     Raises:
-        ValueError: for settings that make no sense, a column that is not there, an empty split, classes that do not match
-            (before any work); a label outside the classes; a folder with a run under other settings.
-        OSError: for a folder that cannot be written to, a full disk. All records written before stand.
+        ValueError: before any work, for settings that make no sense, a model or dataset that cannot be loaded, a column that
+            is not there, an empty split, classes that do not match, a folder with a run under other settings; for a label
+            outside the classes.
+        OSError: for a folder that cannot be written to, a full disk; for an image whose file cannot be read. All records
+            written before stand, and a later run goes on.
+        KeyboardInterrupt: on the user's, with a message that says how many records are there.
     """
     output_dir = Path(output_dir)
     at: dict[str, Any] = {} if settings.revision is None else {"revision": settings.revision}
+    if at and Path(settings.model_name_or_path).is_dir():
+        raise ValueError(
+            f"revision={settings.revision!r} is for models on the Hub; {settings.model_name_or_path!r} is a local folder."
+        )
+    _on_main_first(accelerator, partial(check_folder, output_dir, resume))
     with accelerator.main_process_first():  # one downloads, the others find it there
         images = LabelledImages(
             settings.dataset_name,
@@ -208,36 +188,37 @@ def certify_dataset(
             max_samples=settings.max_samples,
             streaming=streaming,
         )
-        smoothed = SmoothedClassifier.from_pretrained(
-            settings.model_name_or_path,
-            GaussianNoise(settings.sigmas[0]),
-            batch_size=batch_size,
-            device=accelerator.device,
-            autocast=DTYPES[settings.dtype],
-            **at,
-        )
+        with loading(settings.model_name_or_path):
+            smoothed = SmoothedClassifier.from_pretrained(
+                settings.model_name_or_path,
+                GaussianNoise(settings.sigmas[0]),
+                batch_size=batch_size,
+                device=accelerator.device,
+                autocast=DTYPES[settings.dtype],
+                **at,
+            )
     names = list(smoothed.class_names or ())
     images.meet(names, smoothed.image_processor)
 
-    def prepare() -> _Plan:
-        return _prepare(
-            output_dir, _identity(settings, images, smoothed), _session(accelerator, smoothed), images, resume
-        )
+    def begin() -> Plan:
+        session = session_of(accelerator, smoothed)
+        return prepare(output_dir, _identity(settings, images, smoothed), session, images)
 
-    plan = _on_main_first(accelerator, prepare)
+    plan = _on_main_first(accelerator, begin)
     images.shape = plan.shape
     crew = Crew(accelerator, plan.start)
     writer = ShardWriter(output_dir / "shards" / f"records-rank{accelerator.process_index:05d}.jsonl")
-    total = None if images.total is None else images.total * len(settings.sigmas)
+    expected = None if images.total is None else images.total * len(settings.sigmas)
+    at_most = expected or (settings.max_samples and settings.max_samples * len(settings.sigmas))
     before = {sigma: plan.before.get(sigma, (0, 0)) for sigma in settings.sigmas}
-    progress = Progress(crew, before, settings.smallest_radius, total, shown=accelerator.is_main_process)
+    progress = Progress(crew, before, settings.smallest_radius, at_most, shown=accelerator.is_main_process)
     ended = time.monotonic()
 
     def keep(row: Record) -> None:
         nonlocal ended
         row["seconds"], ended = time.monotonic() - ended, time.monotonic()
         writer.write(row)
-        crew.count(row["sigma"], _is_right(row, settings.smallest_radius), row["num_samples"])
+        crew.count(row["sigma"], is_right(row, settings.smallest_radius), row["num_samples"])
         progress.update(row["sigma"])
 
     try:
@@ -250,13 +231,17 @@ def certify_dataset(
             progress.update(settings.sigmas[-1])
             time.sleep(0.05)
         progress.update(settings.sigmas[-1], at_once=True)
+    except KeyboardInterrupt as error:
+        crew.fail(error)
+        done = f"{count_records(writer.path.parent)}{'' if expected is None else f' of {expected}'}"
+        raise KeyboardInterrupt(f"stopped; {done} are done; the same command goes on") from error
     except BaseException as error:
         crew.fail(error)  # so that the main process does not wait for this one
         raise
     finally:
         progress.bar.close()
         writer.close()
-    return _merge(output_dir, len(plan.finished), total) if accelerator.is_main_process else None
+    return merge(output_dir, len(plan.finished), expected) if accelerator.is_main_process else None
 
 
 def _certify(
@@ -277,8 +262,12 @@ def _certify(
             label = images.label(index, row)
             try:
                 found = images.pixels(row)
-            except (FileNotFoundError, ValueError) as error:
+            except ValueError as error:
                 keep(error_record(index, label, names, smoothed, rule, settings.seed, str(error)))
+            except OSError as error:  # not the image's fault: as a record it would count as wrong for good
+                raise OSError(
+                    f"Image {index} of the split: {error} Once it can be read, the same command goes on with the run."
+                ) from error
             else:
                 handed.append((index, label))
                 yield found
@@ -288,25 +277,7 @@ def _certify(
         keep(record(index, label, names, certificate))
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """
-    What the main process finds out for all.
-
-    Attributes:
-        start: a name for this start of the run.
-        shape: the shape of the images, `None` where none can be read.
-        finished: what is done.
-        before: for each sigma, how many images that is, and how many of them are right.
-    """
-
-    start: str
-    shape: tuple[int, ...] | None
-    finished: frozenset[Pair]
-    before: dict[float, tuple[int, int]]
-
-
-def _on_main_first(accelerator: Accelerator, call: Callable[[], _Plan]) -> _Plan:
+def _on_main_first(accelerator: Accelerator, call: Callable[[], Found]) -> Found:
     """What `call` returns on the main process, on all of them; or what it raises, on all of them."""
     box: list[Any] = [None]
     if accelerator.is_main_process:
@@ -318,54 +289,6 @@ def _on_main_first(accelerator: Accelerator, call: Callable[[], _Plan]) -> _Plan
     if isinstance(box[0], Exception):
         raise box[0]
     return box[0]
-
-
-def _prepare(output_dir: Path, identity: Record, session: Record, images: LabelledImages, resume: bool) -> _Plan:
-    """Begin a run in a folder or go on with the one there: check its settings, mend its shards, see what is done."""
-    shards, file = output_dir / "shards", output_dir / "run.json"
-    if output_dir.exists() and not output_dir.is_dir():
-        raise ValueError(f"output_dir={str(output_dir)!r} is a file: choose a folder.")
-    shards.mkdir(parents=True, exist_ok=True)
-    identity = json.loads(json.dumps(identity))
-    if file.exists():
-        run = json.loads(file.read_text())
-        if not resume:
-            raise ValueError(f"{output_dir} holds a run: choose another folder, or go on with it (resume).")
-        _refuse_other(run["settings"], identity, output_dir)
-    elif shards_in(shards):
-        raise ValueError(f"{shards} holds records, but there is no {file} that says of what: choose another folder.")
-    else:
-        run = {"settings": identity, "image_shape": images.find_shape(), "sessions": []}
-    for shard in shards_in(shards):
-        repair(shard)
-    run = {**run, "command": session["command"], "versions": session["versions"], "finished": None}
-    run["sessions"].append(session)
-    write_json(run, file)
-    smallest = min(identity["radii"] or (0.0,))
-    finished = {(row["sigma"], row["index"]): _is_right(row, smallest) for row in read_shards(shards)}
-    done = Counter(sigma for sigma, _ in finished)
-    right = Counter(sigma for (sigma, _), one in finished.items() if one)
-    return _Plan(
-        start=uuid.uuid4().hex,
-        shape=run["image_shape"] and tuple(run["image_shape"]),
-        finished=frozenset(finished),
-        before={sigma: (done[sigma], right[sigma]) for sigma in done},
-    )
-
-
-def _refuse_other(before: Record, now: Record, output_dir: Path) -> None:
-    # only one of a stream and a stored dataset has a fingerprint: nothing to compare
-    unknown = {"dataset_fingerprint"} if None in (before["dataset_fingerprint"], now["dataset_fingerprint"]) else set()
-    differing = [
-        f"{name}: {before.get(name)!r} -> {now.get(name)!r}"
-        for name in {**before, **now}
-        if name not in unknown and before.get(name) != now.get(name)
-    ]
-    if differing:
-        raise ValueError(
-            f"{output_dir} holds a run with other settings ({'; '.join(differing)}): go on with those, or choose another "
-            "folder."
-        )
 
 
 def _identity(settings: RunSettings, images: LabelledImages, smoothed: SmoothedClassifier) -> Record:
@@ -388,40 +311,3 @@ def _identity(settings: RunSettings, images: LabelledImages, smoothed: SmoothedC
         **{f"image_processor.{name}": value for name, value in processor.to_dict().items()},
         "radii_decided": {f"{sigma:g}": settings.rule(sigma)[1] for sigma in settings.sigmas},
     }
-
-
-def _session(accelerator: Accelerator, smoothed: SmoothedClassifier) -> Record:
-    packages = ("datasets", "accelerate", "torchvision")
-    return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "num_processes": accelerator.num_processes,
-        "num_threads": torch.get_num_threads(),
-        "device": str(accelerator.device),
-        "batch_size": smoothed.batch_size,
-        "versions": {**package_versions(), **{name: version(name) for name in packages}},
-    }
-
-
-def _is_right(row: Record, radius: float) -> bool:
-    """Whether a record is of a right answer, certified at `radius`."""
-    return row["error"] is None and row["prediction"] == row["label"] and row["radius"] >= radius
-
-
-def _merge(output_dir: Path, num_before: int, expected: int | None) -> RunSummary:
-    """Put the records of all shards into one file, and say in `run.json` that the run is finished."""
-    rows = {(row["sigma"], row["index"]): row for row in read_shards(output_dir / "shards")}
-    if expected is not None and len(rows) != expected:
-        raise RuntimeError(f"{len(rows)} records of {expected} are there: start the run again to certify the rest.")
-    path = output_dir / "certificates.parquet"
-    write_parquet(rows.values(), path)
-    errors = tuple((sigma, index, row["error"]) for (sigma, index), row in sorted(rows.items()) if row["error"])
-    run = json.loads((output_dir / "run.json").read_text())
-    run |= {
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "num_records": len(rows),
-        "num_errors": len(errors),
-        "process_seconds": sum(row["seconds"] for row in rows.values()),
-    }
-    write_json(run, output_dir / "run.json")
-    return RunSummary(path, len(rows), len(rows) - num_before, errors)

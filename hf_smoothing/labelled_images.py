@@ -1,6 +1,8 @@
 """Datasets of labelled images: which columns, which of the model's classes, which images, and their pixels."""
 
+import re
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -100,6 +102,22 @@ def _plain(name: str) -> str:
     return "".join(name.casefold().replace("_", " ").replace("-", " ").split())
 
 
+def _load(name: str, config_name: str | None, split: str, streaming: bool) -> Any:
+    files = {}
+    if name.endswith(".parquet"):
+        if not Path(name).is_file():
+            raise ValueError(f"There is no Parquet file at {name!r}.")
+        files = {"data_files": {re.split(r"[\[+]", split)[0].strip(): name}}  # without a slice such as [:100]
+    try:
+        return load_dataset("parquet" if files else name, config_name, split=split, streaming=streaming, **files)
+    except (OSError, ValueError, DatasetsError) as error:
+        if isinstance(error, OSError) and not Path(name).exists():
+            problem = f"There is no folder {name!r}, and no dataset of this name can be loaded from the Hub."
+        else:
+            problem = f"The split {split!r} of {name!r} cannot be loaded."
+        raise ValueError(f"{problem} {error}") from error
+
+
 class LabelledImages:
     """
     Images of a dataset, their labels as classes of a model, and their pixels.
@@ -121,7 +139,7 @@ class LabelledImages:
         shape: the shape that pixels must have, once it is set.
 
     Raises:
-        ValueError: for an empty split, or columns that are not there.
+        ValueError: for a dataset or split that cannot be loaded, an empty one, or columns that are not there.
     """
 
     def __init__(
@@ -136,15 +154,11 @@ class LabelledImages:
         max_samples: int | None = None,
         streaming: bool = False,
     ):
-        files = {"data_files": {split: name}} if name.endswith(".parquet") and Path(name).is_file() else {}
-        try:
-            source = load_dataset("parquet" if files else name, config_name, split=split, streaming=streaming, **files)
-        except (ValueError, DatasetsError) as error:
-            raise ValueError(f"The split {split!r} of {name!r} cannot be loaded. {error}") from error
+        source = _load(name, config_name, split, streaming)
         if source.features is None:  # a stream of a format that does not say
             source = source._resolve_features()
-        self.image_column = find_column(source.features, IMAGE_COLUMNS, image_column, "image_column")
-        self.label_column = find_column(source.features, LABEL_COLUMNS, label_column, "label_column")
+        self.image_column = find_column(source.features, IMAGE_COLUMNS, image_column, "--image_column")
+        self.label_column = find_column(source.features, LABEL_COLUMNS, label_column, "--label_column")
         self.class_names: list[str] | None = getattr(source.features[self.label_column], "names", None)
         self.fingerprint = None if streaming else source._fingerprint
         self.every, self.max_samples = every, max_samples
@@ -189,24 +203,21 @@ class LabelledImages:
         A row's image, in RGB.
 
         Raises:
-            FileNotFoundError, ValueError: where it cannot be had. (A connection that fails is another error: the image may
-                be there tomorrow.)
+            ValueError: where there is no image, or its content is no picture: so it will be tomorrow.
+            OSError: where its file cannot be read, as when a disk is not mounted: it may be there tomorrow.
         """
         image = row[self.image_column]
         if image is None:
             raise ValueError("The row has no image.")
-        content = image["bytes"]
-        if content is None and "://" in image["path"]:  # a stream from elsewhere
-            with fsspec.open(image["path"], "rb") as file:
-                content = file.read()
-        return load_image(image["path"] if content is None else content)
+        return load_image(_read(image["path"]) if image["bytes"] is None else image["bytes"])
 
     def pixels(self, row: Row) -> torch.Tensor:
         """
         Pixels of a row's image, as the engine takes them.
 
         Raises:
-            FileNotFoundError, ValueError: see [`LabelledImages.picture`]; where they have another shape than the others.
+            ValueError: see [`LabelledImages.picture`]; where they have another shape than the others.
+            OSError: where its file cannot be read.
         """
         found = to_pixels(self.picture(row), self.image_processor)
         if self.shape is not None and tuple(found.shape) != self.shape:
@@ -216,10 +227,23 @@ class LabelledImages:
         return found
 
     def find_shape(self) -> tuple[int, ...] | None:
-        """The shape of the first image that can be read."""
+        """
+        The shape of the first image that is a picture.
+
+        Raises:
+            OSError: where the file of one cannot be read.
+        """
         for _, read in self.chosen():
-            try:
+            with suppress(ValueError):
                 return tuple(self.pixels(read()).shape)
-            except (FileNotFoundError, ValueError):
-                continue
         return None
+
+
+def _read(path: str) -> bytes:
+    try:
+        if "://" in path:  # a stream from elsewhere
+            with fsspec.open(path, "rb") as file:
+                return file.read()
+        return Path(path).read_bytes()
+    except Exception as error:  # each protocol of fsspec has errors of its own
+        raise OSError(f"The file {path!r} of the dataset cannot be read: {error}.") from error

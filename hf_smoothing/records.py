@@ -148,6 +148,11 @@ def shards_in(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.jsonl"))
 
 
+def count_records(folder: Path) -> int:
+    """How many records there are in the shards of a run; a line that is being written does not count."""
+    return sum(shard.read_bytes().count(b"\n") for shard in shards_in(folder))
+
+
 def repair(shard: Path) -> int:
     """
     Drop what a killed process or a full disk left of a last line; returns the bytes dropped.
@@ -200,11 +205,17 @@ def write_parquet(found: Iterable[Record], path: Path) -> None:
     rows = sorted(found, key=lambda row: (row["sigma"], row["index"]))
     part = path.with_name(f".{path.name}.part")
     pq.write_table(pa.Table.from_pylist(rows, SCHEMA), part)
-    part.replace(path)
+    _put(part, path)
 
 
 def write_json(content: Any, path: Path) -> None:
     """Write `content`, indented, to a file that is either complete or not there."""
     part = path.with_name(f".{path.name}.part")
     part.write_text(json.dumps(content, indent=2) + "\n")
+    _put(part, path)
+
+
+def _put(part: Path, path: Path) -> None:
+    with part.open("rb+") as file:
+        os.fsync(file.fileno())  # or a power cut may leave the new name without the content
     part.replace(path)

@@ -4,6 +4,7 @@ It knows a callable that maps a batch of pixels to logits, a noise distribution 
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from contextlib import contextmanager
 from itertools import count as count_from
 from pathlib import Path
 from typing import Any, overload
@@ -370,6 +371,16 @@ def in_order(stream: Iterable[tuple[int, Certificate]]) -> Iterator[Certificate]
         while following in early:
             yield early.pop(following)
             following += 1
+
+
+@contextmanager
+def loading(model: str) -> Iterator[None]:
+    """Name the model that could not be loaded, since transformers does not always: a `ValueError` for an `OSError`."""
+    try:
+        yield
+    except OSError as error:
+        where = "" if Path(model).exists() else "There is no such folder, and on the Hub: "
+        raise ValueError(f"The model {model!r} cannot be loaded. {where}{error}") from error
 
 
 def _check_weights(module: nn.Module) -> None:

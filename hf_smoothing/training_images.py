@@ -136,7 +136,7 @@ def _picture(images: LabelledImages, index: int, row: dict[str, Any], size: int 
     label = images.label(index, row)
     try:
         picture = images.picture(row)
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"Image {index} of the split cannot be trained on: {error} Mend it or leave it out."
         ) from error

@@ -8,6 +8,7 @@ Writes OUTPUT_DIR/certificates.parquet, one row an image and sigma, and OUTPUT_D
 """
 
 import argparse
+import signal
 import sys
 
 from hf_smoothing.crew import start_processes
@@ -63,6 +64,11 @@ def main() -> None:
     try:
         settings = RunSettings(sigmas=sigmas, radii=None if radii is None else tuple(radii), **args)
         summary = certify_dataset(settings, accelerator=accelerator, **run)
+    except KeyboardInterrupt as error:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun sends another
+        if accelerator.is_main_process:
+            print(f"\n{error}" if error.args else "\nstopped", file=sys.stderr)
+        sys.exit(130)
     except (OSError, RuntimeError, ValueError) as error:
         # without end_training: it might wait for processes that are still at work; launchers end those
         sys.exit(f"error: {error}")

@@ -22,7 +22,7 @@ BLOCK = re.compile(r"(<!-- figures:(\w+) (\S+) -->\n)(?:(?!<!-- figures:).)*?(<!
 
 
 def demo(results: dict[str, Any]) -> str:
-    settings = results["settings"]
+    settings, (session,) = results["settings"], results["sessions"]
     lines = [
         f"Certified accuracy at sigma = {settings['sigmas'][0]:g}, alpha = {settings['alpha']:g}, over all "
         f"{results['num_records']} images (abstentions count as wrong; exact 95 % interval):",
@@ -36,8 +36,8 @@ def demo(results: dict[str, Any]) -> str:
     lines += [
         "",
         f"Forward passes an image, on average: {results['mean_draws']:.0f}, where the usual protocol takes 100,100. "
-        f"Time for everything, loading included: {results['seconds']:.0f} s ({results['device']}, "
-        f"{results['num_threads']} threads, {settings['dtype']}). Guarantee: `{results['guarantee']}`. "
+        f"Time for everything, loading included: {results['seconds']:.0f} s ({session['device']}, "
+        f"{session['num_threads']} threads, {settings['dtype']}). Guarantee: `{results['guarantee']}`. "
         f"Command: `{results['command']}` (seed {settings['seed']}, "
         + ", ".join(f"{name} {version}" for name, version in results["versions"].items())
         + ").",
@@ -52,12 +52,21 @@ def training(results: dict[str, Any]) -> str:
         if "averaged" in results
         else ""
     )
+    looked = results.get("evaluation")
+    evaluation = (
+        f" Accuracy on {results['settings']['eval_samples']} images of `{results['settings']['eval_split']}` by the "
+        f"majority of {results['settings']['eval_draws']} noisy copies (an estimate, no certificate): "
+        + ", ".join(f"{share:.1%} at sigma {name.rpartition('_')[2]}" for name, share in looked.items())
+        + "."
+        if looked
+        else ""
+    )
     return before + (
         f"{results['parameters']:,} parameters; {results['steps']:,} steps ({results['images_seen']:,} images) in "
         f"{results['seconds'] / 60:.0f} minutes on {results['device']} with {results['num_threads']} threads; final "
         f"training loss {results['final_loss']:.3f}; seed {results['settings']['seed']}; "
         + ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-        + f".\n\n```bash\naccelerate launch {results['command']}\n```{after}"
+        + f".{evaluation}\n\n```bash\naccelerate launch {results['command']}\n```{after}"
     )
 
 
@@ -103,6 +112,55 @@ def benchmark(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def study(results: dict[str, Any]) -> str:
+    def shown(one: dict[str, Any]) -> str:
+        low, high = one["interval_95"]
+        return f"{one['share']:.1%} ({low:.0%} to {high:.0%})"
+
+    settings, arms = results["settings"], results["arms"]
+    levels, certified = list(arms[0]["accuracy"]), list(arms[0]["certified_accuracy"])
+    names = {"layernorm": "LayerNorm", "batchnorm": "BatchNorm"}
+    lines = [
+        f"Accuracy by the majority of {settings['eval_draws']} noisy copies on {settings['eval_samples']} test images "
+        f"(exact 95 % interval), and certified accuracy at radius sigma/2 on {settings['certify_samples']} of them (alpha = "
+        f"{settings['alpha']:g}, at most {settings['max_draws']} draws an image):",
+        "",
+        "| pretrained on | norm | finetuned on | "
+        + " | ".join([*(f"sigma {level}" for level in levels), *(f"certified, sigma {level}" for level in certified)])
+        + " |",
+        "|---" * (3 + len(levels) + len(certified)) + "|",
+    ]
+    for arm in arms:
+        cells = [arm["pretraining"], names[arm["norm"]], arm["finetuning"]]
+        cells += [shown(arm["accuracy"][level]) for level in levels]
+        cells += [f"{arm['certified_accuracy'][level][f'{float(level) / 2:g}']['share']:.0%}" for level in certified]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "Differences on the same images, with 95 % intervals of the paired differences:", ""]
+    for name, one in results["comparisons"].items():
+        low, high = one["interval_95"]
+        lines.append(f"- {name}: {one['difference']:+.1%} ({low:+.1%} to {high:+.1%})")
+    lines += [
+        "",
+        f"{results['parameters']:,} parameters; {settings['pretrain_steps']:,} steps of {settings['batch_size']} images of "
+        f"pretraining and {settings['finetune_steps']:,} of finetuning for each arm, {results['training_seconds'] / 60:.0f} "
+        f"minutes of training in all on {results['device']} with {results['num_threads']} threads. Command: "
+        f"`{results['command']}` (seed {settings['seed']}, "
+        + ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+        + ").",
+    ]
+    return "\n".join(lines)
+
+
+def training_speed(results: dict[str, Any]) -> str:
+    return (
+        f"The training loop makes {results['images_per_second']:.0f} images/s, {results['ratio']:.3f} of a bare loop over "
+        f"the same model and batches (median of {len(results['ratios'])}; {results['parameters']:,} parameters, "
+        f"{results['device']}, {results['num_threads']} threads). Command: `{results['command']}` ("
+        + ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+        + ")."
+    )
+
+
 def report(results: dict[str, Any]) -> str:
     made = {
         f"{by['command']}` ({', '.join(f'{name} {version}' for name, version in by.get('versions', {}).items())})"
@@ -118,6 +176,8 @@ KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "training": training,
     "benchmark": benchmark,
     "report": report,
+    "study": study,
+    "training_speed": training_speed,
 }
 
 

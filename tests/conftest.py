@@ -6,11 +6,14 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import datasets
+import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import ViTImageProcessor
 
 from hf_smoothing import GaussianNoise, MixedNoiseViTConfig, MixedNoiseViTForImageClassification, load_demo_images
+from hf_smoothing.crew import start_processes
+from hf_smoothing.dataset_runs import RunSettings, certify_dataset
 
 ROOT = Path(__file__).parent.parent
 SHIPPED_MODEL = ROOT / "model_cards" / "mixed-noise-vit-nano-cifar10"
@@ -80,3 +83,84 @@ def tiny_model_dir(tmp_path_factory) -> Path:
     MixedNoiseViTForImageClassification(config).save_pretrained(folder)
     ViTImageProcessor(size={"height": 8, "width": 8}, do_normalize=False).save_pretrained(folder)
     return folder
+
+
+NAMES = [
+    "truck",
+    "Ship",
+    "horse",
+    "frog",
+    "dog",
+    "deer",
+    "cat",
+    "bird",
+    "automobile",
+    "airplane",
+]  # not the dataset's order
+
+
+def save_model(folder, names):
+    torch.manual_seed(0)
+    config = MixedNoiseViTConfig(
+        image_size=8,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        id2label=dict(enumerate(names)),
+        label2id={name: index for index, name in enumerate(names)},
+    )
+    model = MixedNoiseViTForImageClassification(config)
+    # a head that tells dark from bright pictures, so that some are certified and others not
+    light = torch.rand(512, 1, 1, 1)
+    features = []
+    hook = model.classifier.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
+    with torch.no_grad():
+        model.eval()(light + 0.25 * torch.randn(512, 3, 8, 8))
+        targets = torch.nn.functional.one_hot((light.flatten() * 3).long().clamp(max=len(names) - 1), len(names))
+        inputs = torch.cat([features[0], torch.ones(512, 1)], 1)
+        solution = torch.linalg.lstsq(inputs, targets.float(), driver="gelsd").solution
+        model.classifier.weight.copy_(solution[:-1].T)
+        model.classifier.bias.copy_(solution[-1])
+    hook.remove()
+    model.save_pretrained(folder)
+    ViTImageProcessor(size={"height": 8, "width": 8}, do_normalize=False).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("ten"), NAMES)
+
+
+@pytest.fixture(scope="session")
+def parquet(demo_images, tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "images.parquet"
+    demo_images.to_parquet(path)
+    return str(path)
+
+
+@pytest.fixture
+def certify(model, parquet, tmp_path):
+    def call(output_dir=tmp_path / "run", batch_size=64, streaming=False, resume=True, **settings):
+        settings = {
+            "model_name_or_path": model,
+            "dataset_name": parquet,
+            "sigmas": (0.25,),
+            "max_draws": 60,
+            **settings,
+        }
+        return certify_dataset(
+            RunSettings(**settings),
+            output_dir,
+            accelerator=start_processes(),
+            batch_size=batch_size,
+            streaming=streaming,
+            resume=resume,
+        )
+
+    return call
+
+
+def rows(folder):
+    """What a run found, without the time it took."""
+    return [{**row, "seconds": None} for row in pq.read_table(Path(folder) / "certificates.parquet").to_pylist()]

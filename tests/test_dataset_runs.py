@@ -1,107 +1,18 @@
 import json
 import os
-import random
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import datasets
-import psutil
 import pyarrow.parquet as pq
 import pytest
-import torch
+from conftest import NAMES, rows, save_model
 from PIL import Image
 from transformers import ViTImageProcessor, pipeline
 from typer.testing import CliRunner
 
-from hf_smoothing import MixedNoiseViTConfig, MixedNoiseViTForImageClassification
+from hf_smoothing import MixedNoiseViTForImageClassification
 from hf_smoothing import records as records_module
 from hf_smoothing.cli import app
-from hf_smoothing.crew import start_processes
-from hf_smoothing.dataset_runs import RunSettings, certify_dataset
 from hf_smoothing.records import SCHEMA
-
-ROOT = Path(__file__).parent.parent
-NAMES = [
-    "truck",
-    "Ship",
-    "horse",
-    "frog",
-    "dog",
-    "deer",
-    "cat",
-    "bird",
-    "automobile",
-    "airplane",
-]  # not the dataset's order
-
-
-def save_model(folder, names):
-    torch.manual_seed(0)
-    config = MixedNoiseViTConfig(
-        image_size=8,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        id2label=dict(enumerate(names)),
-        label2id={name: index for index, name in enumerate(names)},
-    )
-    model = MixedNoiseViTForImageClassification(config)
-    # a head that tells dark from bright pictures, so that some are certified and others not
-    light = torch.rand(512, 1, 1, 1)
-    features = []
-    hook = model.classifier.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
-    with torch.no_grad():
-        model.eval()(light + 0.25 * torch.randn(512, 3, 8, 8))
-        targets = torch.nn.functional.one_hot((light.flatten() * 3).long().clamp(max=len(names) - 1), len(names))
-        inputs = torch.cat([features[0], torch.ones(512, 1)], 1)
-        solution = torch.linalg.lstsq(inputs, targets.float(), driver="gelsd").solution
-        model.classifier.weight.copy_(solution[:-1].T)
-        model.classifier.bias.copy_(solution[-1])
-    hook.remove()
-    model.save_pretrained(folder)
-    ViTImageProcessor(size={"height": 8, "width": 8}, do_normalize=False).save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("ten"), NAMES)
-
-
-@pytest.fixture(scope="module")
-def parquet(demo_images, tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "images.parquet"
-    demo_images.to_parquet(path)
-    return str(path)
-
-
-@pytest.fixture
-def certify(model, parquet, tmp_path):
-    def call(output_dir=tmp_path / "run", batch_size=64, streaming=False, resume=True, **settings):
-        settings = {
-            "model_name_or_path": model,
-            "dataset_name": parquet,
-            "sigmas": (0.25,),
-            "max_draws": 60,
-            **settings,
-        }
-        return certify_dataset(
-            RunSettings(**settings),
-            output_dir,
-            accelerator=start_processes(),
-            batch_size=batch_size,
-            streaming=streaming,
-            resume=resume,
-        )
-
-    return call
-
-
-def rows(folder):
-    """What a run found, without the time it took."""
-    return [{**row, "seconds": None} for row in pq.read_table(Path(folder) / "certificates.parquet").to_pylist()]
 
 
 def test_records_and_run_json(certify, parquet, model, tmp_path):
@@ -181,62 +92,6 @@ def test_larger_radii_are_for_larger_sigmas(certify, tmp_path):
         certify(sigmas=(0.1, 1.0), radii=(0.1, 9), max_draws=100)
 
 
-def test_a_run_goes_on_where_it_stopped(certify, tmp_path):
-    certify(tmp_path / "whole", sigmas=(0.25, 0.5), every=10)
-    certify(tmp_path / "cut", sigmas=(0.25, 0.5), every=10)
-    shard = tmp_path / "cut" / "shards" / "records-rank00000.jsonl"
-    lines = shard.read_bytes().splitlines(keepends=True)
-    (tmp_path / "cut" / "shards" / "records-rank00003.jsonl").write_bytes(b"".join(lines[20:27]))
-    shard.write_bytes(b"".join(lines[:9]) + lines[9][:50])  # torn
-    (tmp_path / "cut" / "certificates.parquet").unlink()
-    summary = certify(tmp_path / "cut", sigmas=(0.25, 0.5), every=10, batch_size=7)
-    assert (summary.num_records, summary.num_new) == (40, 24)
-    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
-    assert len(json.loads((tmp_path / "cut" / "run.json").read_text())["sessions"]) == 2
-    (tmp_path / "cut" / "certificates.parquet").unlink()
-    summary = certify(tmp_path / "cut", sigmas=(0.25, 0.5), every=10)
-    assert "finished already" in str(summary)
-    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
-
-
-def test_other_settings_are_refused_with_the_difference(certify, tmp_path, model, demo_images):
-    certify(every=50)
-    before = rows(tmp_path / "run")
-    with pytest.raises(ValueError, match=r"alpha: 0\.001 -> 0\.01; seed: 0 -> 4"):
-        certify(every=50, alpha=0.01, seed=4)
-    with pytest.raises(ValueError, match=r"every: 50 -> 25"):
-        certify(every=25)
-    with pytest.raises(ValueError, match="holds a run: choose another folder"):
-        certify(every=50, resume=False)
-    other = save_model(tmp_path / "other", NAMES[::-1])
-    with pytest.raises(ValueError, match=r"model_name_or_path: .*label_names: "):
-        certify(every=50, model_name_or_path=other)
-    assert rows(tmp_path / "run") == before
-    assert certify(every=50, batch_size=3).num_new == 0
-    (tmp_path / "run" / "run.json").unlink()
-    with pytest.raises(ValueError, match=r"there is no .*run\.json"):
-        certify(every=50)
-
-
-def test_weights_that_changed_in_their_place_are_noticed(certify, tmp_path):
-    folder = save_model(tmp_path / "model", NAMES)
-    certify(every=50, model_name_or_path=folder)
-    changed = MixedNoiseViTForImageClassification.from_pretrained(folder)
-    changed.classifier.bias.data.add_(1)
-    changed.save_pretrained(folder)
-    with pytest.raises(ValueError, match="other settings \\(model_weights: "):
-        certify(every=50, model_name_or_path=folder)
-
-
-def test_two_runs_do_not_write_to_one_folder(certify, tmp_path):
-    certify(every=100)
-    writer = records_module.ShardWriter(tmp_path / "run" / "shards" / "records-rank00000.jsonl")
-    with pytest.raises(ValueError, match="being written by another process"):
-        certify(every=100)
-    writer.close()
-    certify(every=100)
-
-
 def test_broken_images_are_recorded_and_reported(certify, demo_images, tmp_path):
     pictures = datasets.Dataset.from_dict(
         {"image": [row["image"] for row in demo_images.select(range(6)).cast_column("image", datasets.Image(decode=False))],
@@ -263,12 +118,34 @@ def test_broken_images_are_recorded_and_reported(certify, demo_images, tmp_path)
         assert row["prediction"] is row["radius"] is row["guarantee"] is row["counts"] is None
         assert (row["sigma"], row["alpha"], row["method"], row["dtype"]) == (0.25, 0.001, "sequential", "float32")
         assert row["label_name"]
-    assert "3 images could not be certified and count as wrong: index 0, 2, 4" in str(summary)
+    assert "Not certified, and counted as wrong: 3 images (index 0, 2, 4)" in str(summary)
     assert "not a picture" in str(summary)
     # the others are as without them, and nothing is left to do
     certify(tmp_path / "sound", max_samples=6)
     assert [row for row in rows(tmp_path / "sound") if row["index"] % 2] == [row for row in found if row["index"] % 2]
     assert certify(tmp_path / "spoilt", dataset_name=str(tmp_path / "spoilt.parquet"), max_draws=60).num_new == 0
+
+
+def test_a_file_that_is_away_stops_the_run_until_it_is_back(certify, demo_images, tmp_path):
+    paths = [tmp_path / f"{index}.png" for index in range(8)]
+    for path, picture in zip(paths, demo_images[:8]["image"]):
+        picture.save(path)
+    files = datasets.Dataset.from_dict(
+        {"image": [{"bytes": None, "path": str(path)} for path in paths], "label": demo_images[:8]["label"]},
+        features=datasets.Features({"image": datasets.Image(decode=False), "label": demo_images.features["label"]}),
+    )
+    pq.write_table(files.data.table, tmp_path / "files.parquet")  # paths, not pictures
+    (tmp_path / "away").mkdir()
+    for path in (paths[0], paths[5]):
+        away = path.rename(tmp_path / "away" / path.name)
+        with pytest.raises(OSError, match=rf"file '.*{path.name}' of the dataset cannot be read: .*No such file"):
+            certify(dataset_name=str(tmp_path / "files.parquet"), batch_size=8)
+        away.rename(path)
+    assert len((tmp_path / "run" / "shards" / "records-rank00000.jsonl").read_text().splitlines()) == 5
+    summary = certify(dataset_name=str(tmp_path / "files.parquet"), batch_size=8)
+    assert (summary.num_records, summary.num_new, summary.errors) == (8, 3, ())
+    certify(tmp_path / "sound", max_samples=8)
+    assert rows(tmp_path / "run") == rows(tmp_path / "sound")
 
 
 def test_images_of_another_shape(certify, model, tmp_path):
@@ -323,6 +200,17 @@ def test_errors_before_any_work(certify, demo_images, tmp_path, monkeypatch):
         certify(every=0)
     with pytest.raises(ValueError, match="max_samples=0"):
         certify(max_samples=0)
+    for seed in (-1, 2**63):
+        with pytest.raises(ValueError, match=f"seed={seed} must be"):
+            certify(seed=seed)
+    with pytest.raises(ValueError, match="max_draws=0 must be"):
+        certify(max_draws=0)
+    with pytest.raises(ValueError, match=r"max_draws=60 draws can never certify radius 0\.9"):
+        certify(radii=(0.9,))
+    with pytest.raises(ValueError, match="revision='v1' is for models on the Hub"):
+        certify(revision="v1")
+    with pytest.raises(ValueError, match=r"The model 'no/such-model' cannot be loaded\. There is no such folder"):
+        certify(model_name_or_path="no/such-model")
     with pytest.raises(ValueError, match="dtype='float16' is unknown"):
         certify(dtype="float16")
     with pytest.raises(ValueError, match="batch_size=0"):
@@ -330,8 +218,6 @@ def test_errors_before_any_work(certify, demo_images, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(ValueError, match="is a file: choose a folder"):
         certify(tmp_path / "file")
-    with pytest.raises(OSError, match="file"):
-        certify(tmp_path / "file" / "run")
     demo_images.select([]).to_parquet(tmp_path / "empty.parquet")
     for streaming in (False, True):
         with pytest.raises(ValueError, match=r"split 'test' of .* (is empty|.* no data)"):
@@ -344,6 +230,11 @@ def test_errors_before_any_work(certify, demo_images, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"\['airplane', .*the model has \['cat', 'dog'\]"):
         certify(model_name_or_path=other)
     assert not forwards
+
+
+def test_the_largest_seed(certify, tmp_path):
+    certify(every=100, seed=2**63 - 1)
+    assert {row["seed"] for row in rows(tmp_path / "run")} == {2**63 - 1}
 
 
 def test_bfloat16_is_recorded(certify, tmp_path):
@@ -361,91 +252,10 @@ def test_the_command(model, parquet, tmp_path):
     assert done.exit_code == 0, done.output
     assert "8 records in" in done.stdout
     assert "draws/s" in done.stderr or "8/8" in done.stderr
+    assert "no column 'pic'; the dataset has: image, label. Choose one with --image_column." in " ".join(
+        run(*ask, "--image_column", "pic").stderr.split()
+    )
     refused = run(*ask, "--seed", 1)
     assert refused.exit_code == 2
     assert "seed: 0 -> 1" in " ".join(refused.stderr.split())
     assert "Traceback" not in refused.output
-
-
-def script(model, data, output_dir, *arguments, processes=2):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes] if processes else []
-    command = [
-        sys.executable, *launcher, ROOT / "scripts" / "certify.py", "--model_name_or_path", model,
-        "--dataset_name", data, "--output_dir", output_dir, "--sigma", 0.25, 0.5, "--max_draws", 200, *arguments,
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen(
-        [str(one) for one in command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
-def finish(process):
-    output = process.communicate(timeout=300)[0]
-    assert process.returncode == 0, output
-    return output
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(model, parquet, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    settings = RunSettings(model_name_or_path=model, dataset_name=parquet, sigmas=(0.25, 0.5), max_draws=200)
-    certify_dataset(settings, folder, accelerator=start_processes())
-    found = rows(folder)
-    assert len({row["prediction"] for row in found}) > 2
-    return found
-
-
-def num_lines(folder):
-    return sum(shard.read_bytes().count(b"\n") for shard in Path(folder).glob("shards/*.jsonl"))
-
-
-def kill_at_random(process, folder, generator, only_one):
-    """Kill -9 the launcher and its processes, or one of the latter, at some moment after a few more records."""
-    enough = num_lines(folder) + generator.randrange(1, 40)
-    while num_lines(folder) < enough and process.poll() is None:
-        time.sleep(0.002)
-    time.sleep(generator.random() * 0.05)
-    if process.poll() is None:
-        family = psutil.Process(process.pid).children(recursive=True)
-        for one in family[-1:] if only_one and family else (psutil.Process(process.pid), *family):
-            if one.is_running():
-                one.kill()
-    process.communicate(timeout=120)  # ends by itself where only one was killed: no deadlock
-
-
-def kill_and_go_on(model, parquet, folder, uninterrupted, kills, seed):
-    generator = random.Random(seed)
-    for kill in range(kills):
-        process = script(model, parquet, folder, processes=generator.choice((0, 2)))  # 0: without a launcher
-        kill_at_random(process, folder, generator, only_one=kill % 3 == 1)
-    before = num_lines(folder)
-    finish(script(model, parquet, folder))
-    assert rows(folder) == uninterrupted
-    assert num_lines(folder) == len(uninterrupted)
-    return before
-
-
-def test_two_processes_give_the_records_of_one(model, parquet, uninterrupted, tmp_path):
-    output = finish(script(model, parquet, tmp_path))
-    assert "400 records in" in output
-    assert rows(tmp_path) == uninterrupted
-    shards = sorted(tmp_path.glob("shards/*.jsonl"))
-    assert [shard.name for shard in shards] == ["records-rank00000.jsonl", "records-rank00001.jsonl"]
-    assert all(shard.read_bytes().count(b"\n") > 50 for shard in shards)
-    assert json.loads((tmp_path / "run.json").read_text())["sessions"][0]["num_processes"] == 2
-
-
-def test_killed_processes_lose_nothing(model, parquet, uninterrupted, tmp_path):
-    assert kill_and_go_on(model, parquet, tmp_path, uninterrupted, kills=1, seed=0) < 400
-
-
-@pytest.mark.slow
-def test_twenty_times_killed_processes_lose_nothing(model, parquet, uninterrupted, tmp_path):
-    kill_and_go_on(model, parquet, tmp_path, uninterrupted, kills=20, seed=1)
-
-
-def test_an_error_in_processes_ends_them_all(model, parquet, tmp_path):
-    process = script(model, parquet, tmp_path, "--image_column", "pic")
-    output = process.communicate(timeout=120)[0]
-    assert process.returncode != 0
-    assert "There is no column 'pic'; the dataset has: image, label." in output

@@ -437,6 +437,9 @@ def test_the_data_certified_are_known_by_the_columns_and_classes_of_the_run(tmp_
         rows, picture = load_pictures(result, str(copy))
         assert [row["index"] for row in rows] == [0, 1, 3, 4, 5, 6, 7, 8]  # the third one failed
         assert picture(2).getpixel((0, 0)) == (60, 0, 0)
+    assert len(load_pictures(result, str(data), "test[:9]")[0]) == 8
+    with pytest.raises(ValueError, match="has 3 images"):
+        load_pictures(result, str(data), "test[:3]")
     with pytest.raises(ValueError, match="classes of dataset and model do not match"):
         load_pictures(
             result, str(save(tmp_path / "other.parquet", "photo", "kind", ("dog", "cat", "tree_frog", "fox")))

@@ -1,5 +1,6 @@
 import datasets
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -119,6 +120,18 @@ def test_broken_pictures_and_labels_are_named_before_training(tmp_path):
     datasets.Dataset.from_list(rows, features=features).to_parquet(path)
     with pytest.raises(ValueError, match=r"Image 0 of the split cannot be trained on.*leave it out"):
         TrainingBatches(opened(path), ImageSettings(str(path)), 8, 2, seed=0, shown=False)
+
+
+def test_a_picture_that_is_away_is_named(tmp_path):
+    rows = [{"image": {"bytes": None, "path": str(tmp_path / "gone.png")}, "label": 0}] * 3
+    features = datasets.Features(
+        {"image": datasets.Image(decode=False), "label": datasets.ClassLabel(names=["a", "b"])}
+    )
+    pq.write_table(datasets.Dataset.from_list(rows, features=features).data.table, tmp_path / "away.parquet")
+    with pytest.raises(ValueError, match=r"Image 0 of the split cannot be trained on.*gone\.png"):
+        TrainingBatches(
+            opened(tmp_path / "away.parquet"), ImageSettings(str(tmp_path / "away.parquet")), 8, 2, seed=0, shown=False
+        )
 
 
 def test_too_few_images(grey):
