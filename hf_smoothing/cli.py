@@ -4,20 +4,20 @@ import json
 import shlex
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 from transformers import pipeline
 
 from . import dataset_runs
 from .certificates import Certificate, format_radius
 from .crew import start_processes
-from .data import load_demo_images
+from .data import load_demo_images, to_pixels
 from .dataset_runs import RunSettings
 from .metrics.certified_accuracy import certified_accuracy
 from .noise import GaussianNoise
@@ -28,10 +28,21 @@ from .plots import (
     plot_true_class_frequency,
     require_matplotlib,
 )
-from .records import record, write_parquet
-from .reports import markdown, notes, other_rows, package_versions, percent, share_rows, summarize
+from .records import record, write_json, write_parquet
+from .reports import (
+    counted_draws,
+    how_drawn,
+    markdown,
+    notes,
+    other_rows,
+    package_versions,
+    percent,
+    share_rows,
+    summarize,
+)
 from .results import load_pictures, name_of_figure, read_results
 from .smoothing import SmoothedClassifier, loading
+from .tables import print_table
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -42,6 +53,7 @@ app = typer.Typer(
     help="Certified robustness for image classifiers, by randomized smoothing.",
 )
 DEMO_MODEL = "model_cards/mixed-noise-vit-nano-cifar10"
+DEMO_IMAGES = "hf_smoothing/cifar10_demo.parquet"
 DEMO_RADII = (0.0, 0.25, 0.5)
 SHOWN_PICTURES = 60
 
@@ -59,15 +71,6 @@ def _fail(error: Exception) -> NoReturn:
     # as plain text: paths and class names may hold what rich reads as markup
     Console(stderr=True).print(Text("error: ", style="bold red").append(str(error), style="not bold default"))
     raise typer.Exit(2)
-
-
-def _table(title: str, rows: list[dict[str, Any]]) -> Table:
-    table = Table(title=title, title_justify="left")
-    for column in rows[0]:
-        table.add_column(column, justify="right" if column in ("radius", "draws") else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(str(value)) for value in row.values()))
-    return table
 
 
 @app.command()
@@ -116,7 +119,7 @@ def certify(
         }
         for name, result in zip(images, found)
     ]
-    Console().print(_table(f"sigma = {sigma:g}, alpha = {alpha:g}, l2 radius in [0, 1] pixels", rows))
+    print_table(Console(), f"sigma = {sigma:g}, alpha = {alpha:g}, l2 radius in [0, 1] pixels", rows)
 
 
 @app.command()
@@ -212,9 +215,9 @@ def certify_dataset(
 @app.command()
 def demo(
     model: Model = DEMO_MODEL,
-    output_dir: Annotated[Path, typer.Option(help="Where to write certificates.parquet and certificates.png.")] = Path(
-        "demo"
-    ),
+    output_dir: Annotated[
+        Path, typer.Option(help="Where to write certificates.parquet, run.json and certificates.png.")
+    ] = Path("demo"),
     sigma: Sigma = 0.25,
     alpha: Alpha = 0.001,
     max_samples: Annotated[int, typer.Option(help="The most draws for one picture.")] = 450,
@@ -231,6 +234,17 @@ def demo(
     try:
         require_matplotlib()  # and a folder to write to, before the work
         output_dir.mkdir(parents=True, exist_ok=True)
+        settings = RunSettings(
+            model_name_or_path=model,
+            dataset_name=DEMO_IMAGES,
+            sigmas=(sigma,),
+            image_column="image",
+            label_column="label",
+            radii=DEMO_RADII,
+            alpha=alpha,
+            max_draws=max_samples,
+            seed=seed,
+        )
         with loading(model):
             smoothed = SmoothedClassifier.from_pretrained(model, GaussianNoise(sigma), batch_size=batch_size)
         images = load_demo_images()
@@ -251,29 +265,30 @@ def demo(
         f"({certificates[0].norm}, [0, 1] pixels) changes the answer"
     )
     for file, at_most in (("certificates.png", None), ("certificates-few.png", 30)):
-        picture_of_certificates(pictures, predictions, radii, labels, names, title, output_dir / file, at_most=at_most)
+        picture_of_certificates(
+            pictures.__getitem__, predictions, radii, labels, names, title, output_dir / file, at_most=at_most
+        )
     guarantees = [found.guarantee for found in certificates]
     figures = certified_accuracy(predictions, labels, radii, DEMO_RADII, guarantees=guarantees)
-    results = {
+    run = {
+        "settings": {
+            **asdict(settings),
+            "dataset_fingerprint": None,
+            "dataset_label_names": names,
+            "label_names": names,
+        },
+        "image_shape": list(to_pixels(pictures[0], smoothed.image_processor).shape),
+        "sessions": [{"device": str(smoothed.device), "num_threads": torch.get_num_threads()}],
         "command": shlex.join(["hf-smoothing", *sys.argv[1:]]),
-        "model": model,
-        "images": len(labels),
-        "sigma": sigma,
-        "alpha": alpha,
-        "radii": DEMO_RADII,
-        "max_samples": max_samples,
-        "seed": seed,
-        "dtype": certificates[0].dtype,
+        "versions": package_versions(),
+        "num_records": len(rows),
         "guarantee": figures["guarantee"],
         "certified_accuracy": figures["certified_accuracy"],
         "mean_draws": sum(found.num_samples for found in certificates) / len(certificates),
         "seconds": time.monotonic() - started,
-        "device": str(smoothed.device),
-        "num_threads": torch.get_num_threads(),
-        "versions": package_versions(),
     }
-    (output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    _show_demo(console, results, certificates, labels, names, output_dir)
+    write_json(run, output_dir / "run.json")
+    _show_demo(console, run, certificates, labels, names, output_dir)
 
 
 @app.command()
@@ -321,17 +336,20 @@ def report(
         folder.mkdir(parents=True, exist_ok=True)
         label = found["envelope"]["label"] if envelope else None
         plot_certified_accuracy(results, folder / "certified-accuracy", label)
-        figures = {"Curves": "certified-accuracy.png"}
+        figures = [("Curves", "certified-accuracy.png", how_drawn(found))]
         if plot_true_class_frequency(results, folder / "p-a"):
-            figures["How often the base classifier is right under noise (p_A)"] = "p-a.png"
+            what = "How often the base classifier is right under noise (p_A)"
+            figures.append((what, "p-a.png", counted_draws(found)))
         if plot_draws(results, folder / "draws"):
-            figures["Forward passes an image"] = "draws.png"
+            figures.append(("Forward passes an image", "draws.png", ""))
         if images is not None:
             for number, result in enumerate(results):
-                rows, pictures = load_pictures(result, images, split)
+                rows, picture = load_pictures(result, images, split)
+                if not rows:  # every image failed
+                    continue
                 file = f"examples-{number}.png"
                 picture_of_certificates(
-                    pictures,
+                    picture,
                     [row["prediction"] for row in rows],
                     [row["radius"] for row in rows],
                     [row["label"] for row in rows],
@@ -340,15 +358,15 @@ def report(
                     folder / file,
                     at_most=SHOWN_PICTURES,
                 )
-                figures[f"Examples from largest to smallest radius: {result.title}"] = file
+                figures.append((f"Examples from largest to smallest radius: {result.title}", file, ""))
         found["command"] = shlex.join(["hf-smoothing", *sys.argv[1:]])
         (folder / "report.json").write_text(json.dumps(found, indent=2) + "\n")
         (folder / "report.md").write_text(markdown(found, figures))
     except (ImportError, OSError, TypeError, ValueError) as error:
         _fail(error)
     console = Console()
-    console.print(_table(name_of_figure(found["guarantee"]), share_rows(found)))
-    console.print(_table("Abstentions, radii, cost", other_rows(found)))
+    print_table(console, name_of_figure(found["guarantee"]), share_rows(found), keys=2)
+    print_table(console, "Abstentions, radii, cost", other_rows(found), keys=2)
     for note in notes(found):
         console.print(note, markup=False, highlight=False)
     console.print(f"Wrote {folder / 'report.md'}, report.json and the pictures.", markup=False, soft_wrap=True)
@@ -356,7 +374,7 @@ def report(
 
 def _show_demo(
     console: Console,
-    results: dict[str, Any],
+    run: dict[str, Any],
     certificates: list[Certificate],
     labels: list[int],
     names: list[str],
@@ -374,16 +392,16 @@ def _show_demo(
         }
         for index, (found, label) in enumerate(zip(certificates[:shown], labels))
     ]
-    sigma, alpha = results["sigma"], results["alpha"]
-    console.print(
-        _table(f"The first {len(rows)} of {len(labels)} pictures (sigma = {sigma:g}, alpha = {alpha:g})", rows)
+    (sigma,), alpha = run["settings"]["sigmas"], run["settings"]["alpha"]
+    print_table(
+        console, f"The first {len(rows)} of {len(labels)} pictures (sigma = {sigma:g}, alpha = {alpha:g})", rows
     )
     console.print(f"Certified accuracy over all {len(labels)} pictures, abstentions counted as wrong [95 % interval]:")
-    for row in results["certified_accuracy"]:
+    for row in run["certified_accuracy"]:
         console.print(f"  r = {row['radius']:<5g} {percent(row)}", markup=False, highlight=False)
     console.print(
-        f"{results['mean_draws']:.0f} forward passes a picture on average (the usual protocol takes 100,100), "
-        f"{results['seconds']:.0f} s in all."
+        f"{run['mean_draws']:.0f} forward passes a picture on average (the usual protocol takes 100,100), "
+        f"{run['seconds']:.0f} s in all."
     )
     written = f"Wrote {output_dir / 'certificates.parquet'} and {output_dir / 'certificates.png'}."
     console.print(written, markup=False, soft_wrap=True)

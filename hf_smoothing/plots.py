@@ -1,6 +1,6 @@
 """Pictures of results: example images with their radii, curves of certified accuracy, histograms. Needs matplotlib."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from .certificates import ABSTAIN, format_radius
-from .metrics.certified_accuracy import certified_accuracy_curve
-from .results import Result, check_one_figure, name_of_figure
+from .metrics.certified_accuracy import certified_accuracy, certified_accuracy_curve
+from .results import Result, name_of_figure, shared_guarantee_and_norm
 
 FORMATS = (".png", ".svg")
 
@@ -24,7 +24,7 @@ def require_matplotlib() -> None:
 
 
 def picture_of_certificates(
-    images: Sequence[Image.Image],
+    picture: Callable[[int], Image.Image],
     predictions: Sequence[int],
     radii: Sequence[float],
     labels: Sequence[int],
@@ -40,7 +40,7 @@ def picture_of_certificates(
     A right prediction is green, a wrong one red, an abstention grey.
 
     Args:
-        images: the pictures; only those shown are looked at.
+        picture: the picture of each certificate, by its position; only those shown are asked for.
         predictions: class indices, -1 for an abstention.
         radii: the certified radii.
         labels: the true classes.
@@ -56,7 +56,7 @@ def picture_of_certificates(
     require_matplotlib()
     from matplotlib.figure import Figure
 
-    order = sorted(range(len(images)), key=lambda index: (-radii[index], predictions[index] == ABSTAIN))
+    order = sorted(range(len(radii)), key=lambda index: (-radii[index], predictions[index] == ABSTAIN))
     if at_most is not None and len(order) > at_most:
         order = [order[round(rank)] for rank in np.linspace(0, len(order) - 1, at_most)]
     rows = -(-len(order) // columns)
@@ -66,7 +66,7 @@ def picture_of_certificates(
         axis.axis("off")
     for axis, index in zip(axes, order):
         label, prediction = labels[index], predictions[index]
-        axis.imshow(images[index])
+        axis.imshow(picture(index))
         if prediction == ABSTAIN:
             text, color = f"{names[label]}?\nabstains", "dimgrey"
         else:
@@ -80,38 +80,81 @@ def picture_of_certificates(
 
 def plot_certified_accuracy(results: Sequence[Result], stem: Path, envelope: str | None = None) -> None:
     """
-    Certified accuracy against radius, one exact step curve a result; written to `stem` with each ending of `FORMATS`.
+    Certified accuracy against radius, as [`draw_certified_accuracy`] draws it; written to `stem` with each ending of
+    `FORMATS`.
 
     Args:
         results: of one guarantee and one norm.
         stem: path without an ending.
-        envelope: draw the best of all curves at each radius too, under this label.
+        envelope: draw the best of all results too, under this label.
 
     Raises:
         ValueError: where guarantees or norms are mixed.
     """
-    check_one_figure(results)
-    curves = [
-        certified_accuracy_curve(*(result.column(name) for name in ("prediction", "label", "radius")))
-        for result in results
-    ]
-    norm, guarantee = results[0].norm or "norm unknown", results[0].guarantee or "unknown"
+    guarantee, norm = shared_guarantee_and_norm(results)
     with _figure(
-        stem, f"radius ({norm}, [0, 1] pixels)", f"{name_of_figure(results[0].guarantee)}, all images"
+        stem, f"radius ({norm or 'norm unknown'}, [0, 1] pixels)", f"{name_of_figure(guarantee)}, all images"
     ) as axes:
-        for result, (radii, shares) in zip(results, curves):
-            # down to 0 after the last radius
-            axes.step([*radii, radii[-1]], [*shares, 0], where="pre", label=result.title)
-        if envelope is not None:
-            radii = np.unique(np.concatenate([radii for radii, _ in curves]))
-            best = np.max([_share_at(radii, *curve) for curve in curves], axis=0)
-            axes.step([*radii, radii[-1]], [*best, 0], where="pre", label=envelope, color="black", ls=":", lw=1.8)
-        axes.set(xlim=(0, None), ylim=(0, 1), title=f"guarantee: {guarantee}")
+        draw_certified_accuracy(axes, results, envelope)
+        right = axes.get_xlim()[1]
+        axes.set(xlim=(-0.02 * right, right), ylim=(0, 1), title=f"guarantee: {guarantee or 'unknown'}")
         axes.legend(fontsize=8)
+
+
+def draw_certified_accuracy(axes: Any, results: Sequence[Result], envelope: str | None = None) -> None:
+    """
+    Certified accuracy against radius on the axes of a figure.
+
+    A result that found each image's radius is an exact step curve. One that decided some radii is known at these alone:
+    there it has points with their exact 95 % intervals, and a thin dashed line to guide the eye.
+
+    Args:
+        axes: matplotlib's.
+        results: of one guarantee and one norm.
+        envelope: draw the best of all results too, under this label: at every radius, or, where any result decided some, at
+            those of them at which no result is but a floor.
+    """
+    for result in results:
+        if radii := result.decided_radii:
+            shares, intervals = _points(radii, result)
+            reach = np.abs(intervals.T - shares)
+            axes.errorbar(radii, shares, reach, fmt="o--", lw=0.7, elinewidth=1, capsize=2, ms=4, label=result.title)
+        else:
+            axes.step(*_down_to_0(*_curve(result)), where="pre", label=result.title)
+    if envelope is None:
+        return
+    curves = [_curve(result) for result in results]
+    decided = sorted({radius for result in results for radius in result.decided_radii})
+    if decided:
+        at = np.array([one for one in decided if all(result.standing(one) != "floor" for result in results)])
+    else:
+        at = np.unique(np.concatenate([radii for radii, _ in curves]))
+    best = np.max([_share_at(at, *curve) for curve in curves], axis=0)
+    style = {"label": envelope, "color": "black", "ls": ":"}
+    if not decided:
+        axes.step(*_down_to_0(at, best), where="pre", lw=1.8, **style)
+    elif len(at):
+        axes.plot(at, best, marker="o", mfc="none", ms=9, lw=0.9, **style)
+
+
+def _curve(result: Result) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    return certified_accuracy_curve(result.column("prediction"), result.column("label"), result.column("radius"))
+
+
+def _points(radii: Sequence[float], result: Result) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The shares at some radii, and the ends of their intervals: `(radii,)` and `(radii, 2)`."""
+    predictions, labels, found = (result.column(name) for name in ("prediction", "label", "radius"))
+    rows = certified_accuracy(predictions, labels, found, radii)["certified_accuracy"]
+    return np.array([row["share"] for row in rows]), np.array([row["interval_95"] for row in rows])
 
 
 def _share_at(at: NDArray[np.float64], radii: NDArray[np.float64], shares: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.append(shares, 0.0)[np.searchsorted(radii, at, side="left")]
+
+
+def _down_to_0(radii: NDArray[np.float64], shares: NDArray[np.float64]) -> tuple[list[float], list[float]]:
+    """A curve that ends at 0 after its last radius."""
+    return [*radii, radii[-1]], [*shares, 0]
 
 
 def plot_true_class_frequency(results: Sequence[Result], stem: Path) -> list[Result]:
@@ -124,7 +167,7 @@ def plot_true_class_frequency(results: Sequence[Result], stem: Path) -> list[Res
     Returns:
         The results that it could be drawn for, those with counts; nothing is written where there are none.
     """
-    check_one_figure(results)
+    shared_guarantee_and_norm(results)
     counted = [result for result in results if len(true_class_frequency(result))]
     if not counted:
         return []
@@ -154,12 +197,19 @@ def plot_draws(results: Sequence[Result], stem: Path) -> list[Result]:
     known = [result for result in results if any(result.column("num_samples"))]
     if not known:
         return []
+    require_matplotlib()
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
     draws = [np.array([value for value in result.column("num_samples") if value]) for result in known]
     edges = np.geomspace(min(values.min() for values in draws), max(values.max() for values in draws) + 1, 31)
     with _figure(stem, "forward passes an image", "share of images") as axes:
         for result, values in zip(known, draws):
             axes.stairs(np.histogram(values, edges)[0] / len(values), edges, label=result.title, lw=1.4)
         axes.set(xscale="log", ylim=(0, None))
+        # matplotlib writes 4 x 10^1 where there is less than a decade to show
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if edges[-1] < 100 * edges[0] else (1,)))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.legend(fontsize=8)
     return known
 

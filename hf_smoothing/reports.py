@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from importlib.metadata import version
 from itertools import zip_longest
+from statistics import median
 from typing import Any
 
 from .certificates import format_radius
 from .metrics.certified_accuracy import DEFAULT_THRESHOLDS, certified_accuracy
-from .results import Result, check_one_figure, name_of_figure
+from .results import Result, name_of_figure, shared_guarantee_and_norm
 
 PACKAGES = ("torch", "transformers", "timm", "numpy", "scipy", "hf-smoothing")
 
@@ -31,20 +32,20 @@ def summarize(
 
     Args:
         results: of one guarantee and one norm.
-        radii: where to count; by default those that the runs decided, or else 0, 0.25, ... 1.
-        envelope: add the best share at each radius over all results, which is the figure of no single model and sigma.
+        radii: where to count; by default those asked of the runs, or else 0, 0.25, ... 1.
+        envelope: add the best share over all results, which is the figure of no single model and sigma, at each radius that
+            is more than a floor for one of them.
 
     Raises:
         ValueError: for mixed guarantees or norms, bad values, or an envelope over one result or over different images.
     """
-    check_one_figure(results)
-    decided = sorted({0.0, *(radius for result in results for radius in result.decided_radii)})
+    guarantee, norm = shared_guarantee_and_norm(results)
     if radii is None:
-        radii = decided if len(decided) > 1 else DEFAULT_THRESHOLDS
+        radii = sorted({radius for result in results for radius in result.asked_radii}) or DEFAULT_THRESHOLDS
     entries = [_entry(result, radii) for result in results]
     return {
-        "guarantee": results[0].guarantee,
-        "norm": results[0].norm,
+        "guarantee": guarantee,
+        "norm": norm,
         "results": entries,
         "envelope": _envelope(results, entries) if envelope else None,
         "versions": package_versions(),
@@ -54,6 +55,7 @@ def summarize(
 def _entry(result: Result, radii: Sequence[float]) -> dict[str, Any]:
     optional = {"p_lower": "p_lower", "num_samples": "num_samples", "guarantees": "guarantee"}
     seconds = [value for value in result.column("seconds") if value is not None]
+    counted = [sum(counts) for counts in result.column("counts") if counts and sum(counts)]
     try:
         figures = certified_accuracy(
             result.column("prediction"),
@@ -64,6 +66,8 @@ def _entry(result: Result, radii: Sequence[float]) -> dict[str, Any]:
         )
     except ValueError as error:
         raise ValueError(f"{result.title}: {error}") from None
+    for share in figures["certified_accuracy"]:
+        share["standing"] = result.standing(share["radius"])
     return {
         "run": result.name,
         "title": result.title,
@@ -72,7 +76,9 @@ def _entry(result: Result, radii: Sequence[float]) -> dict[str, Any]:
         "sigma": result.sigma,
         "alpha": result.alpha,
         "decided_radii": result.decided_radii,
+        "radii_out_of_reach": result.radii_out_of_reach,
         **figures,
+        "median_counted_draws": median(counted) if counted else None,
         "mean_seconds": sum(seconds) / len(seconds) if seconds else None,
         "made_by": {name: result.run[name] for name in ("command", "settings", "versions") if name in result.run},
     }
@@ -96,41 +102,65 @@ def _envelope(results: Sequence[Result], entries: Sequence[dict[str, Any]]) -> d
         kind = "several sigmas of one model" if len(sigmas) > 1 else "several runs of one model"
     rows = []
     for at in zip(*(entry["certified_accuracy"] for entry in entries)):
+        standings = {share["standing"] for share in at}
+        if "counted" not in standings:
+            continue
         best = max(range(len(at)), key=lambda which: at[which]["share"])
-        rows.append({"radius": at[best]["radius"], "share": at[best]["share"], "from": entries[best]["title"]})
+        rows.append(
+            {
+                "radius": at[best]["radius"],
+                "share": at[best]["share"],
+                "standing": "floor" if "floor" in standings else "counted",
+                "from": entries[best]["title"],
+            }
+        )
     return {"label": f"best of {kind}", "num_images": len(results[0].rows), "certified_accuracy": rows}
 
 
 def share_rows(report: dict[str, Any]) -> list[dict[str, str]]:
-    """Certified accuracy as a table of text, from [`summarize`]: one row a run and noise level, intervals below."""
+    """
+    Certified accuracy as a table of text, from [`summarize`]: one row a run and noise level, intervals below. What is no
+    more than a floor is marked (`>=`), and has no interval.
+    """
     rows = []
     for entry in report["results"]:
-        row = {"run": entry["run"], "sigma": _known(entry["sigma"]), "images": str(entry["num_images"])}
+        row = {"run": entry["run"], "sigma": _known(entry["sigma"])}
         for share in entry["certified_accuracy"]:
             low, high = share["interval_95"]
-            row[f"r = {share['radius']:g}"] = f"{share['share']:.1%}\n{100 * low:.1f} to {100 * high:.1f}"
+            interval = f"\n{100 * low:.1f}-{100 * high:.1f}" if share["standing"] == "counted" else ""
+            row[f"r = {share['radius']:g}"] = _share(share) + interval
         rows.append(row)
     if envelope := report["envelope"]:
-        row = {"run": envelope["label"], "sigma": "", "images": str(envelope["num_images"])}
-        row |= {f"r = {share['radius']:g}": f"{share['share']:.1%}" for share in envelope["certified_accuracy"]}
+        row = {name: "" for name in rows[0]}  # it may lack some radii
+        row |= {"run": envelope["label"]} | {
+            f"r = {share['radius']:g}": _share(share) for share in envelope["certified_accuracy"]
+        }
         rows.append(row)
     return rows
 
 
+def _share(row: dict[str, Any]) -> str:
+    return f"{'>= ' if row['standing'] == 'floor' else ''}{row['share']:.1%}"
+
+
 def other_rows(report: dict[str, Any]) -> list[dict[str, str]]:
     """What else a report says of each run and noise level, as a table of text in the order of [`share_rows`]."""
-    return [
-        {
-            "run": entry["run"],
-            "sigma": _known(entry["sigma"]),
-            "failed": str(entry["num_failed"]),
-            "abstains": f"{entry['abstention_rate']:.1%}",
-            "mean radius (*)": format_radius(entry["mean_certified_radius"]),
-            "median draws": _known(entry["median_num_samples"], ",.0f"),
-            "mean seconds": _known(entry["mean_seconds"], ".3g"),
-        }
-        for entry in report["results"]
-    ]
+    rows = []
+    for entry in report["results"]:
+        decided = entry["decided_radii"]
+        rows.append(
+            {
+                "run": entry["run"],
+                "sigma": _known(entry["sigma"]),
+                "images": str(entry["num_images"]),
+                "failed": str(entry["num_failed"]),
+                "abstains": f"{'<= ' if decided and 0 not in decided else ''}{entry['abstention_rate']:.1%}",
+                "mean\nradius (*)": f"{'>= ' if decided else ''}{format_radius(entry['mean_certified_radius'])}",
+                "median\ndraws": _known(entry["median_num_samples"], ",.0f"),
+                "mean\nseconds": _known(entry["mean_seconds"], ".3g"),
+            }
+        )
+    return rows
 
 
 def notes(report: dict[str, Any]) -> list[str]:
@@ -145,12 +175,7 @@ def notes(report: dict[str, Any]) -> list[str]:
         "(*) Wrong images count 0; rounded down. A weak measure: a useless classifier can make it as large as it likes, and "
         "it rewards easy images (arXiv 2410.06895). Compare the shares and the distribution of p_A instead.",
     ]
-    for radii in sorted({tuple(entry["decided_radii"]) for entry in entries} - {()}):
-        runs = ", ".join(dict.fromkeys(entry["run"] for entry in entries if tuple(entry["decided_radii"]) == radii))
-        said.append(
-            f"{runs}: sampling stopped once the radii {', '.join(f'{radius:g}' for radius in radii)} were settled. Between "
-            "and beyond them the share is a floor, and so is the mean radius."
-        )
+    said += _early_stops(entries)
     if logs := [entry["run"] for entry in entries if entry["is_log"]]:
         said.append(
             f"{', '.join(logs)}: a log, which says nothing of sigma, alpha and draws. Its radii are taken as l2 of [0, 1] "
@@ -168,16 +193,61 @@ def notes(report: dict[str, Any]) -> list[str]:
     return said
 
 
-def markdown(report: dict[str, Any], figures: dict[str, str]) -> str:
+def _early_stops(entries: Sequence[dict[str, Any]]) -> list[str]:
+    """One note for all runs and noise levels at which the same radii were decided: what of their figures is a bound only."""
+    alike: dict[tuple[tuple[float, ...], ...], list[str]] = {}
+    for entry in entries:
+        if entry["decided_radii"]:
+            radii = (tuple(entry["decided_radii"]), tuple(entry["radii_out_of_reach"]))
+            alike.setdefault(radii, []).append(entry["title"])
+    said = []
+    for (decided, beyond), titles in alike.items():
+        start = (
+            f"{'; '.join(titles)}: sampling stopped once the radii {_listed(decided)} were settled. Everywhere but at "
+        )
+        bounds = "the figures are bounds only: shares and mean radius from below (>=)"
+        if 0 in decided:
+            text = f"these radii {bounds}"
+        else:
+            text = f"these radii, radius 0 and the abstention rate included, {bounds}, abstentions from above (<=)"
+        out_of_reach = f" Out of reach of its budget, and so 0: {_listed(beyond)}." if beyond else ""
+        said.append(f"{start}{text}. The draws are those that settling these radii took.{out_of_reach}")
+    return said
+
+
+def how_drawn(report: dict[str, Any]) -> str:
+    """What a reader of the curves must know; empty where each is exact at every radius."""
+    if not any(entry["decided_radii"] for entry in report["results"]):
+        return ""
+    return (
+        "Points are shares at decided radii, with their exact 95 % intervals; the dashed lines between them are no "
+        "measurement."
+    )
+
+
+def counted_draws(report: dict[str, Any]) -> str:
+    """What a reader of the histogram of p_A must know: how many draws each share is made of."""
+    draws = "; ".join(
+        f"{entry['title']}: {_known(entry['median_counted_draws'], ',.0f')}"
+        for entry in report["results"]
+        if entry["median_counted_draws"] is not None
+    )
+    return (
+        f"Median number of counted draws an image: {draws}. Each share is known no finer than so many draws tell: where "
+        "sampling stopped early the histogram is coarse, and the share a little off."
+    )
+
+
+def markdown(report: dict[str, Any], figures: Sequence[tuple[str, str, str]]) -> str:
     """
     A report as Markdown.
 
     Args:
         report: from [`summarize`].
-        figures: file names of pictures, relative to the text, by what they show.
+        figures: the pictures, in order: what each shows, its file name relative to the text, and a note below it, if any.
     """
     text = [f"# {name_of_figure(report['guarantee'])}", markdown_table(report)]
-    text += [f"## {what}\n\n![{what}]({file})" for what, file in figures.items()]
+    text += [f"## {what}\n\n![{what}]({file})" + (f"\n\n{note}" if note else "") for what, file, note in figures]
     made = {entry["run"]: entry["made_by"] for entry in report["results"] if entry["made_by"]}
     if made:
         text.append("## How the runs were made")
@@ -199,6 +269,10 @@ def markdown_table(report: dict[str, Any]) -> str:
     ]
     table = "\n".join(f"| {' | '.join(line)} |" for line in cells)
     return "\n\n".join([table, *(note.replace("(*)", "(\\*)") for note in notes(report))])
+
+
+def _listed(radii: Sequence[float]) -> str:
+    return ", ".join(f"{radius:g}" for radius in radii)
 
 
 def _known(value: float | None, form: str = "g") -> str:

@@ -2,17 +2,19 @@
 
 import csv
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import datasets
 import pyarrow.parquet as pq
 from PIL import Image
 
 from .certificates import ABSTAIN
+from .labelled_images import LabelledImages, match_labels
 
 Row = dict[str, Any]
 
@@ -20,6 +22,12 @@ COLUMNS = ("index", "label", "prediction", "radius")
 """What a table of certificates must have; every other column of a record may be missing, and is then unknown."""
 
 LOG_COLUMNS = ("idx", "label", "predict", "radius")
+
+NO_CERTIFICATE = "no certificate"
+"""The guarantee of a run all of whose images failed: there is none to claim, and nothing unknown."""
+
+Standing = Literal["counted", "floor", "out of reach"]
+"""What the share of images at a radius is worth, see [`Result.standing`]."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +68,32 @@ class Result:
         return self.settings.get("model_weights") or self.settings.get("model_name_or_path")
 
     @property
-    def decided_radii(self) -> list[float]:
-        """The radii that were decided at this noise level; empty where the largest was looked for, or nothing is said."""
+    def asked_radii(self) -> list[float]:
+        """The radii asked for that the budget can show at this noise level, ascending; empty where none is named."""
         by_sigma = self.settings.get("radii_decided", {})
-        return list(by_sigma.get(_known(self.sigma), self.settings.get("radii")) or [])
+        return sorted(by_sigma.get(f"{self.sigma or 0:g}", self.settings.get("radii")) or [])
+
+    @property
+    def decided_radii(self) -> list[float]:
+        """The radii asked for if sampling stopped once they were settled; empty if it went on to each image's radius."""
+        # `fixed` makes all its draws whatever radii are asked
+        return [] if self.settings.get("method") == "fixed" else self.asked_radii
+
+    @property
+    def radii_out_of_reach(self) -> list[float]:
+        """The radii asked for that the budget cannot show at this noise level, ascending."""
+        return sorted(set(self.settings.get("radii") or ()) - set(self.asked_radii))
+
+    def standing(self, radius: float) -> Standing:
+        """
+        What the share of images at `radius` is worth.
+
+        It is `counted` where each image's radius was found or this radius was decided; no image can have one that is `out of
+        reach`; a `floor` might be higher, had the run been asked for this radius.
+        """
+        if not self.decided_radii or radius in self.decided_radii:
+            return "counted"
+        return "out of reach" if any(beyond <= radius for beyond in self.radii_out_of_reach) else "floor"
 
     @cached_property
     def sigma(self) -> float | None:
@@ -79,12 +109,12 @@ class Result:
 
     @cached_property
     def guarantee(self) -> str | None:
-        return self._only("guarantee")
+        return self._only("guarantee") if self.has("prediction") else NO_CERTIFICATE
 
     @property
     def title(self) -> str:
-        """Name and noise level."""
-        return f"{self.name}, sigma = {_known(self.sigma)}"
+        """Name and noise level; the name alone where the level is unknown."""
+        return self.name if self.sigma is None else f"{self.name}, sigma = {self.sigma:g}"
 
     def names(self) -> dict[int, str]:
         """Class names by class index, as far as the records have them."""
@@ -102,10 +132,6 @@ class Result:
         return values[0] if values else None
 
 
-def _known(value: float | None) -> str:
-    return "unknown" if value is None else format(value, "g")
-
-
 def read_results(sources: Sequence[Path], log_guarantee: str | None = None) -> list[Result]:
     """
     The results in run folders, Parquet files of certificates and logs: one for each source and noise level, in order.
@@ -117,8 +143,12 @@ def read_results(sources: Sequence[Path], log_guarantee: str | None = None) -> l
 
     Raises:
         FileNotFoundError: where there is no such run.
-        ValueError: for a file that is no such table, or holds an image twice; the message names it.
+        ValueError: for a file that is no such table, or holds an image twice, or is named twice; the message names it.
     """
+    tables = [(source / "certificates.parquet" if source.is_dir() else source).resolve() for source in sources]
+    for number, source in enumerate(sources):
+        if tables[number] in tables[:number]:
+            raise ValueError(f"{str(source)!r} is there twice: name each run once.")
     found = []
     for source in sources:
         # two folders of the same name are told apart by their paths
@@ -166,8 +196,10 @@ def _read_log(source: Path, name: str, guarantee: str | None) -> Result:
         rows = []
         for row in reader:
             try:
+                if None in row or None in row.values():  # how `csv` marks what is too much, and what is missing
+                    raise ValueError(f"it has not the columns {', '.join(header)}")
                 rows.append(_log_row(row, guarantee))
-            except (TypeError, ValueError) as error:  # a torn line has None for what is missing
+            except ValueError as error:
                 raise ValueError(f"{source}, line {reader.line_num}, is no certificate: {error}.") from None
     if not rows:
         raise ValueError(f"{source} has no certificates.")
@@ -193,11 +225,12 @@ def _log_row(row: dict[str, str], guarantee: str | None) -> Row:
 
 
 def _seconds(text: str) -> float:
-    """Seconds in what `str(timedelta)` or a plain number says: `0:00:17.3`, `17.3`."""
+    """Seconds in what `str(timedelta)` or a plain number says: `1 day, 0:00:17.3`, `0:00:17.3`, `17.3`."""
+    days, clock = re.fullmatch(r"(?:(\d+) days?, )?(.*)", text).groups()  # type: ignore[union-attr]  # it always matches
     seconds = 0.0
-    for part in text.split(":"):
+    for part in clock.split(":"):
         seconds = 60 * seconds + float(part)
-    return seconds
+    return 86400 * int(days or 0) + seconds
 
 
 def _check_once(result: Result) -> None:
@@ -214,24 +247,33 @@ def name_of_figure(guarantee: str | None) -> str:
     """What a share of images at a radius may be called: certified only where it is."""
     if guarantee is None:
         return "Certified accuracy as claimed (guarantee unknown)"
+    if guarantee == NO_CERTIFICATE:
+        return "Certified accuracy (every image failed)"
     return "Estimated accuracy (not certified)" if guarantee == "none" else "Certified accuracy"
 
 
-def check_one_figure(results: Sequence[Result]) -> None:
+def shared_guarantee_and_norm(results: Sequence[Result]) -> tuple[str | None, str | None]:
     """
-    Raise a `ValueError` unless results can stand in one figure: the same guarantee and the same norm.
+    The guarantee and the norm that results in one figure have in common. One all of whose images failed goes with any.
+
+    Raises:
+        ValueError: where they have different ones, and so make no figure.
     """
+    certified = [result for result in results if result.guarantee != NO_CERTIFICATE] or list(results)
     for what in ("guarantee", "norm"):
-        kinds = {getattr(result, what) or "unknown" for result in results}
+        kinds = {getattr(result, what) or "unknown" for result in certified}
         if len(kinds) > 1:
-            each = "; ".join(f"{result.title}: {getattr(result, what) or 'unknown'}" for result in results)
+            each = "; ".join(f"{result.title}: {getattr(result, what) or 'unknown'}" for result in certified)
             hint = (
                 " (say with --log-guarantee what the logs carry)" if what == "guarantee" and "unknown" in kinds else ""
             )
             raise ValueError(f"Results of different {what} do not make one figure: report each alone{hint}. {each}.")
+    return certified[0].guarantee, certified[0].norm
 
 
-def load_pictures(result: Result, dataset: str, split: str | None = None) -> tuple[list[Row], Sequence[Image.Image]]:
+def load_pictures(
+    result: Result, dataset: str, split: str | None = None
+) -> tuple[list[Row], Callable[[int], Image.Image]]:
     """
     The pictures that a result is about, undecoded until they are looked at.
 
@@ -241,33 +283,43 @@ def load_pictures(result: Result, dataset: str, split: str | None = None) -> tup
         split: which part of it; by default the one that the run certified, or `test` where it does not say.
 
     Returns:
-        The rows of the images that did not fail, and their pictures in the same order.
+        The rows of the images that did not fail, and a call that reads the picture at a position among them.
 
     Raises:
-        ValueError: where the dataset has no or several columns of pictures, or is not the one that was certified.
+        ValueError: where the dataset cannot be loaded, its columns cannot be told, or it is not the one that was certified.
     """
-    split = split or result.settings.get("split", "test")
-    if Path(dataset).suffix == ".parquet":
-        data = datasets.load_dataset("parquet", data_files={split: dataset}, split=split)
-    else:
-        data = datasets.load_dataset(dataset, split=split)
-    columns = [name for name, feature in data.features.items() if isinstance(feature, datasets.Image)]
-    if len(columns) != 1:
-        raise ValueError(f"{dataset} has {len(columns)} columns of pictures among {data.column_names}; it takes one.")
+    images = _open(result, dataset, split or result.settings.get("split", "test"))
     rows = [row for row in result.rows if row["prediction"] is not None]
-    if rows and (last := max(row["index"] for row in rows)) >= len(data):
+    if rows and (last := max(row["index"] for row in rows)) >= len(images.source):
         raise ValueError(
-            f"{dataset} ({split}) has {len(data)} images; {result.title} has an image {last}: not the same data."
+            f"{dataset} has {len(images.source)} images; {result.title} has an image {last}: not the same data."
         )
-    chosen = data.select([row["index"] for row in rows])
-    names = result.names()
-    labels = [
-        [feature.names[label] if label >= 0 else None for label in chosen[name]]
-        for name, feature in data.features.items()
-        if isinstance(feature, datasets.ClassLabel)
-    ]
-    if result.has("label_name") and labels and [names[row["label"]] for row in rows] not in labels:
-        raise ValueError(
-            f"{dataset} ({split}) has other labels than {result.title}: these are not the images certified."
-        )
-    return rows, chosen[columns[0]]
+    chosen = images.source.select([row["index"] for row in rows])
+    # records have the model's classes; where no run.json lists these, they are taken to be the dataset's, or what they name
+    to_class = match_labels(
+        images.class_names, result.settings.get("label_names") or images.class_names or _filled(result.names())
+    )
+    for row, label in zip(rows, chosen[images.label_column]):
+        if to_class(label) != row["label"]:
+            raise ValueError(
+                f"{dataset} has another label for image {row['index']} than {result.title}: not the images certified."
+            )
+    return rows, lambda position: images.picture(chosen[position])
+
+
+def _open(result: Result, dataset: str, split: str) -> LabelledImages:
+    settings = result.settings
+    known: dict[str, Any] = {
+        "config_name": settings.get("dataset_config_name"),
+        "image_column": settings.get("image_column"),
+        "label_column": settings.get("label_column"),
+    }
+    if dataset == settings.get("dataset_name"):
+        return LabelledImages(dataset, split=split, **known)
+    with suppress(ValueError):
+        return LabelledImages(dataset, split=split, **known)
+    return LabelledImages(dataset, split=split)  # a copy may have other columns, of the usual names
+
+
+def _filled(names: dict[int, str]) -> list[str]:
+    return [names.get(index, str(index)) for index in range(max(names, default=-1) + 1)]

@@ -22,9 +22,10 @@ BLOCK = re.compile(r"(<!-- figures:(\w+) (\S+) -->\n)(?:(?!<!-- figures:).)*?(<!
 
 
 def demo(results: dict[str, Any]) -> str:
+    settings, (session,) = results["settings"], results["sessions"]
     lines = [
-        f"Certified accuracy at sigma = {results['sigma']:g}, alpha = {results['alpha']:g}, over all {results['images']} "
-        "images (abstentions count as wrong; exact 95 % interval):",
+        f"Certified accuracy at sigma = {settings['sigmas'][0]:g}, alpha = {settings['alpha']:g}, over all "
+        f"{results['num_records']} images (abstentions count as wrong; exact 95 % interval):",
         "",
         "| radius (l2, [0, 1] pixels) | certified accuracy | interval |",
         "|---|---|---|",
@@ -35,9 +36,9 @@ def demo(results: dict[str, Any]) -> str:
     lines += [
         "",
         f"Forward passes an image, on average: {results['mean_draws']:.0f}, where the usual protocol takes 100,100. "
-        f"Time for everything, loading included: {results['seconds']:.0f} s ({results['device']}, "
-        f"{results['num_threads']} threads, {results['dtype']}). Guarantee: `{results['guarantee']}`. "
-        f"Command: `{results['command']}` (seed {results['seed']}, "
+        f"Time for everything, loading included: {results['seconds']:.0f} s ({session['device']}, "
+        f"{session['num_threads']} threads, {settings['dtype']}). Guarantee: `{results['guarantee']}`. "
+        f"Command: `{results['command']}` (seed {settings['seed']}, "
         + ", ".join(f"{name} {version}" for name, version in results["versions"].items())
         + ").",
     ]

@@ -86,6 +86,7 @@ def test_the_definition_of_the_literature_on_the_format_of_its_logs():
         ({"num_samples": [-5] * 6}, r"num_samples\[0\]=-5"),
         ({"thresholds": [0.5, -0.25]}, r"thresholds=\[0.5, -0.25\]"),
         ({"thresholds": []}, r"thresholds=\[\]"),
+        ({"thresholds": 0.5}, r"thresholds=0.5 must be a list"),
         ({name: [] for name in HAND}, "no images"),
     ],
 )

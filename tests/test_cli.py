@@ -3,6 +3,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, SHIPPED_MODEL
@@ -11,6 +12,7 @@ from test_reports import write_log, write_run
 from typer.testing import CliRunner
 
 from hf_smoothing.cli import app
+from hf_smoothing.results import read_results
 
 
 def run(*arguments):
@@ -97,9 +99,16 @@ def test_demo_with_the_shipped_model(tmp_path):
     assert len(rows) == 200
     assert {"label", "prediction", "radius", "num_samples", "guarantee", "counts", "sigma"} <= set(rows[0])
     assert Image.open(tmp_path / "certificates.png").width > 1000
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert results["versions"]["torch"]
-    assert results["command"].endswith("--sigma 0.5")
+    made = json.loads((tmp_path / "run.json").read_text())
+    assert made["versions"]["torch"]
+    assert made["command"].endswith("--sigma 0.5")
+    (result,) = read_results([tmp_path])
+    assert result.decided_radii == [0, 0.25, 0.5]
+    # a run for the whole dataset does not write over it
+    into = ["--model", SHIPPED_MODEL, "--dataset", ROOT / made["settings"]["dataset_name"], "--output-dir", tmp_path]
+    found = run("certify-dataset", *into, "--sigma", 0.5)
+    assert found.exit_code == 2
+    assert "other settings" in found.stderr
 
 
 def test_report_of_runs_and_a_log(tmp_path):
@@ -115,9 +124,10 @@ def test_report_of_runs_and_a_log(tmp_path):
     assert "best of" not in found.output
     report = json.loads((out / "report.json").read_text())
     assert [entry["title"] for entry in report["results"]] == [
-        "one, sigma = 0.25", "one, sigma = 0.5", "two, sigma = 0.5", "cohen.tsv, sigma = unknown",
+        "one, sigma = 0.25", "one, sigma = 0.5", "two, sigma = 0.5", "cohen.tsv",
     ]  # fmt: skip
     text = (out / "report.md").read_text()
+    assert text.count("Median number of counted draws an image: one, sigma = 0.25: 200; ") == 1
     for picture in ("certified-accuracy", "p-a", "draws"):
         assert f"({picture}.png)" in text
         assert Image.open(out / f"{picture}.png").width > 500
@@ -137,6 +147,22 @@ def test_report_shows_pictures(tmp_path):
     assert found.exit_code == 0, found.output
     assert Image.open(tmp_path / "examples-0.png").width > 500
     assert "(examples-0.png)" in (tmp_path / "report.md").read_text()
+
+
+def test_report_of_a_run_all_of_whose_images_failed(tmp_path):
+    folder = write_run(tmp_path / "one", images=60)
+    rows = [row for row in pq.read_table(folder / "certificates.parquet").to_pylist() if row["error"]]
+    pq.write_table(pa.Table.from_pylist([row | {"index": 0} for row in rows]), folder / "certificates.parquet")
+    images = ROOT / "hf_smoothing" / "cifar10_demo.parquet"
+    found = run("report", folder, "--images", images)
+    assert found.exit_code == 0, found.output
+    assert (folder / "report.md").read_text().startswith("# Certified accuracy (every image failed)\n")
+    assert "guarantee unknown" not in found.output
+    assert not list(folder.glob("examples*"))
+    # beside one that certified some, it is what that is
+    beside = run("report", folder, write_run(tmp_path / "two"), "--output-dir", tmp_path / "report")
+    assert beside.exit_code == 0, beside.output
+    assert "Guarantee: per_input" in (tmp_path / "report" / "report.md").read_text()
 
 
 @pytest.mark.parametrize(

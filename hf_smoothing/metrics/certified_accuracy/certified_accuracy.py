@@ -83,7 +83,10 @@ def certified_accuracy(
     columns = _validate(predictions, references, radii, guarantees, p_lower, num_samples)
     if not len(columns.right):
         raise ValueError("There are no images: predictions, references and radii are empty.")
-    levels = [float(level) for level in thresholds]
+    try:
+        levels = [float(level) for level in thresholds]
+    except (TypeError, ValueError):
+        raise ValueError(f"thresholds={thresholds!r} must be a list of radii, such as [0, 0.5].") from None
     if not levels or not all(0 <= level < math.inf for level in levels):
         raise ValueError(f"thresholds={levels} must be one or more finite radii, 0 or above.")
     draws = columns.num_samples
