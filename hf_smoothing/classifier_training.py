@@ -165,7 +165,7 @@ def train_classifier(
     mixture, mixing = image_settings.mixture(), image_settings.mixing(len(names))
 
     def compute_loss(model: Any, pixels: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        smoothing = image_settings.label_smoothing
+        pixels, smoothing = pixels.float() / 255, image_settings.label_smoothing
         if mixing is not None:
             (pixels, labels), smoothing = mixing(pixels, labels), 0.0  # it smooths the labels itself
         # noise comes last: mixing would change its level

@@ -14,7 +14,10 @@ from tqdm.auto import tqdm
 from transformers import AutoImageProcessor
 
 from .labelled_images import LabelledImages
-from .modeling_count_prediction import MixedNoiseViTForCountPrediction
+from .modeling_count_prediction import LOSSES, MixedNoiseViTForCountPrediction
+from .provenance import command_line, package_versions
+from .records import write_json
+from .smoothing import loading
 from .training import TrainingSettings, train
 from .training_images import Batch
 
@@ -135,3 +138,150 @@ def features_of(model: MixedNoiseViTForCountPrediction, pixels: torch.Tensor, ba
     batches = tqdm(pixels.split(batch_size), "features", disable=len(pixels) < 10 * batch_size)
     found = [model.mixed_noise_vit(batch.to(device).float() / 255).pooler_output.cpu() for batch in batches]
     return torch.cat(found)
+
+
+def build_count_model(model_name_or_path: str, counts: Counts, **options: Any) -> MixedNoiseViTForCountPrediction:
+    """
+    A model with a fresh count head, for the noise levels that were counted.
+
+    Args:
+        model_name_or_path: a mixed-noise ViT on the Hub or in a local folder, whose encoder and classifier it takes over.
+        counts: what it is to be trained on.
+        options: passed on to `from_pretrained`, such as `revision`.
+
+    Raises:
+        ValueError: for a model that cannot be loaded, or has other classes than were counted.
+    """
+    with loading(model_name_or_path):
+        model = MixedNoiseViTForCountPrediction.from_pretrained(
+            model_name_or_path, dtype=torch.float32, count_sigmas=sorted(set(counts.sigmas.tolist())), **options
+        )
+    names = [model.config.id2label[index] for index in range(model.config.num_labels)]
+    if names != counts.settings["label_names"]:
+        raise ValueError(
+            f"{model_name_or_path!r} has the classes {names}, the counts are of {counts.settings['label_names']}."
+        )
+    return model
+
+
+@torch.no_grad()
+def prediction_errors(
+    model: MixedNoiseViTForCountPrediction, inputs: torch.Tensor, sigmas: torch.Tensor, counts: torch.Tensor
+) -> dict[str, float]:
+    """
+    How far predictions are off, over the rows given.
+
+    Args:
+        model: the count head.
+        inputs: `(rows, ...)`: pixels (uint8) or features.
+        sigmas: `(rows,)`.
+        counts: `(rows, classes)`.
+
+    Returns:
+        `jensen_shannon` (nats), `top1_disagreement` (share of rows whose most frequent class is another than predicted), and
+        `top_frequency_error` (mean of the predicted less the measured frequency of the class measured most often).
+    """
+    predicted = []
+    for batch, levels in zip(inputs.split(512), sigmas.split(512)):
+        predicted.append(model(**_as_inputs(batch), sigma=levels).logits)
+    logits = torch.cat(predicted)
+    frequencies = counts / counts.sum(1, keepdim=True)
+    top = counts.argmax(1)
+    off = logits.softmax(1).gather(1, top[:, None]) - frequencies.gather(1, top[:, None])
+    return {
+        "jensen_shannon": float(LOSSES["jensen_shannon"](logits, frequencies)),
+        "top1_disagreement": float((logits.argmax(1) != top).float().mean()),
+        "top_frequency_error": float(off.mean()),
+    }
+
+
+def _as_inputs(batch: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"features": batch} if batch.ndim == 2 else {"pixel_values": batch.float() / 255}
+
+
+def train_count_head(
+    model: MixedNoiseViTForCountPrediction,
+    counts: Counts,
+    settings: TrainingSettings,
+    accelerator: Accelerator,
+    *,
+    base: str,
+    loss: str = "jensen_shannon",
+    own_backbone: bool = False,
+    eval_share: float = 0.05,
+) -> dict[str, Any]:
+    """
+    Train a count head, save it with the image processor of its base to `settings.output_dir`, and what came of it to
+    `results/training.json` in there.
+
+    Args:
+        model: from [`build_count_model`].
+        counts: what to train on.
+        settings: how to train.
+        accelerator: the processes, from `settings.start()`.
+        base: the model that it takes its encoder and classifier from.
+        loss: one of [`LOSSES`].
+        own_backbone: train encoder and classifier along; by default they stay as they are, and each image goes through the
+            encoder once in all.
+        eval_share: share of the images that is held out, to look at the errors after each epoch.
+
+    Raises:
+        ValueError: see [`train`]; where images cannot be read or are no longer those counted.
+    """
+    processor = AutoImageProcessor.from_pretrained(base)
+    images = counts.open()
+    images.meet(counts.settings["label_names"], processor)
+    wanted, rows = np.unique(counts.indices, return_inverse=True)
+    reading = tqdm(wanted.tolist(), "reading images", disable=not accelerator.is_main_process)
+    inputs = torch.stack([(images.pixels(images.source[index]) * 255).round().byte() for index in reading])
+    model.to(accelerator.device)
+    if not own_backbone:
+        model.mixed_noise_vit.requires_grad_(False)
+        model.classifier.requires_grad_(False)
+        inputs = features_of(model, inputs)
+    targets = torch.cat([torch.from_numpy(counts.sigmas)[:, None], torch.from_numpy(counts.counts)], 1).float()
+    held_out = np.random.default_rng(settings.seed).permutation(len(wanted))[: round(eval_share * len(wanted))]
+    aside = np.isin(rows, held_out)
+    batches = CountBatches(
+        inputs,
+        rows[~aside],
+        targets[~aside],
+        settings.per_device_train_batch_size,
+        settings.seed,
+        accelerator.process_index,
+        accelerator.num_processes,
+    )
+
+    def compute_loss(model: Any, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return model(**_as_inputs(inputs), sigma=targets[:, 0], counts=targets[:, 1:], loss=loss).loss
+
+    held = [one.to(accelerator.device) for one in (inputs[rows[aside]], targets[aside, 0], targets[aside, 1:])]
+    output_dir = Path(settings.output_dir)
+
+    def save(model: Any) -> None:
+        model.save_pretrained(output_dir)
+        processor.save_pretrained(output_dir)
+
+    chosen = {"loss": loss, "own_backbone": own_backbone, "eval_share": eval_share, "base": base}
+    found = train(
+        model,
+        batches,
+        compute_loss,
+        settings,
+        accelerator,
+        save=save,
+        identity={**chosen, "counts": counts.settings, "rows": len(rows)},
+        evaluate=(lambda model: prediction_errors(model, *held)) if aside.any() else None,
+    )
+    results = {
+        "command": command_line(),
+        "settings": {**asdict(settings), **chosen},
+        "counts": {name: counts.settings[name] for name in ("dataset_name", "split", "sigmas", "method", "n", "seed")},
+        "images_counted": len(wanted),
+        **found,
+        "versions": package_versions("accelerate", "datasets"),
+    }
+    if accelerator.is_main_process:
+        (output_dir / "results").mkdir(exist_ok=True)
+        write_json(results, output_dir / "results" / "training.json")
+    return results

@@ -8,12 +8,12 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -27,7 +27,7 @@ from transformers.hf_argparser import HfArg
 from .certificates import check_count
 from .crew import start_processes
 from .records import write_json
-from .training_images import TrainingBatches, seed_all
+from .training_images import Batch, seed_all
 
 LATEST = "latest"
 
@@ -109,6 +109,27 @@ class TrainingSettings:
         )
 
 
+class Batches(Protocol):
+    """
+    What a model is trained on.
+
+    Attributes:
+        batch_size: rows in a batch of one process.
+        total: rows in all; `None` for a stream.
+    """
+
+    batch_size: int
+    total: int | None
+
+    def __len__(self) -> int:
+        """Batches an epoch, on each process; not asked of a stream."""
+        ...
+
+    def epoch(self, number: int, first: int = 0) -> Iterator[Batch]:
+        """Inputs and targets of an epoch, from batch `first` on; the same whenever they are asked for."""
+        ...
+
+
 @dataclass
 class _Position:
     """Where a training is: part of a checkpoint."""
@@ -155,7 +176,7 @@ def parameter_groups(
 
 def train(
     model: Any,
-    batches: TrainingBatches,
+    batches: Batches,
     compute_loss: Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor],
     settings: TrainingSettings,
     accelerator: Accelerator,
@@ -173,8 +194,8 @@ def train(
     Args:
         model: a model with an encoder at `mixed_noise_vit.encoder`.
         batches: what it sees.
-        compute_loss: from the model (in the wrapping of its processes), pixels `(batch, channels, height, width)` in
-            `[0, 1]` and labels to a loss. The global generators it may draw from are seeded for each batch.
+        compute_loss: from the model (in the wrapping of its processes) and a batch's inputs and targets to a loss. The
+            global generators it may draw from are seeded for each batch.
         settings: how to train.
         accelerator: the processes, from `settings.start()`.
         save: saves the model (the averaged one, with `ema_decay`); called on the main process.
@@ -221,12 +242,12 @@ def train(
         _set_training(model)
         epoch = batches.epoch(position.epoch, position.batch)
         while position.step < steps and len(update := list(islice(epoch, together))) == together:
-            for number, (pixels, labels) in enumerate(update, 1):
+            for number, (inputs, targets) in enumerate(update, 1):
                 position.batch += 1
                 seed_all(settings.seed, position.epoch, position.batch, accelerator.process_index)
                 with nullcontext() if number == together else accelerator.no_sync(model):
-                    pixels = pixels.to(accelerator.device, non_blocking=True).float() / 255
-                    loss = compute_loss(model, pixels, labels.to(accelerator.device, non_blocking=True))
+                    inputs, targets = (one.to(accelerator.device, non_blocking=True) for one in (inputs, targets))
+                    loss = compute_loss(model, inputs, targets)
                     accelerator.backward(loss / together)
                 log.losses.append(loss.detach())
             accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
@@ -267,7 +288,7 @@ def train(
     }
 
 
-def _number_of_steps(settings: TrainingSettings, batches: TrainingBatches) -> int:
+def _number_of_steps(settings: TrainingSettings, batches: Batches) -> int:
     if batches.total is None:
         if settings.max_train_steps is None:
             raise ValueError("A stream does not say how long an epoch is: set max_train_steps.")

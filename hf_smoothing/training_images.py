@@ -23,7 +23,7 @@ from .labelled_images import LabelledImages
 from .noise import NoiseMixture
 
 Batch = tuple[torch.Tensor, torch.Tensor]
-"""Pixels, uint8 `(batch, channels, height, width)`, and labels `(batch,)`."""
+"""Inputs and targets: here pixels, uint8 `(batch, channels, height, width)`, and labels `(batch,)`."""
 
 SMALL = 64
 """Pixels a side up to which images are held in memory and cropped from a margin, as is usual for CIFAR; larger ones are read

@@ -41,11 +41,12 @@ def build(seed=0, **kwargs):
 
 
 def loss_with_noise(model, pixels, labels):
+    pixels = pixels.float() / 255
     return nn.functional.cross_entropy(model(pixels + 0.1 * torch.randn_like(pixels)).logits, labels)
 
 
 def plain_loss(model, pixels, labels):
-    return nn.functional.cross_entropy(model(pixels).logits, labels)
+    return nn.functional.cross_entropy(model(pixels.float() / 255).logits, labels)
 
 
 def run(settings, model=None, batches=None, loss=loss_with_noise, evaluate=None, identity=None):

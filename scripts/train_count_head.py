@@ -1,0 +1,65 @@
+"""Train a count head: it predicts from one clean pass how often each class comes out under noise (arXiv 2402.07498).
+
+    accelerate launch scripts/certify.py --model_name_or_path my-model --dataset_name uoft-cs/cifar10 --split train \\
+        --sigma 0.25 0.5 1 --method counts --n 64 --output_dir counts
+    accelerate launch scripts/train_count_head.py --model_name_or_path my-model --counts counts --output_dir my-counts
+
+The first command counts, on the training split, and can be stopped and gone on with. What the head says is an estimate.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
+
+from hf_smoothing.count_training import build_count_model, read_counts, train_count_head
+from hf_smoothing.modeling_count_prediction import LOSSES
+from hf_smoothing.training import TrainingSettings
+
+
+@dataclass
+class CountHeadSettings:
+    """What to train."""
+
+    model_name_or_path: str = HfArg(help="mixed-noise ViT whose encoder and classifier the head stands on")
+    counts: str = HfArg(help="folder of a finished run of --method counts")
+    loss: str = HfArg(default="jensen_shannon", help="jensen_shannon, cross_entropy or kl")
+    own_backbone: bool = HfArg(default=False, help="train encoder and classifier along, instead of the head alone")
+    eval_share: float = HfArg(default=0.05, help="share of the images held out, to look at the errors after each epoch")
+
+    def __post_init__(self) -> None:
+        if self.loss not in LOSSES:
+            raise ValueError(f"loss={self.loss!r} is unknown: use {', '.join(LOSSES)}.")
+        if not 0 <= self.eval_share < 1:
+            raise ValueError(f"eval_share={self.eval_share} must be 0 or above, and below 1.")
+
+
+def main() -> None:
+    parser = HfArgumentParser((CountHeadSettings, TrainingSettings), description=__doc__)
+    parser.set_defaults(learning_rate=1e-3, per_device_train_batch_size=512)
+    try:
+        head, settings = parser.parse_args_into_dataclasses()
+        accelerator = settings.start()
+        counts = read_counts(Path(head.counts))
+        torch.manual_seed(settings.seed)
+        model = build_count_model(head.model_name_or_path, counts)
+        train_count_head(
+            model,
+            counts,
+            settings,
+            accelerator,
+            base=head.model_name_or_path,
+            loss=head.loss,
+            own_backbone=head.own_backbone,
+            eval_share=head.eval_share,
+        )
+    except (OSError, ValueError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
