@@ -1,11 +1,8 @@
 """Training a mixed-noise ViT as a classifier on a mixture of clean and noisy images (arXiv 2312.09020)."""
 
 import json
-import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +18,8 @@ from .certificates import check_count
 from .configuration_mixed_noise_vit import MixedNoiseViTConfig
 from .labelled_images import LabelledImages
 from .modeling_mixed_noise_vit import MixedNoiseViTForImageClassification
+from .provenance import command_line, package_versions
 from .records import write_json
-from .reports import package_versions
 from .smoothing import loading
 from .training import TrainingSettings, train
 from .training_images import ImageSettings, TrainingBatches
@@ -197,10 +194,10 @@ def train_classifier(
         evaluate=_evaluation(evaluation, image_settings, names, processor, accelerator),
     )
     results = {
-        "command": shlex.join(["scripts/" + Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command_line(),
         "settings": {**asdict(settings), **asdict(image_settings), **asdict(evaluation)},
         **found,
-        "versions": {**package_versions(), **{name: version(name) for name in ("accelerate", "datasets")}},
+        "versions": package_versions("accelerate", "datasets"),
     }
     before = Path(base or "") / "results" / "training.json"
     if base is not None and before.exists():

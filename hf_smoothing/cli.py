@@ -1,7 +1,6 @@
 """The command `hf-smoothing`."""
 
 import json
-import shlex
 import sys
 import time
 from dataclasses import asdict
@@ -28,6 +27,7 @@ from .plots import (
     plot_true_class_frequency,
     require_matplotlib,
 )
+from .provenance import command_line, package_versions
 from .records import record, write_json, write_parquet
 from .reports import (
     counted_draws,
@@ -35,7 +35,6 @@ from .reports import (
     markdown,
     notes,
     other_rows,
-    package_versions,
     percent,
     share_rows,
     summarize,
@@ -279,7 +278,7 @@ def demo(
         },
         "image_shape": list(to_pixels(pictures[0], smoothed.image_processor).shape),
         "sessions": [{"device": str(smoothed.device), "num_threads": torch.get_num_threads()}],
-        "command": shlex.join(["hf-smoothing", *sys.argv[1:]]),
+        "command": command_line(),
         "versions": package_versions(),
         "num_records": len(rows),
         "guarantee": figures["guarantee"],
@@ -359,7 +358,7 @@ def report(
                     at_most=SHOWN_PICTURES,
                 )
                 figures.append((f"Examples from largest to smallest radius: {result.title}", file, ""))
-        found["command"] = shlex.join(["hf-smoothing", *sys.argv[1:]])
+        found["command"] = command_line()
         (folder / "report.json").write_text(json.dumps(found, indent=2) + "\n")
         (folder / "report.md").write_text(markdown(found, figures))
     except (ImportError, OSError, TypeError, ValueError) as error:

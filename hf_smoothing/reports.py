@@ -1,21 +1,14 @@
 """Tables and text from certification results."""
 
 from collections.abc import Sequence
-from importlib.metadata import version
 from itertools import zip_longest
 from statistics import median
 from typing import Any
 
 from .certificates import format_radius
 from .metrics.certified_accuracy import DEFAULT_THRESHOLDS, certified_accuracy
+from .provenance import package_versions
 from .results import Result, name_of_figure, shared_guarantee_and_norm
-
-PACKAGES = ("torch", "transformers", "timm", "numpy", "scipy", "hf-smoothing")
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of the packages that a result depends on."""
-    return {name: version(name) for name in PACKAGES}
 
 
 def percent(row: dict[str, Any]) -> str:

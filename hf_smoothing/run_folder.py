@@ -1,13 +1,10 @@
 """The folder of a run: what it is of (`run.json`), what is done (`shards`), and the table that it becomes."""
 
 import json
-import shlex
-import sys
 import uuid
 from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -15,8 +12,8 @@ import torch
 from accelerate import Accelerator
 
 from .labelled_images import LabelledImages
+from .provenance import command_line, package_versions
 from .records import Record, count_records, read_shards, repair, shards_in, write_json, write_parquet
-from .reports import package_versions
 from .smoothing import SmoothedClassifier
 
 Pair = tuple[float, int]
@@ -170,17 +167,14 @@ def _refuse_other(before: Record, now: Record, output_dir: Path) -> None:
 
 
 def session_of(accelerator: Accelerator, smoothed: SmoothedClassifier) -> Record:
-    packages = ("datasets", "accelerate", "torchvision")
-    program = Path(sys.argv[0])
     return {
-        # as typed, but an absolute path is of this machine alone
-        "command": shlex.join([program.name if program.is_absolute() else sys.argv[0], *sys.argv[1:]]),
+        "command": command_line(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "num_processes": accelerator.num_processes,
         "num_threads": torch.get_num_threads(),
         "device": str(accelerator.device),
         "batch_size": smoothed.batch_size,
-        "versions": {**package_versions(), **{name: version(name) for name in packages}},
+        "versions": package_versions("datasets", "accelerate", "torchvision"),
     }
 
 

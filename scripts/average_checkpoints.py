@@ -7,14 +7,13 @@ Source: Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima and Bette
 
 import argparse
 import json
-import shlex
 import shutil
-import sys
 from pathlib import Path
 
 import torch
 
 from hf_smoothing import MixedNoiseViTForImageClassification
+from hf_smoothing.provenance import command_line
 
 
 def main() -> None:
@@ -31,7 +30,7 @@ def main() -> None:
     models[-1].save_pretrained(args.output_dir)
     shutil.copy(args.models[-1] / "preprocessor_config.json", args.output_dir)
     results = json.loads((args.models[-1] / "results" / "training.json").read_text())
-    results["averaged"] = shlex.join(["scripts/average_checkpoints.py", *sys.argv[1:]])
+    results["averaged"] = command_line()
     (args.output_dir / "results").mkdir(parents=True, exist_ok=True)
     (args.output_dir / "results" / "training.json").write_text(json.dumps(results, indent=2) + "\n")
 

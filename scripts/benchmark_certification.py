@@ -10,9 +10,7 @@ same images, and many more draws than there is time to make.
 
 import argparse
 import json
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +25,7 @@ from scipy import special
 from hf_smoothing import GaussianNoise, SequentialRule, SmoothedClassifier, load_demo_images
 from hf_smoothing.bounds import clopper_pearson_lower
 from hf_smoothing.data import to_pixels
-from hf_smoothing.reports import package_versions
+from hf_smoothing.provenance import command_line, package_versions
 
 BUDGET = 100_000
 USUAL = 100 + BUDGET
@@ -230,7 +228,7 @@ def main() -> None:
     pixels = [to_pixels(picture, smoothed.image_processor) for picture in pictures]
     if args.engine_only:
         engine = engine_over_bare(smoothed, pixels[: 12 if args.quick else 40], repeats=5)
-        engine["command"] = shlex.join(["scripts/benchmark_certification.py", *sys.argv[1:]])
+        engine["command"] = command_line()
         console.print(engine)
         if args.output:
             args.output.write_text(
@@ -283,7 +281,7 @@ def main() -> None:
     )
     if args.output:
         results = {
-            "command": shlex.join(["scripts/benchmark_certification.py", *sys.argv[1:]]),
+            "command": command_line(),
             "model": args.model,
             "sigma": args.sigma,
             "alpha": args.alpha,

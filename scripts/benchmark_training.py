@@ -8,9 +8,7 @@ reading, augmenting, noise, seeding and logging cost. Images are the 200 that sh
 
 import argparse
 import json
-import shlex
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -20,7 +18,7 @@ from torch import nn
 
 from hf_smoothing import MixedNoiseViTConfig, MixedNoiseViTForImageClassification, load_demo_images
 from hf_smoothing.classifier_training import EvaluationSettings, train_classifier
-from hf_smoothing.reports import package_versions
+from hf_smoothing.provenance import command_line, package_versions
 from hf_smoothing.training import TrainingSettings, parameter_groups
 from hf_smoothing.training_images import ImageSettings, names_of_classes
 
@@ -100,7 +98,7 @@ def main() -> None:
             ratios.append(bare / loop)
             speeds.append(args.steps * args.batch_size / loop)
     results = {
-        "command": shlex.join(["scripts/" + Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command_line(),
         "images_per_second": statistics.median(speeds),
         "ratio": statistics.median(ratios),
         "ratios": ratios,

@@ -10,7 +10,6 @@ CPU cores; for a GPU raise the steps and the model. Run again, it goes on. Write
 
 import json
 import math
-import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -28,8 +27,8 @@ from hf_smoothing import GaussianNoise, MixedNoiseViTConfig, MixedNoiseViTForIma
 from hf_smoothing.certificates import Certificate
 from hf_smoothing.classifier_training import EvaluationSettings, load_to_finetune, majority_answers, train_classifier
 from hf_smoothing.labelled_images import LabelledImages
+from hf_smoothing.provenance import command_line, package_versions
 from hf_smoothing.records import write_json
-from hf_smoothing.reports import package_versions
 from hf_smoothing.training import LATEST, TrainingSettings
 from hf_smoothing.training_images import ImageSettings, names_of_classes
 
@@ -261,7 +260,7 @@ def main() -> None:
                 pixels, labels = images_to_evaluate(settings, folder)
             found[name, norm, finetuning] = evaluate_arm(settings, folder, pixels, labels)
     results = {
-        "command": shlex.join(["scripts/" + Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command_line(),
         "settings": asked,
         **summarize(settings, found),
         "final_losses": {name: one["final_loss"] for name, one in trained.items()},
