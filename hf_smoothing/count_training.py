@@ -76,8 +76,8 @@ def read_counts(run_dir: Path) -> Counts:
     settings = json.loads((run_dir / "run.json").read_text())["settings"]
     if settings["method"] not in ("counts", "fixed"):
         raise ValueError(
-            f"{run_dir} is of method {settings['method']!r}, which stops when it has seen enough: its counts are biased. Use "
-            "--method counts."
+            f"{run_dir} is of method {settings['method']!r}, which stops when it has seen enough: its counts are biased. "
+            "Use --method counts."
         )
     rows = pq.read_table(run_dir / "certificates.parquet", columns=["index", "sigma", "counts", "error"]).to_pylist()
     rows = [row for row in rows if row["error"] is None]
@@ -115,16 +115,17 @@ class CountBatches:
         num_processes: int = 1,
     ):
         self.inputs, self.rows, self.targets, self.seed = inputs, rows, targets, seed
-        self.batch_size, self.total = batch_size, len(rows)
+        self.batch_size = batch_size
+        self.total: int | None = len(rows)
         self.process_index, self.num_processes = process_index, num_processes
         if not len(self):
             raise ValueError(f"{self.total} counts do not fill a batch of {batch_size} on {num_processes} processes.")
 
     def __len__(self) -> int:
-        return self.total // (self.batch_size * self.num_processes)
+        return len(self.rows) // (self.batch_size * self.num_processes)
 
     def epoch(self, number: int, first: int = 0) -> Iterator[Batch]:
-        order = np.random.default_rng([self.seed, number]).permutation(self.total)
+        order = np.random.default_rng([self.seed, number]).permutation(len(self.rows))
         order = order[: len(self) * self.num_processes * self.batch_size]
         for chosen in order.reshape(len(self), self.num_processes, self.batch_size)[first:, self.process_index]:
             yield self.inputs[self.rows[chosen]], self.targets[chosen]

@@ -28,7 +28,9 @@ class CountHeadSettings:
     counts: str = HfArg(help="folder of a finished run of --method counts")
     loss: str = HfArg(default="jensen_shannon", help="jensen_shannon, cross_entropy or kl")
     own_backbone: bool = HfArg(default=False, help="train encoder and classifier along, instead of the head alone")
-    eval_share: float = HfArg(default=0.05, help="share of the images held out, to look at the errors after each epoch")
+    eval_share: float = HfArg(
+        default=0.05, help="share of the images held out, to look at the errors after each epoch"
+    )
 
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:

@@ -1,0 +1,79 @@
+import numpy as np
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError
+from scipy.spatial.distance import jensenshannon
+from scipy.stats import entropy
+
+from hf_smoothing import MixedNoiseViTConfig, MixedNoiseViTForImageClassification
+from hf_smoothing.modeling_count_prediction import LOSSES, MixedNoiseViTForCountPrediction
+
+
+@pytest.fixture
+def model(tiny_model_dir):
+    torch.manual_seed(0)
+    return MixedNoiseViTForCountPrediction.from_pretrained(tiny_model_dir, count_sigmas=[0.25, 1.0]).eval()
+
+
+def test_losses_are_what_scipy_says():
+    generator = np.random.default_rng(0)
+    predicted, measured = generator.dirichlet(np.ones(5), (2, 7))
+    measured[0] = [0, 0, 1, 0, 0]  # zeros among the measured shares are usual
+    logits, targets = torch.from_numpy(np.log(predicted)), torch.from_numpy(measured)
+    expected = {
+        "jensen_shannon": np.mean([jensenshannon(*pair) ** 2 for pair in zip(predicted, measured)]),
+        "kl": np.mean([entropy(truth, guess) for truth, guess in zip(measured, predicted)]),
+        "cross_entropy": np.mean([-(truth * np.log(guess)).sum() for truth, guess in zip(measured, predicted)]),
+    }
+    assert expected.keys() == LOSSES.keys()
+    for name, loss in LOSSES.items():
+        assert float(loss(logits, targets)) == pytest.approx(expected[name])
+        leaf = logits.clone().requires_grad_()
+        loss(leaf, targets).backward()
+        assert torch.isfinite(leaf.grad).all()
+
+
+def test_it_stands_on_its_base_classifier(model, tiny_model_dir):
+    base = MixedNoiseViTForImageClassification.from_pretrained(tiny_model_dir).eval()
+    images = torch.rand(3, 3, 8, 8)
+    assert torch.equal(model.classifier.weight, base.classifier.weight)
+    output = model(images, sigma=0.5)
+    torch.testing.assert_close(output.probabilities, output.logits.softmax(1))
+    # fresh, it says nearly what the base classifier says of the clean image
+    torch.testing.assert_close(output.logits, base(images).logits, atol=0.2, rtol=0.2)
+    features = model.mixed_noise_vit(images).pooler_output
+    torch.testing.assert_close(model(features=features, sigma=0.5).logits, output.logits)
+
+
+def test_the_noise_level_counts_and_each_image_may_have_its_own(model):
+    images = torch.rand(2, 3, 8, 8)
+    with torch.no_grad():
+        model.count_head.modulation[2].weight.normal_()
+    together = model(images, sigma=torch.tensor([0.25, 1.0])).logits
+    torch.testing.assert_close(together[0], model(images[:1], sigma=0.25).logits[0])
+    torch.testing.assert_close(together[1], model(images[1:], sigma=1.0).logits[0])
+    assert not torch.allclose(model(images[1:], sigma=0.25).logits[0], together[1])
+
+
+@pytest.mark.parametrize("sigma", [0.2, 1.1, 0.0, float("nan")])
+def test_levels_outside_the_trained_range_are_refused(model, sigma):
+    with pytest.raises(ValueError, match=r"outside what the count head was trained for \(0.25 to 1\)"):
+        model(torch.rand(1, 3, 8, 8), sigma=sigma)
+
+
+def test_a_config_must_say_the_levels(tiny_model_dir):
+    with pytest.raises(ValueError, match="count_sigmas"):
+        MixedNoiseViTForCountPrediction.from_pretrained(tiny_model_dir)
+    with pytest.raises(StrictDataclassClassValidationError, match="count_sigmas"):
+        MixedNoiseViTConfig(count_sigmas=[0.0, 0.5])
+
+
+def test_save_and_load(model, tmp_path):
+    images = torch.rand(2, 3, 8, 8)
+    counts = torch.tensor([[3, 1, 0], [0, 0, 4]])
+    output = model(images, sigma=0.5, counts=counts)
+    assert output.loss > 0
+    model.save_pretrained(tmp_path)
+    again = MixedNoiseViTForCountPrediction.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(again(images, sigma=0.5, counts=counts).loss, output.loss)
+    assert model(images, sigma=0.5, return_dict=False)[0].shape == (2, 3)

@@ -1,0 +1,121 @@
+import json
+from dataclasses import replace
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from hf_smoothing import GaussianNoise, SmoothedClassifier
+from hf_smoothing.count_training import (
+    CountBatches,
+    build_count_model,
+    prediction_errors,
+    read_counts,
+    train_count_head,
+)
+from hf_smoothing.crew import start_processes
+from hf_smoothing.dataset_runs import RunSettings, certify_dataset
+from hf_smoothing.rules import make_rule
+from hf_smoothing.training import TrainingSettings
+
+
+@pytest.fixture(scope="module")
+def counts_dir(model, parquet, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("counts")
+    settings = RunSettings(model, parquet, (0.25, 1.0), split="train", every=2, method="counts", n=40)
+    certify_dataset(settings, folder, accelerator=start_processes())
+    return folder
+
+
+def test_counting_takes_n_draws_and_claims_nothing(linear, small_images):
+    smoothed = SmoothedClassifier(linear, GaussianNoise(0.5), batch_size=7)
+    found = smoothed.certify(small_images, method="counts", n=2000)
+    for certificate, probability in zip(found, torch.special.ndtr(linear.margin(small_images) / 0.5).tolist()):
+        assert certificate.guarantee == "none"
+        assert certificate.radius == 0
+        assert certificate.num_samples == sum(certificate.counts) == 2000
+        # six standard deviations of the share
+        assert certificate.counts[1] / 2000 == pytest.approx(probability, abs=6 * (0.25 / 2000) ** 0.5)
+    with pytest.raises(ValueError, match="radius"):
+        make_rule("counts", radius=0.5)
+    with pytest.raises(ValueError, match="n=0"):
+        make_rule("counts", n=0)
+
+
+def test_a_run_of_counts_is_read(counts_dir):
+    counts = read_counts(counts_dir)
+    assert sorted(set(counts.sigmas)) == [0.25, 1.0]
+    assert len(counts.indices) == 200
+    assert (counts.counts.sum(1) == 40).all()
+    assert len(counts.open().source) == 200
+
+
+def test_counts_that_would_mislead_are_refused(counts_dir, tmp_path):
+    with pytest.raises(ValueError, match="no finished run"):
+        read_counts(tmp_path)
+    run = json.loads((counts_dir / "run.json").read_text())
+    pq.write_table(pq.read_table(counts_dir / "certificates.parquet"), tmp_path / "certificates.parquet")
+    run["settings"]["method"] = "sequential"
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    with pytest.raises(ValueError, match="stops when it has seen enough"):
+        read_counts(tmp_path)
+    counts = read_counts(counts_dir)
+    with pytest.raises(ValueError, match="changed, copied or touched"):
+        replace(counts, settings={**counts.settings, "dataset_fingerprint": "another"}).open()
+    with pytest.raises(ValueError, match="has the classes"):
+        build_count_model(run["settings"]["model_name_or_path"], replace(counts, settings={"label_names": ["a", "b"]}))
+
+
+@pytest.mark.parametrize("own_backbone", [False, True])
+@pytest.mark.parametrize("loss", ["jensen_shannon", "cross_entropy"])
+def test_a_head_learns_the_counts(counts_dir, tmp_path, own_backbone, loss):
+    counts = read_counts(counts_dir)
+    base = counts.settings["model_name_or_path"]
+    torch.manual_seed(0)
+    model = build_count_model(base, counts)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    settings = TrainingSettings(
+        str(tmp_path / "out"), num_train_epochs=40, per_device_train_batch_size=38, learning_rate=3e-3
+    )
+    found = train_count_head(
+        model, counts, settings, settings.start(), base=base, loss=loss, own_backbone=own_backbone, eval_share=0.05
+    )
+    rows = [json.loads(line) for line in (tmp_path / "out" / "training_log.jsonl").read_text().splitlines()]
+    evaluations = [row["evaluation"]["jensen_shannon"] for row in rows if "evaluation" in row]
+    assert evaluations[-1] < 0.8 * evaluations[0]
+    assert found["evaluation"]["top1_disagreement"] < 0.5
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert any(name.startswith("count_head") for name in changed)
+    assert own_backbone == any(not name.startswith("count_head") for name in changed)
+
+
+def test_prediction_errors_by_hand():
+    class Says:
+        def __call__(self, features, sigma):
+            return type("Output", (), {"logits": features.log()})
+
+    predicted = torch.tensor([[0.7, 0.3], [0.4, 0.6]])
+    counts = torch.tensor([[6, 4], [8, 2]])
+    errors = prediction_errors(Says(), predicted, torch.tensor([0.5, 0.5]), counts)
+    assert errors["top1_disagreement"] == 0.5
+    assert errors["top_frequency_error"] == pytest.approx(((0.7 - 0.6) + (0.4 - 0.8)) / 2)
+
+
+def test_batches_cover_all_rows_once_and_processes_share_them():
+    inputs = torch.arange(10)[:, None]
+    rows = np.repeat(np.arange(10), 2)
+    targets = torch.arange(20)[:, None]
+    seen = []
+    for process in range(2):
+        batches = CountBatches(inputs, rows, targets, 5, 0, process, 2)
+        assert len(batches) == 2
+        for batch, target in batches.epoch(3):
+            assert (batch.flatten() == target.flatten() // 2).all()
+            seen += target.flatten().tolist()
+        late = list(batches.epoch(3, 1))
+        assert len(late) == 1
+        assert torch.equal(late[0][1].flatten(), torch.tensor(seen[-5:]))
+    assert sorted(seen) == list(range(20))
+    with pytest.raises(ValueError, match="20 counts do not fill"):
+        CountBatches(inputs, rows, targets, 21, 0)
