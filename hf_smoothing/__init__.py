@@ -12,6 +12,7 @@ from .certificates import ABSTAIN, Certificate, format_radius
 from .configuration_mixed_noise_vit import MixedNoiseViTConfig
 from .data import load_demo_images
 from .metrics.certified_accuracy import CertifiedAccuracy
+from .modeling_count_prediction import MixedNoiseViTForCountPrediction
 from .modeling_mixed_noise_vit import (
     MixedNoiseViTForImageClassification,
     MixedNoiseViTModel,
@@ -19,7 +20,7 @@ from .modeling_mixed_noise_vit import (
 )
 from .noise import GaussianNoise, LaplaceNoise, NoiseMixture, UniformNoise
 from .pipeline_certified_image_classification import CertifiedImageClassificationPipeline
-from .rules import FixedRule, PredictRule
+from .rules import CountRule, FixedRule, PredictRule
 from .sequential import SequentialRule
 from .smoothing import SmoothedClassifier
 
@@ -38,10 +39,12 @@ __all__ = [
     "Certificate",
     "CertifiedAccuracy",
     "CertifiedImageClassificationPipeline",
+    "CountRule",
     "FixedRule",
     "GaussianNoise",
     "LaplaceNoise",
     "MixedNoiseViTConfig",
+    "MixedNoiseViTForCountPrediction",
     "MixedNoiseViTForImageClassification",
     "MixedNoiseViTModel",
     "MixedNoiseViTPreTrainedModel",

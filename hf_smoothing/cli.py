@@ -60,7 +60,10 @@ Model = Annotated[str, typer.Option(help="Image classifier: a name on the Hub or
 Sigma = Annotated[float, typer.Option(help="Standard deviation of the noise, in [0, 1] pixels.")]
 Alpha = Annotated[float, typer.Option(help="Probability that a certificate is wrong.")]
 Method = Annotated[
-    str, typer.Option(help="`sequential` draws until the question is settled, `fixed` is the usual protocol.")
+    str,
+    typer.Option(
+        help="`sequential` draws until the question is settled, `fixed` is the usual protocol, `counts` only counts."
+    ),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of the noise: the same seed gives the same certificates.")]
 BatchSize = Annotated[int, typer.Option(help="Draws in one forward pass.")]
@@ -155,7 +158,9 @@ def certify_dataset(
     alpha: Alpha = 0.001,
     max_draws: Annotated[int | None, typer.Option(help="The most draws for one image.")] = None,
     n0: Annotated[int | None, typer.Option(help="Draws that choose the class (`fixed`).")] = None,
-    n: Annotated[int | None, typer.Option(help="Draws that bound its probability (`fixed`).")] = None,
+    n: Annotated[
+        int | None, typer.Option(help="Draws that bound its probability (`fixed`), or are counted (`counts`).")
+    ] = None,
     tolerance: Annotated[
         float | None, typer.Option(help="Relative tolerance of the radius (`sequential` without radii).")
     ] = None,

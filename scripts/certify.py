@@ -33,13 +33,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--radii", type=float, nargs="+", help="decide these radii; without them each image's radius is found"
     )
-    parser.add_argument("--method", default="sequential", help="sequential (default), or fixed: the usual protocol")
+    parser.add_argument(
+        "--method", default="sequential", help="sequential (default); fixed: the usual protocol; counts: only count"
+    )
     parser.add_argument(
         "--alpha", type=float, default=0.001, help="probability that a certificate is wrong (default: 0.001)"
     )
     parser.add_argument("--max_draws", type=int, help="the most draws for one image")
     parser.add_argument("--n0", type=int, help="draws that choose the class (fixed)")
-    parser.add_argument("--n", type=int, help="draws that bound its probability (fixed)")
+    parser.add_argument("--n", type=int, help="draws that bound its probability (fixed), or are counted (counts)")
     parser.add_argument(
         "--tolerance", type=float, help="relative tolerance of the radius (sequential, without --radii)"
     )
