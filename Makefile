@@ -17,7 +17,7 @@ demo: .venv/installed ## certify 200 real test images with the model that ships
 	HF_HUB_OFFLINE=1 $(BIN)/hf-smoothing demo
 
 test: .venv/installed ## run the tests (under 10 minutes on two cores)
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m 'not slow'
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --durations 10 -m 'not slow'
 
 test-slow: .venv/installed ## run the slow tests too
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto

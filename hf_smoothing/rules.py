@@ -139,8 +139,8 @@ class PredictRule:
         return _PredictRun(self, len(clean_scores))
 
 
-class _PredictRun:
-    def __init__(self, rule: PredictRule, num_classes: int):
+class _CountRun:
+    def __init__(self, rule: "PredictRule | CountRule", num_classes: int):
         self.rule = rule
         self.counts = np.zeros(num_classes, np.int64)
 
@@ -151,10 +151,15 @@ class _PredictRun:
         self.counts += counts
 
     def outcome(self) -> Outcome:
+        return Outcome(int(self.counts.argmax()), 0.0, 1.0)
+
+
+class _PredictRun(_CountRun):
+    def outcome(self) -> Outcome:
         second, first = np.sort(self.counts)[-2:] if len(self.counts) > 1 else (0, self.counts[0])
         if first == 0 or stats.binomtest(int(first), int(first + second), 0.5).pvalue > self.rule.alpha:
             return ABSTENTION
-        return Outcome(int(self.counts.argmax()), 0.0, 1.0)
+        return super().outcome()
 
 
 @dataclass(frozen=True)
@@ -188,21 +193,6 @@ class CountRule:
 
     def start(self, noise: NoiseDistribution, clean_scores: NDArray[np.float64]) -> "_CountRun":
         return _CountRun(self, len(clean_scores))
-
-
-class _CountRun:
-    def __init__(self, rule: CountRule, num_classes: int):
-        self.rule = rule
-        self.counts = np.zeros(num_classes, np.int64)
-
-    def next_draws(self) -> int:
-        return self.rule.n - int(self.counts.sum())
-
-    def update(self, counts: Counts) -> None:
-        self.counts += counts
-
-    def outcome(self) -> Outcome:
-        return Outcome(int(self.counts.argmax()), 0.0, 1.0)
 
 
 def make_rule(

@@ -12,13 +12,16 @@ from typing import Any, overload
 import numpy as np
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from .certificates import ABSTAIN, Certificate, Counts, Rule, Run, check_count
+from .active_images import ActiveImage, ProgressBar
+from .certificates import ABSTAIN, Certificate, Rule, check_count
 from .data import to_pixels
-from .noise import NoisyImage, SmoothingNoise, image_key
+from .noise import SmoothingNoise, image_key
 from .rules import PredictRule, make_rule
+
+_FIRST_DRAWS = 8
+"""About what an image wants right after its clean pass."""
 
 BaseClassifier = Callable[[torch.Tensor], Any]
 Images = Sequence[Any] | torch.Tensor
@@ -246,11 +249,11 @@ class SmoothedClassifier:
         rule.check(self.noise)
         positions = count_from()
         waiting = iter(images)
-        active: list[_Active] = []
+        active: list[ActiveImage] = []
         shape: torch.Size | None = None
         if total is None and isinstance(images, Sized):
             total = len(images)
-        bar = _ProgressBar(total, rule.budget) if progress else None
+        bar = ProgressBar(total, rule.budget) if progress else None
         exhausted = started = False
         try:
             while True:
@@ -286,7 +289,7 @@ class SmoothedClassifier:
             if bar:
                 bar.close()
 
-    def _admit(self, position: int, pixels: torch.Tensor, rule: Rule, seed: int) -> "_Active":
+    def _admit(self, position: int, pixels: torch.Tensor, rule: Rule, seed: int) -> ActiveImage:
         key = image_key(pixels, seed)
         pixels = pixels.to(self.device)
         noisy = self.noise.around(pixels, key)
@@ -295,12 +298,12 @@ class SmoothedClassifier:
         if self._num_classes is None:
             self._num_classes = self._logits(pixels[None]).shape[1]
         run = None if rule.uses_clean_pass else rule.start(noisy, np.zeros(self._num_classes))
-        return _Active(position, noisy, run)
+        return ActiveImage(position, noisy, run)
 
-    def _run_batch(self, active: "list[_Active]", rule: Rule) -> None:
+    def _run_batch(self, active: list[ActiveImage], rule: Rule) -> None:
         """One forward pass of at most `batch_size` draws, oldest images first; updates the images it served."""
         rows: list[torch.Tensor] = []
-        served: list[tuple[_Active, int]] = []
+        served: list[tuple[ActiveImage, int]] = []
         room = self.batch_size
         for image in active:
             if room == 0:
@@ -328,7 +331,7 @@ class SmoothedClassifier:
                 image.take(image_counts, take)
             first_row += take
 
-    def _certificate(self, image: "_Active", rule: Rule, seed: int) -> Certificate:
+    def _certificate(self, image: ActiveImage, rule: Rule, seed: int) -> Certificate:
         assert image.run is not None
         outcome = image.run.outcome()
         return Certificate(
@@ -389,72 +392,3 @@ def _check_weights(module: nn.Module) -> None:
             raise ValueError(
                 f"The weights of {name!r} are not all finite: the checkpoint is broken or was not loaded."
             )
-
-
-_FIRST_DRAWS = 8
-"""About what an image wants right after its clean pass."""
-
-
-class _Active:
-    """An image that is being sampled. Without a run it waits for its clean pass, from which the rule starts one."""
-
-    def __init__(self, position: int, noisy: NoisyImage, run: Run | None):
-        self.position = position
-        self.noisy = noisy
-        self.num_samples = 0
-        self.wanted = 1
-        self.run: Run | None = None
-        if run is not None:
-            self.begin(run)
-
-    def begin(self, run: Run) -> None:
-        self.run = run
-        self.wanted = run.next_draws()
-        self.pending = np.zeros_like(run.counts)
-
-    @property
-    def finished(self) -> bool:
-        return self.wanted == 0
-
-    def rows(self, count: int) -> torch.Tensor:
-        return self.noisy.image[None] if self.run is None else self.noisy.draw(count)
-
-    def take(self, counts: Counts, draws: int) -> None:
-        """Collect counts; the run sees them once all draws it asked for are in, so that batches never decide anything."""
-        assert self.run is not None
-        self.pending += counts
-        self.wanted -= draws
-        if self.wanted == 0:
-            self.run.update(self.pending)
-            self.pending = np.zeros_like(self.pending)
-            self.wanted = self.run.next_draws()
-
-
-class _ProgressBar:
-    """Images done, draws a second and time left; an image in progress counts by the part of its budget it has used."""
-
-    def __init__(self, total: int | None, budget: int):
-        self.budget = budget
-        self.done = 0
-        self.draws_of_done = 0
-        self.bar = tqdm(
-            total=total,
-            desc="certifying",
-            # without counts: images under way make `n` a fraction
-            bar_format="{desc} "
-            + ("{percentage:3.0f}%|{bar}| {elapsed}<{remaining}" if total else "{elapsed}")
-            + "{postfix}",
-        )
-
-    def update(self, active: list[_Active]) -> None:
-        finished = [image for image in active if image.finished]
-        self.done += len(finished)
-        self.draws_of_done += sum(image.num_samples for image in finished)
-        under_way = [image.num_samples for image in active if not image.finished]
-        elapsed = self.bar.format_dict["elapsed"] or 1e-9
-        rate = (self.draws_of_done + sum(under_way)) / elapsed
-        self.bar.set_postfix_str(f"{self.done} images, {rate:.0f} draws/s", refresh=False)
-        self.bar.update(self.done + sum(under_way) / self.budget - self.bar.n)
-
-    def close(self) -> None:
-        self.bar.close()

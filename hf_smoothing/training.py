@@ -6,7 +6,6 @@ that a training which was killed and goes on from its last checkpoint ends with 
 
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -26,12 +25,8 @@ from transformers.hf_argparser import HfArg
 
 from .certificates import check_count
 from .crew import start_processes
-from .records import write_json
 from .training_images import Batch, seed_all
-
-LATEST = "latest"
-
-_CHECKPOINT = "step_"
+from .training_state import Log, Position, find_checkpoint, save_checkpoint
 
 _FREE = frozenset(
     ("output_dir", "num_train_epochs", "max_train_steps", "checkpointing_steps", "resume_from_checkpoint", "report_to")
@@ -130,22 +125,6 @@ class Batches(Protocol):
         ...
 
 
-@dataclass
-class _Position:
-    """Where a training is: part of a checkpoint."""
-
-    step: int = 0
-    epoch: int = 0
-    batch: int = 0  # of the epoch, on each process
-    seconds: float = 0.0  # spent on all steps so far
-
-    def state_dict(self) -> dict[str, float]:
-        return asdict(self)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-
-
 def parameter_groups(
     model: Any, learning_rate: float, weight_decay: float, layer_decay: float
 ) -> list[dict[str, Any]]:
@@ -215,7 +194,7 @@ def train(
     deciding = {name: value for name, value in asdict(settings).items() if name not in _FREE}
     identity = {**deciding, **identity, "steps": steps, "num_processes": accelerator.num_processes}
     identity = json.loads(json.dumps(identity))
-    checkpoint = _find_checkpoint(output_dir, settings.resume_from_checkpoint, identity)
+    checkpoint = find_checkpoint(output_dir, settings.resume_from_checkpoint, identity)
 
     model = model.to(memory_format=torch.channels_last)
     optimizer: Any = torch.optim.AdamW(
@@ -226,7 +205,7 @@ def train(
     plain = accelerator.unwrap_model(model, keep_torch_compile=False)
     average = ModelEmaV3(plain, settings.ema_decay, use_warmup=True) if settings.ema_decay else None
     final = plain if average is None else average.module
-    position, log = _Position(), _Log(output_dir, accelerator)
+    position, log = Position(), Log(output_dir, accelerator)
     # the scheduler is not prepared: that would make it take as many steps at once as there are processes
     accelerator.register_for_checkpointing(position, scheduler, log, *([average] if average else []))
     if checkpoint is not None:
@@ -262,7 +241,7 @@ def train(
             if position.step % settings.logging_steps == 0 or position.step == steps:
                 bar.set_postfix(loss=f"{log.write_loss(position, scheduler.get_last_lr()[-1]):.3f}")
             if settings.checkpointing_steps != "epoch" and position.step % int(settings.checkpointing_steps) == 0:
-                saved_at = _save_checkpoint(accelerator, output_dir, position, log, identity)
+                saved_at = save_checkpoint(accelerator, output_dir, position, log, identity)
         if position.batch == 0:
             raise ValueError("The stream holds fewer images than one update takes.")
         if evaluate is not None:
@@ -273,7 +252,7 @@ def train(
         if position.step < steps:
             position.epoch, position.batch = position.epoch + 1, 0
         if settings.checkpointing_steps == "epoch" and saved_at < position.step:
-            saved_at = _save_checkpoint(accelerator, output_dir, position, log, identity)
+            saved_at = save_checkpoint(accelerator, output_dir, position, log, identity)
     bar.close()
     return {
         "steps": steps,
@@ -309,117 +288,3 @@ def _set_training(model: nn.Module) -> None:
         parameters = list(module.parameters())
         if parameters and not any(parameter.requires_grad for parameter in parameters):
             module.eval()
-
-
-class _Log:
-    """
-    Lines of `training_log.jsonl`, and the losses since the last of them (part of a checkpoint).
-
-    Args:
-        output_dir: the training's folder.
-        accelerator: the processes and their trackers.
-    """
-
-    def __init__(self, output_dir: Path, accelerator: Accelerator):
-        self.path, self.accelerator = output_dir / "training_log.jsonl", accelerator
-        self.losses: list[torch.Tensor] = []
-        self.rows: list[dict[str, Any]] = []
-
-    def open(self, position: _Position, settings: dict[str, Any]) -> None:
-        """Begin the log, or go on with it: what was logged after the checkpoint will be logged again."""
-        if self.accelerator.is_main_process:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        plain = {
-            name: value if isinstance(value, (int, float, str)) else str(value) for name, value in settings.items()
-        }
-        self.accelerator.init_trackers("hf-smoothing", plain)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"losses": self.losses, "rows": self.rows}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.losses, self.rows = list(state["losses"]), list(state["rows"])
-
-    def share(self) -> None:
-        """The losses of this process become the means over all processes."""
-        if self.losses:
-            self.losses = list(self.accelerator.reduce(torch.stack(self.losses), "mean").cpu())
-
-    def write_loss(self, position: _Position, learning_rate: float) -> float:
-        """Log the mean loss since the last time, and return it."""
-        self.share()
-        loss = float(torch.stack(self.losses).mean())
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"The loss is {loss} by step {position.step}: lower the learning rate, or go on from the last checkpoint."
-            )
-        self.losses = []
-        self.write(position, "loss", loss, learning_rate=learning_rate)
-        return loss
-
-    def write(self, position: _Position, name: str, value: Any, **more: float) -> None:
-        self.rows.append({"step": position.step, "epoch": position.epoch, name: value, **more})
-        if self.accelerator.is_main_process:
-            with self.path.open("a") as file:
-                file.write(json.dumps(self.rows[-1]) + "\n")
-        self.accelerator.log({**(value if isinstance(value, dict) else {name: value}), **more}, step=position.step)
-
-    def last(self, name: str) -> Any:
-        return next((row[name] for row in reversed(self.rows) if name in row), None)
-
-
-def _save_checkpoint(
-    accelerator: Accelerator, output_dir: Path, position: _Position, log: _Log, identity: dict[str, Any]
-) -> int:
-    """Save everything it takes to go on, in place of the checkpoint before; whole or not at all. Returns the step."""
-    log.share()
-    folder, unfinished = output_dir / f"{_CHECKPOINT}{position.step}", output_dir / "unfinished-checkpoint"
-    accelerator.save_state(str(unfinished))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        write_json(identity, unfinished / "settings.json")
-        before = [one for one in _checkpoints(output_dir) if one != folder]
-        unfinished.rename(folder)
-        for one in before:
-            shutil.rmtree(one)
-    accelerator.wait_for_everyone()
-    return position.step
-
-
-def _checkpoints(output_dir: Path) -> list[Path]:
-    """Checkpoints in a folder, oldest first."""
-    found = [one for one in output_dir.glob(f"{_CHECKPOINT}*") if one.name.removeprefix(_CHECKPOINT).isdecimal()]
-    return sorted(found, key=lambda one: int(one.name.removeprefix(_CHECKPOINT)))
-
-
-def _find_checkpoint(output_dir: Path, asked: str | None, identity: dict[str, Any]) -> Path | None:
-    there = _checkpoints(output_dir)
-    if asked is None:
-        if there or (output_dir / "model.safetensors").exists():
-            raise ValueError(
-                f"{output_dir} holds a training: go on with it (--resume_from_checkpoint {LATEST}), or choose another "
-                "folder."
-            )
-        return None
-    if asked == LATEST:
-        if not there:
-            return None
-        found = there[-1]
-    else:
-        found = Path(asked)
-        if not (found / "settings.json").is_file():
-            raise ValueError(
-                f"There is no checkpoint at {asked!r}; {output_dir} has: {', '.join(map(str, there)) or 'none'}."
-            )
-    before = json.loads((found / "settings.json").read_text())
-    differing = [
-        f"{name}: {before.get(name)!r} -> {identity.get(name)!r}"
-        for name in {**before, **identity}
-        if before.get(name) != identity.get(name)
-    ]
-    if differing:
-        raise ValueError(
-            f"{found} is of a training with other settings ({'; '.join(differing)}): go on with those, or start a new one."
-        )
-    return found

@@ -29,8 +29,9 @@ from hf_smoothing.classifier_training import EvaluationSettings, load_to_finetun
 from hf_smoothing.labelled_images import LabelledImages
 from hf_smoothing.provenance import command_line, package_versions
 from hf_smoothing.records import write_json
-from hf_smoothing.training import LATEST, TrainingSettings
+from hf_smoothing.training import TrainingSettings
 from hf_smoothing.training_images import ImageSettings, names_of_classes
+from hf_smoothing.training_state import LATEST
 
 NORMS = ("layernorm", "batchnorm")
 
