@@ -141,21 +141,20 @@ def features_of(model: MixedNoiseViTForCountPrediction, pixels: torch.Tensor, ba
     return torch.cat(found)
 
 
-def build_count_model(model_name_or_path: str, counts: Counts, **options: Any) -> MixedNoiseViTForCountPrediction:
+def build_count_model(model_name_or_path: str, counts: Counts) -> MixedNoiseViTForCountPrediction:
     """
     A model with a fresh count head, for the noise levels that were counted.
 
     Args:
         model_name_or_path: a mixed-noise ViT on the Hub or in a local folder, whose encoder and classifier it takes over.
         counts: what it is to be trained on.
-        options: passed on to `from_pretrained`, such as `revision`.
 
     Raises:
         ValueError: for a model that cannot be loaded, or has other classes than were counted.
     """
     with loading(model_name_or_path):
         model = MixedNoiseViTForCountPrediction.from_pretrained(
-            model_name_or_path, dtype=torch.float32, count_sigmas=sorted(set(counts.sigmas.tolist())), **options
+            model_name_or_path, dtype=torch.float32, count_sigmas=sorted(set(counts.sigmas.tolist()))
         )
     names = [model.config.id2label[index] for index in range(model.config.num_labels)]
     if names != counts.settings["label_names"]:

@@ -240,7 +240,8 @@ def train(
                 average.update(plain, position.step)
             if position.step % settings.logging_steps == 0 or position.step == steps:
                 bar.set_postfix(loss=f"{log.write_loss(position, scheduler.get_last_lr()[-1]):.3f}")
-            if settings.checkpointing_steps != "epoch" and position.step % int(settings.checkpointing_steps) == 0:
+            due = settings.checkpointing_steps != "epoch" and position.step % int(settings.checkpointing_steps) == 0
+            if due and position.step < steps:  # the last one follows the model: who goes on from it finds that saved
                 saved_at = save_checkpoint(accelerator, output_dir, position, log, identity)
         if position.batch == 0:
             raise ValueError("The stream holds fewer images than one update takes.")
@@ -251,7 +252,7 @@ def train(
             save(final)
         if position.step < steps:
             position.epoch, position.batch = position.epoch + 1, 0
-        if settings.checkpointing_steps == "epoch" and saved_at < position.step:
+        if (settings.checkpointing_steps == "epoch" or position.step == steps) and saved_at < position.step:
             saved_at = save_checkpoint(accelerator, output_dir, position, log, identity)
     bar.close()
     return {

@@ -201,6 +201,18 @@ def test_a_finished_training_is_not_trained_on(settings):
     assert again["final_loss"] == whole["final_loss"]
 
 
+def test_killed_while_the_model_is_saved_it_is_saved_by_the_next_start(settings):
+    settings = replace(settings, checkpointing_steps="6", resume_from_checkpoint="latest", num_train_epochs=1)
+
+    def fail(model):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, evaluate=fail)
+    run(settings)
+    assert weights(settings.output_dir)
+
+
 def test_a_loss_that_is_not_finite_ends_the_training(settings):
     with pytest.raises(FloatingPointError, match="by step 4"):
         run(settings, loss=lambda *given: plain_loss(*given) * float("nan"))
