@@ -1,10 +1,12 @@
-"""Images under way in the engine, and the bar that shows how far they are."""
+"""Images under way in the engine, the bar that shows how far they are, and their certificates in order."""
+
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from .certificates import Counts, Run
+from .certificates import Certificate, Counts, Run
 from .noise import NoisyImage
 
 
@@ -71,3 +73,14 @@ class ProgressBar:
 
     def close(self) -> None:
         self.bar.close()
+
+
+def in_order(stream: Iterable[tuple[int, Certificate]]) -> Iterator[Certificate]:
+    """Certificates in the order of their images, each as soon as those before it are there."""
+    early: dict[int, Certificate] = {}
+    following = 0
+    for position, certificate in stream:
+        early[position] = certificate
+        while following in early:
+            yield early.pop(following)
+            following += 1

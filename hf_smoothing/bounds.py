@@ -5,6 +5,7 @@ scalars). `successes` of `trials` draws hit the class in question. Nothing here 
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,20 +18,26 @@ FloatArray = NDArray[np.float64]
 @dataclass(frozen=True)
 class OddsPrior:
     """
-    Where an e-process looks for p: at fixed distances above the null, each as likely as the others.
+    Where an e-process looks for p: at fixed distances above the null.
 
     Args:
         steps: by how much the log-odds of p may exceed those of the null; positive.
+        weights: how likely each of them is, positive, of sum 1; by default all alike.
 
     A prior that is smooth around p, such as a Beta, takes about `log(draws) / 2` more evidence than one that knows p; steps
     in geometric progression take `log(number of steps)`, which is less wherever draws matter.
     """
 
     steps: tuple[float, ...]
+    weights: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.steps or not all(0 < step < math.inf for step in self.steps):
             raise ValueError(f"steps={self.steps} must be one or more positive, finite numbers.")
+        if self.weights is not None and not (
+            len(self.weights) == len(self.steps) and min(self.weights) > 0 and abs(sum(self.weights) - 1) < 1e-9
+        ):
+            raise ValueError(f"weights={self.weights} must be {len(self.steps)} positive numbers of sum 1.")
 
     @classmethod
     def for_budget(cls, max_trials: int, alpha: float) -> "OddsPrior":
@@ -43,6 +50,28 @@ class OddsPrior:
         smallest = math.sqrt(8 * -math.log(alpha) / (max_trials / 4))
         count = max(0, math.floor(math.log(_LARGEST_STEP / smallest) / math.log(_STEP_RATIO)))
         return cls(tuple(_LARGEST_STEP / _STEP_RATIO**k for k in range(count + 1)))
+
+    def expecting(self, distances: Sequence[float], floor: float) -> "OddsPrior":
+        """
+        The same steps, most of their weight on those next to where p is thought to be.
+
+        A wrong guess costs `log(1/floor)` of evidence at most, never validity, as long as it is made before the first
+        counted draw.
+
+        Args:
+            distances: by how much the log-odds of p are thought to exceed those of the null; those below 0 say nothing.
+            floor: the share of the weight that all steps have alike, in (0, 1).
+        """
+        logs = np.log(self.steps)
+        guesses = np.log([distance for distance in distances if distance > 0])
+        if not len(guesses):
+            return self
+        nearness = np.exp(-0.5 * (np.subtract.outer(guesses, logs) / math.log(_STEP_RATIO)) ** 2)
+        # a guess far outside of the steps is near to none of them: the nearest has its weight
+        nearness = np.where(logs == logs[np.abs(np.subtract.outer(guesses, logs)).argmin(1)][:, None], 1.0, nearness)
+        shares = (nearness / nearness.sum(1, keepdims=True)).mean(0)
+        weights = (1 - floor) * shares + floor / len(logs)
+        return OddsPrior(self.steps, tuple((weights / weights.sum()).tolist()))
 
 
 _LARGEST_STEP = 4.5
@@ -107,7 +136,9 @@ def _log_e_value(hits: FloatArray, draws: FloatArray, null: FloatArray, prior: P
     if isinstance(prior, OddsPrior):
         steps = np.asarray(prior.steps)
         gains = np.multiply.outer(hits, steps) - draws[..., None] * np.log1p(np.multiply.outer(null, np.expm1(steps)))
-        return np.logaddexp.reduce(gains, axis=-1) - math.log(len(steps))
+        if prior.weights is None:
+            return np.logaddexp.reduce(gains, axis=-1) - math.log(len(steps))
+        return np.logaddexp.reduce(gains + np.log(prior.weights), axis=-1)
     a, b = prior
     with np.errstate(divide="ignore", invalid="ignore"):
         log_prior_mass = np.log(special.betaincc(a, b, null))

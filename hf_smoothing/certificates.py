@@ -48,6 +48,9 @@ class Certificate:
         seed: seed of the noise.
         dtype: floating-point type of the forward passes.
         compiled: whether they went through `torch.compile`.
+        delta: `marginal` only: the share of images, over calibration and test images, about which the claim may be wrong
+            besides alpha.
+        calibration: `marginal` only: the images that it was calibrated on, in words.
     """
 
     prediction: int
@@ -66,6 +69,8 @@ class Certificate:
     seed: int
     dtype: str
     compiled: bool = False
+    delta: float | None = None
+    calibration: str | None = None
 
     @property
     def abstains(self) -> bool:
@@ -92,6 +97,11 @@ def format_radius(radius: float, digits: int = 3) -> str:
 class NoiseDistribution(Protocol):
     """What a rule needs to know of a smoothing distribution."""
 
+    @property
+    def sigma(self) -> float:
+        """Its standard deviation, in `[0, 1]` pixels."""
+        ...
+
     def radius(self, p_a: float, p_b: float | None = None) -> float:
         """
         The radius certified where the top class has probability `p_a` or more and every other `p_b` or less (`1 - p_a` if
@@ -106,14 +116,33 @@ class NoiseDistribution(Protocol):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run proved: a class (or `ABSTAIN`), a lower bound of its probability and an upper bound of the others'."""
+    """
+    What a run proved: a class (or `ABSTAIN`), a lower bound of its probability and an upper bound of the others'; and
+    `delta` and `calibration` where it is true of most images only, as in [`Certificate`].
+    """
 
     prediction: int
     p_lower: float
     p_upper: float
+    delta: float | None = None
+    calibration: str | None = None
 
 
 ABSTENTION = Outcome(ABSTAIN, 0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class CleanPass:
+    """
+    What one pass over the clean image said.
+
+    Attributes:
+        scores: `(classes,)`: the base classifier's logits, or what a count head predicts.
+        frequencies: whether they are a count head's: expected class frequencies under noise, of sum 1.
+    """
+
+    scores: NDArray[np.float64]
+    frequencies: bool = False
 
 
 class Run(Protocol):
@@ -138,8 +167,10 @@ class Rule(Protocol):
     """Settings of a sampling rule, checked at construction; `start` begins the sampling of one image."""
 
     method: ClassVar[str]
-    guarantee: ClassVar[Guarantee]
     uses_clean_pass: ClassVar[bool]
+
+    @property
+    def guarantee(self) -> Guarantee: ...
 
     @property
     def alpha(self) -> float: ...
@@ -153,8 +184,8 @@ class Rule(Protocol):
         """Raise a `ValueError` if the rule can never claim what it is asked to."""
         ...
 
-    def start(self, noise: NoiseDistribution, clean_scores: NDArray[np.float64]) -> Run:
-        """Begin an image. `clean_scores`, `(classes,)`: the logits of the clean image, all 0 unless `uses_clean_pass`."""
+    def start(self, noise: NoiseDistribution, clean: CleanPass) -> Run:
+        """Begin an image with what its clean pass said; nothing but zeros unless `uses_clean_pass`."""
         ...
 
 

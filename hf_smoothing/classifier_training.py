@@ -17,10 +17,10 @@ from transformers.hf_argparser import HfArg
 from .certificates import check_count
 from .configuration_mixed_noise_vit import MixedNoiseViTConfig
 from .labelled_images import LabelledImages
+from .loading import loading
 from .modeling_mixed_noise_vit import MixedNoiseViTForImageClassification
 from .provenance import command_line, package_versions
 from .records import write_json
-from .smoothing import loading
 from .training import TrainingSettings, train
 from .training_images import ImageSettings, TrainingBatches
 

@@ -2,24 +2,22 @@
 
 import json
 import sys
-import time
-from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
-import torch
 import typer
 from rich.console import Console
 from rich.text import Text
 from transformers import pipeline
 
 from . import dataset_runs
-from .certificates import Certificate, format_radius
+from .calibration import CALIBRATION_FILE, Calibration
+from .certificates import format_radius
+from .count_predictor import calibrate_count_head
 from .crew import start_processes
-from .data import load_demo_images, to_pixels
 from .dataset_runs import RunSettings
-from .metrics.certified_accuracy import certified_accuracy
-from .noise import GaussianNoise
+from .demo import run_demo
+from .loading import loading
 from .plots import (
     picture_of_certificates,
     plot_certified_accuracy,
@@ -27,20 +25,17 @@ from .plots import (
     plot_true_class_frequency,
     require_matplotlib,
 )
-from .provenance import command_line, package_versions
-from .records import record, write_json, write_parquet
+from .provenance import command_line
 from .reports import (
     counted_draws,
     how_drawn,
     markdown,
     notes,
     other_rows,
-    percent,
     share_rows,
     summarize,
 )
 from .results import load_pictures, name_of_figure, read_results
-from .smoothing import SmoothedClassifier, loading
 from .tables import print_table
 
 app = typer.Typer(
@@ -52,8 +47,6 @@ app = typer.Typer(
     help="Certified robustness for image classifiers, by randomized smoothing.",
 )
 DEMO_MODEL = "model_cards/mixed-noise-vit-nano-cifar10"
-DEMO_IMAGES = "hf_smoothing/cifar10_demo.parquet"
-DEMO_RADII = (0.0, 0.25, 0.5)
 SHOWN_PICTURES = 60
 
 Model = Annotated[str, typer.Option(help="Image classifier: a name on the Hub or a local folder.")]
@@ -62,8 +55,17 @@ Alpha = Annotated[float, typer.Option(help="Probability that a certificate is wr
 Method = Annotated[
     str,
     typer.Option(
-        help="`sequential` draws until the question is settled, `fixed` is the usual protocol, `counts` only counts."
+        help="`sequential` draws until the question is settled, `fixed` is the usual protocol, `surrogate` asks a count "
+        "head alone, `counts` only counts."
     ),
+]
+CountHead = Annotated[
+    str | None,
+    typer.Option(help="Count head, on the Hub or in a local folder: `sequential` then draws less."),
+]
+Delta = Annotated[
+    float | None,
+    typer.Option(help="Share of the images that a calibrated count head may be wrong about (`surrogate`)."),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of the noise: the same seed gives the same certificates.")]
 BatchSize = Annotated[int, typer.Option(help="Draws in one forward pass.")]
@@ -87,6 +89,8 @@ def certify(
     ] = None,
     max_samples: Annotated[int | None, typer.Option(help="The most draws for one picture.")] = None,
     method: Method = "sequential",
+    count_head: CountHead = None,
+    delta: Delta = None,
     seed: Seed = 0,
     batch_size: BatchSize = 128,
     json_lines: Annotated[
@@ -101,6 +105,7 @@ def certify(
     Example: `hf-smoothing certify frog.png --model user/repo --sigma 0.5`
     """
     settings = {"alpha": alpha, "radius": radius, "max_samples": max_samples, "method": method, "seed": seed}
+    settings |= {"count_head": count_head, "delta": delta}
     try:
         with loading(model):
             pipe = pipeline("certified-image-classification", model=model, sigma=sigma, batch_size=batch_size)
@@ -164,6 +169,8 @@ def certify_dataset(
     tolerance: Annotated[
         float | None, typer.Option(help="Relative tolerance of the radius (`sequential` without radii).")
     ] = None,
+    count_head: CountHead = None,
+    delta: Delta = None,
     seed: Seed = 0,
     dtype: Annotated[str, typer.Option(help="Forward passes in `float32`, or in `bfloat16` (autocast).")] = "float32",
     batch_size: BatchSize = 128,
@@ -199,6 +206,8 @@ def certify_dataset(
             tolerance=tolerance,
             seed=seed,
             dtype=dtype,
+            count_head=count_head,
+            delta=delta,
         )
         summary = dataset_runs.certify_dataset(
             settings,
@@ -233,66 +242,53 @@ def demo(
 
     Run it in a clone of the repository, where the model is, or name a model with `--model`.
     """
-    started = time.monotonic()
-    console = Console()
     try:
-        require_matplotlib()  # and a folder to write to, before the work
-        output_dir.mkdir(parents=True, exist_ok=True)
-        settings = RunSettings(
-            model_name_or_path=model,
-            dataset_name=DEMO_IMAGES,
-            sigmas=(sigma,),
-            image_column="image",
-            label_column="label",
-            radii=DEMO_RADII,
-            alpha=alpha,
-            max_draws=max_samples,
-            seed=seed,
-        )
-        with loading(model):
-            smoothed = SmoothedClassifier.from_pretrained(model, GaussianNoise(sigma), batch_size=batch_size)
-        images = load_demo_images()
-        names = images.features["label"].names
-        if smoothed.class_names != names:
-            raise ValueError(f"{model} has the classes {smoothed.class_names}; the pictures have {names}.")
-        pictures, labels = list(images["image"]), list(images["label"])
-        certificates = smoothed.certify(
-            pictures, radii=DEMO_RADII, alpha=alpha, max_samples=max_samples, seed=seed, progress=True
-        )
+        run_demo(model, output_dir, sigma, alpha, max_samples, seed, batch_size)
     except (ImportError, OSError, TypeError, ValueError) as error:
         _fail(error)
-    rows = [record(index, label, names, one) for index, (label, one) in enumerate(zip(labels, certificates))]
-    write_parquet(rows, output_dir / "certificates.parquet")
-    predictions, radii = [found.prediction for found in certificates], [found.radius for found in certificates]
-    title = (
-        f"Certified at sigma = {sigma:g}, alpha = {alpha:g}: no change smaller than r "
-        f"({certificates[0].norm}, [0, 1] pixels) changes the answer"
-    )
-    for file, at_most in (("certificates.png", None), ("certificates-few.png", 30)):
-        picture_of_certificates(
-            pictures.__getitem__, predictions, radii, labels, names, title, output_dir / file, at_most=at_most
-        )
-    guarantees = [found.guarantee for found in certificates]
-    figures = certified_accuracy(predictions, labels, radii, DEMO_RADII, guarantees=guarantees)
-    run = {
-        "settings": {
-            **asdict(settings),
-            "dataset_fingerprint": None,
-            "dataset_label_names": names,
-            "label_names": names,
-        },
-        "image_shape": list(to_pixels(pictures[0], smoothed.image_processor).shape),
-        "sessions": [{"device": str(smoothed.device), "num_threads": torch.get_num_threads()}],
-        "command": command_line(),
-        "versions": package_versions(),
-        "num_records": len(rows),
-        "guarantee": figures["guarantee"],
-        "certified_accuracy": figures["certified_accuracy"],
-        "mean_draws": sum(found.num_samples for found in certificates) / len(certificates),
-        "seconds": time.monotonic() - started,
-    }
-    write_json(run, output_dir / "run.json")
-    _show_demo(console, run, certificates, labels, names, output_dir)
+
+
+@app.command()
+def calibrate(
+    count_head: Annotated[str, typer.Argument(help="Folder of a count head, which gets `calibration.json`.")],
+    run: Annotated[
+        Path,
+        typer.Argument(
+            help="Finished run of `certify-dataset --method fixed` on images that neither model nor head was trained on."
+        ),
+    ],
+) -> None:
+    """
+    Find out how far a count head's estimates must be lowered to be right about most images.
+
+    Afterwards `--method surrogate --delta 0.05` claims radii that exceed what Monte-Carlo certifies for at most one image
+    in twenty, among images like those of the run: guarantee `marginal`.
+
+    Example: `hf-smoothing calibrate my-counts runs/held-out`
+    """
+    try:
+        found = calibrate_count_head(count_head, run)
+    except (OSError, ValueError) as error:
+        _fail(error)
+    rows = [
+        {
+            "sigma": f"{sigma:g}",
+            "images": len(scores),
+            "overestimated": f"{100 * sum(score > 0 for score in scores) / len(scores):.1f} %",
+            "lowered at delta = 0.1": _shift(found, sigma, 0.1),
+            "at 0.05": _shift(found, sigma, 0.05),
+        }
+        for sigma, scores in found.scores.items()
+    ]
+    print_table(Console(), "How far the log-odds of p_A are lowered", rows)
+    typer.echo(f"Wrote {Path(count_head) / CALIBRATION_FILE}.")
+
+
+def _shift(calibration: Calibration, sigma: float, delta: float) -> str:
+    try:
+        return f"{calibration.shift(sigma, delta):.3f}"
+    except ValueError:
+        return "too few images"
 
 
 @app.command()
@@ -374,38 +370,3 @@ def report(
     for note in notes(found):
         console.print(note, markup=False, highlight=False)
     console.print(f"Wrote {folder / 'report.md'}, report.json and the pictures.", markup=False, soft_wrap=True)
-
-
-def _show_demo(
-    console: Console,
-    run: dict[str, Any],
-    certificates: list[Certificate],
-    labels: list[int],
-    names: list[str],
-    output_dir: Path,
-    shown: int = 40,
-) -> None:
-    rows = [
-        {
-            "image": index,
-            "label": names[label],
-            "prediction": "(abstains)" if found.abstains else names[found.prediction],
-            "radius": format_radius(found.radius),
-            "draws": found.num_samples,
-            "guarantee": found.guarantee,
-        }
-        for index, (found, label) in enumerate(zip(certificates[:shown], labels))
-    ]
-    (sigma,), alpha = run["settings"]["sigmas"], run["settings"]["alpha"]
-    print_table(
-        console, f"The first {len(rows)} of {len(labels)} pictures (sigma = {sigma:g}, alpha = {alpha:g})", rows
-    )
-    console.print(f"Certified accuracy over all {len(labels)} pictures, abstentions counted as wrong [95 % interval]:")
-    for row in run["certified_accuracy"]:
-        console.print(f"  r = {row['radius']:<5g} {percent(row)}", markup=False, highlight=False)
-    console.print(
-        f"{run['mean_draws']:.0f} forward passes a picture on average (the usual protocol takes 100,100), "
-        f"{run['seconds']:.0f} s in all."
-    )
-    written = f"Wrote {output_dir / 'certificates.parquet'} and {output_dir / 'certificates.png'}."
-    console.print(written, markup=False, soft_wrap=True)

@@ -1,94 +1,25 @@
 """Training a count head on the measured class counts of a run (arXiv 2402.07498)."""
 
-import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from accelerate import Accelerator
+from torch import nn
 from tqdm.auto import tqdm
-from transformers import AutoImageProcessor
+from transformers import AutoConfig, AutoImageProcessor
 
-from .labelled_images import LabelledImages
+from .configuration_mixed_noise_vit import MixedNoiseViTConfig
+from .loading import loading
+from .measured_counts import Counts
 from .modeling_count_prediction import LOSSES, MixedNoiseViTForCountPrediction
 from .provenance import command_line, package_versions
 from .records import write_json
-from .smoothing import loading
 from .training import TrainingSettings, train
 from .training_images import Batch
-
-
-@dataclass(frozen=True)
-class Counts:
-    """
-    Measured class counts, one row an image and noise level.
-
-    Attributes:
-        indices: `(rows,)`, of the image in its split.
-        sigmas: `(rows,)`, in `[0, 1]` pixels.
-        counts: `(rows, classes)`.
-        settings: of the run that they come from.
-    """
-
-    indices: np.ndarray
-    sigmas: np.ndarray
-    counts: np.ndarray
-    settings: dict[str, Any]
-
-    def open(self) -> LabelledImages:
-        """
-        The images that were counted.
-
-        Raises:
-            ValueError: where they are no longer those.
-        """
-        settings = self.settings
-        images = LabelledImages(
-            settings["dataset_name"],
-            config_name=settings["dataset_config_name"],
-            split=settings["split"],
-            image_column=settings["image_column"],
-            label_column=settings["label_column"],
-        )
-        if settings["dataset_fingerprint"] not in (None, images.fingerprint):
-            raise ValueError(
-                f"{settings['dataset_name']!r} is not what was counted: its files were changed, copied or touched since."
-            )
-        return images
-
-
-def read_counts(run_dir: Path) -> Counts:
-    """
-    The counts of a finished run, from `certify-dataset --method counts`.
-
-    Args:
-        run_dir: its folder.
-
-    Raises:
-        ValueError: for a run that is not finished, or of a method that stops early: its counts are biased.
-    """
-    if not (run_dir / "certificates.parquet").is_file():
-        raise ValueError(f"{run_dir} holds no finished run: certify-dataset --method counts makes one.")
-    settings = json.loads((run_dir / "run.json").read_text())["settings"]
-    if settings["method"] not in ("counts", "fixed"):
-        raise ValueError(
-            f"{run_dir} is of method {settings['method']!r}, which stops when it has seen enough: its counts are biased. "
-            "Use --method counts."
-        )
-    rows = pq.read_table(run_dir / "certificates.parquet", columns=["index", "sigma", "counts", "error"]).to_pylist()
-    rows = [row for row in rows if row["error"] is None]
-    if not rows:
-        raise ValueError(f"{run_dir} holds no counts: all of its images failed.")
-    return Counts(
-        np.array([row["index"] for row in rows]),
-        np.array([row["sigma"] for row in rows]),
-        np.array([row["counts"] for row in rows]),
-        settings,
-    )
 
 
 class CountBatches:
@@ -141,26 +72,45 @@ def features_of(model: MixedNoiseViTForCountPrediction, pixels: torch.Tensor, ba
     return torch.cat(found)
 
 
-def build_count_model(model_name_or_path: str, counts: Counts) -> MixedNoiseViTForCountPrediction:
+def build_count_model(
+    model_name_or_path: str, counts: Counts, own_backbone: bool = False
+) -> MixedNoiseViTForCountPrediction:
     """
     A model with a fresh count head, for the noise levels that were counted.
 
     Args:
         model_name_or_path: a mixed-noise ViT on the Hub or in a local folder, whose encoder and classifier it takes over.
-        counts: what it is to be trained on.
+        counts: what it is to be trained on; of any base classifier.
+        own_backbone: whether encoder and classifier are to be trained along. Then the classes may differ: the classifier is
+            begun anew.
 
     Raises:
-        ValueError: for a model that cannot be loaded, or has other classes than were counted.
+        ValueError: for a model that cannot be loaded, is none of ours, or has other classes than were counted.
     """
     with loading(model_name_or_path):
+        config = AutoConfig.from_pretrained(model_name_or_path)
+        if not isinstance(config, MixedNoiseViTConfig):
+            raise ValueError(
+                f"{model_name_or_path!r} is a {config.model_type} model; a count head stands on a mixed-noise ViT. For the "
+                "counts of another classifier name such a ViT and train its encoder along (own_backbone)."
+            )
+        names, counted = [config.id2label[index] for index in range(config.num_labels)], counts.settings["label_names"]
+        if names != counted and not own_backbone:
+            raise ValueError(
+                f"{model_name_or_path!r} has the classes {names}, the counts are of {counted}. Train its encoder along "
+                "(own_backbone), or name the classifier that was counted."
+            )
         model = MixedNoiseViTForCountPrediction.from_pretrained(
-            model_name_or_path, dtype=torch.float32, count_sigmas=sorted(set(counts.sigmas.tolist()))
+            model_name_or_path,
+            dtype=torch.float32,
+            count_sigmas=sorted(set(counts.sigmas.tolist())),
+            id2label=dict(enumerate(counted)),
+            label2id={name: index for index, name in enumerate(counted)},
+            ignore_mismatched_sizes=True,
         )
-    names = [model.config.id2label[index] for index in range(model.config.num_labels)]
-    if names != counts.settings["label_names"]:
-        raise ValueError(
-            f"{model_name_or_path!r} has the classes {names}, the counts are of {counts.settings['label_names']}."
-        )
+    if names != counted:
+        model.classifier = nn.Linear(config.hidden_size, len(counted))
+        model._init_weights(model.classifier)
     return model
 
 

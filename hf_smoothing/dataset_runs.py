@@ -18,8 +18,10 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from .certificates import Rule, check_count
+from .count_predictor import CountPredictor, read_calibration
 from .crew import Crew, Progress
 from .labelled_images import LabelledImages
+from .loading import loading
 from .noise import GaussianNoise
 from .records import (
     Record,
@@ -30,7 +32,7 @@ from .records import (
 )
 from .rules import make_rule
 from .run_folder import Plan, RunSummary, check_folder, is_right, merge, prepare, session_of
-from .smoothing import SmoothedClassifier, loading
+from .smoothing import SmoothedClassifier
 
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 """Types of the forward passes by name, as the engine takes them: float32 weights, under autocast or not."""
@@ -55,7 +57,9 @@ class RunSettings:
         every: take the images whose index in the split is a multiple of this.
         max_samples: take at most this many images.
         radii: radii to decide; `None` finds the radius of each image.
-        method: `sequential` or `fixed`, see [`make_rule`].
+        method: `sequential`, `fixed`, `surrogate` or `counts`, see [`make_rule`].
+        count_head: a count head on the Hub or in a local folder: `surrogate` asks it alone, `sequential` draws less with it.
+        delta: share of the images about which a calibrated count head may be wrong, `surrogate` only.
         alpha: probability that a certificate is wrong.
         max_draws: the most draws for one image.
         n0, n: draws of the `fixed` method.
@@ -86,6 +90,8 @@ class RunSettings:
     tolerance: float | None = None
     seed: int = 0
     dtype: str = "float32"
+    count_head: str | None = None
+    delta: float | None = None
 
     def __post_init__(self) -> None:
         check_count("every", self.every)
@@ -93,6 +99,12 @@ class RunSettings:
             check_count("max_samples", self.max_samples)
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r} is unknown: use {' or '.join(DTYPES)}.")
+        if self.method == "surrogate" and self.count_head is None:
+            raise ValueError("method='surrogate' takes a count head: pass count_head.")
+        if self.count_head is not None and self.method not in ("surrogate", "sequential"):
+            raise ValueError(
+                f"count_head={self.count_head!r} has no meaning for method {self.method!r}: leave it out."
+            )
         if not self.sigmas or len(set(self.sigmas)) < len(self.sigmas):
             raise ValueError(f"sigmas={self.sigmas} must be one or more different noise levels.")
         if not 0 <= self.seed < 2**63:  # records hold it as a 64-bit number
@@ -121,9 +133,13 @@ class RunSettings:
         return rule, reachable
 
     def _rule(self, radii: tuple[float, ...] | None) -> Rule:
-        names = ("alpha", "n0", "n", "tolerance")
+        names = ("alpha", "n0", "n", "tolerance", "delta")
         return make_rule(
-            self.method, radii=radii, max_samples=self.max_draws, **{name: getattr(self, name) for name in names}
+            self.method,
+            radii=radii,
+            max_samples=self.max_draws,
+            calibration=read_calibration(self.count_head) if self.count_head and self.delta is not None else None,
+            **{name: getattr(self, name) for name in names},
         )
 
     def _shows(self, radius: float, noise: GaussianNoise) -> bool:
@@ -195,6 +211,7 @@ def certify_dataset(
                 batch_size=batch_size,
                 device=accelerator.device,
                 autocast=DTYPES[settings.dtype],
+                count_head=settings.count_head,
                 **at,
             )
     names = list(smoothed.class_names or ())
@@ -291,21 +308,35 @@ def _on_main_first(accelerator: Accelerator, call: Callable[[], Found]) -> Found
     return box[0]
 
 
-def _identity(settings: RunSettings, images: LabelledImages, smoothed: SmoothedClassifier) -> Record:
-    """What must be the same for a run to be gone on with, as plain values. Processes, batch size and device may change."""
+def _calibration(settings: RunSettings, smoothed: SmoothedClassifier) -> Record | None:
+    found = smoothed.calibration
+    if settings.delta is None or found is None:
+        return None
+    shifts = {f"{sigma:g}": found.shift(sigma, settings.delta) for sigma in settings.sigmas}
+    return {"dataset": found.dataset, "model": found.model, "n": found.n, "alpha": found.alpha, "shifts": shifts}
+
+
+def _digest(model: torch.nn.Module) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    model: Any = smoothed.base_classifier
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    processor = smoothed.image_processor
+    return digest.hexdigest()
+
+
+def _identity(settings: RunSettings, images: LabelledImages, smoothed: SmoothedClassifier) -> Record:
+    """What must be the same for a run to be gone on with, as plain values. Processes, batch size and device may change."""
+    model: Any = smoothed.base_classifier
+    processor, head = smoothed.image_processor, smoothed.count_head
     return {
         **asdict(replace(settings, image_column=images.image_column, label_column=images.label_column)),
         "dataset_fingerprint": images.fingerprint,
         "dataset_label_names": images.class_names,
         "label_names": smoothed.class_names,
         "model_commit": getattr(model.config, "_commit_hash", None),
-        "model_weights": digest.hexdigest(),
+        "model_weights": _digest(model),
+        "count_head_weights": _digest(head.model) if isinstance(head, CountPredictor) else None,
+        "calibration": _calibration(settings, smoothed),
         "image_processor": type(processor).__name__,
         "image_processor.backend": getattr(processor, "backend", None),
         **{f"image_processor.{name}": value for name, value in processor.to_dict().items()},

@@ -146,6 +146,11 @@ class NoisyImage:
             self.torch_generator = torch.Generator(image.device).manual_seed(key & (2**63 - 1))
             self.ahead = image.new_empty((0, *image.shape))
 
+    @property
+    def sigma(self) -> float:
+        """The distribution's."""
+        return self.noise.sigma
+
     def radius(self, p_a: float, p_b: float | None = None) -> float:
         """As the distribution's, for bounds of the probabilities under the sampler."""
         return self.noise.radius(p_a - self.slack, (1 - p_a if p_b is None else p_b) + self.slack)

@@ -10,14 +10,16 @@ import torch
 from PIL.Image import Image
 from transformers import Pipeline
 
+from .active_images import in_order
 from .certificates import Certificate
+from .count_predictor import CountPredictor
 from .data import to_pixels
 from .noise import GaussianNoise
-from .rules import make_rule
-from .smoothing import SmoothedClassifier, in_order
+from .smoothing import SmoothedClassifier
 
 SETTINGS = (
-    "sigma", "seed", "progress", "method", "alpha", "radius", "radii", "max_samples", "n0", "n", "tolerance",
+    "sigma", "seed", "progress", "method", "alpha", "radius", "radii", "max_samples", "n0", "n", "tolerance", "delta",
+    "count_head",
 )  # fmt: skip
 
 
@@ -30,7 +32,10 @@ class CertifiedImageClassificationPipeline(Pipeline):
     - `sigma`: standard deviation of the Gaussian noise, in `[0, 1]` pixels. There is no default.
     - `alpha` (0.001): probability that a certificate is wrong.
     - `radius` or `radii`: decide these radii and stop as soon as that is settled. Without them the radius is found.
-    - `method` (`"sequential"`): or `"fixed"`, the usual protocol with a fixed number of draws.
+    - `method` (`"sequential"`): or `"fixed"`, the usual protocol with a fixed number of draws; or `"surrogate"`, what the
+      count head says without any draw, an estimate.
+    - `count_head`: a count head on the Hub or in a local folder. With it, `sequential` draws less.
+    - `delta`: for `"surrogate"`, the share of pictures that a calibrated count head may be wrong about.
     - `max_samples`: the most draws for one image.
     - `tolerance`, `n0`, `n`: see [`make_rule`].
     - `seed` (0): the same seed gives an image the same noise, and so the same certificate, whatever the batch size.
@@ -55,6 +60,7 @@ class CertifiedImageClassificationPipeline(Pipeline):
 
     def __init__(self, *args: Any, batch_size: int = 128, **kwargs: Any):
         super().__init__(*args, batch_size=batch_size, **kwargs)
+        self._count_heads: dict[str, CountPredictor] = {}
 
     def _sanitize_parameters(self, **settings: Any) -> tuple[dict, dict, dict]:
         for name in settings:
@@ -107,23 +113,34 @@ class CertifiedImageClassificationPipeline(Pipeline):
         seed: int = 0,
         method: str = "sequential",
         progress: bool = False,
+        count_head: str | Path | None = None,
         **rule_settings: Any,
     ) -> Iterator[Certificate]:
         if sigma is None:
             raise ValueError("sigma is missing: pass the noise level in [0, 1] pixels, such as sigma=0.25.")
-        rule = make_rule(method, **rule_settings)
+        head = None if count_head is None else self._load_count_head(str(count_head))
         smoothed = SmoothedClassifier(
             self.model,
             GaussianNoise(sigma),
             batch_size=batch_size,
             device=self.device,
             image_processor=self.image_processor,
+            count_head=head,
+            calibration=None if head is None else head.calibration,
         )
+        rule = smoothed.make_rule(method, **rule_settings)
         rule.check(smoothed.noise)
         if isinstance(inputs, list):
             images = list(images)  # a broken picture at the end must not cost the work before it
         total = len(inputs) if isinstance(inputs, Sized) else None
         return in_order(smoothed.certify_stream(images, rule, seed=seed, progress=progress, total=total))
+
+    def _load_count_head(self, name: str) -> CountPredictor:
+        """The count head of that name, once for all calls."""
+        if name not in self._count_heads:
+            names = [self.model.config.id2label[index] for index in range(self.model.config.num_labels)]
+            self._count_heads = {name: CountPredictor.from_pretrained(name, device=self.device, class_names=names)}
+        return self._count_heads[name]
 
     def postprocess(self, certificate: Certificate) -> dict[str, Any]:
         """The certificate as a dict, with the class's name in front."""

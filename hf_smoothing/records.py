@@ -38,6 +38,8 @@ SCHEMA = pa.schema(
         "sampling": pa.string(),
         "dtype": pa.string(),
         "compiled": pa.bool_(),
+        "delta": pa.float64(),
+        "calibration": pa.string(),
         "seconds": pa.float64(),  # of its process since the record before; images share batches: sums and means count
         "error": pa.string(),
     }

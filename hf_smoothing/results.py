@@ -249,6 +249,8 @@ def name_of_figure(guarantee: str | None) -> str:
         return "Certified accuracy as claimed (guarantee unknown)"
     if guarantee == NO_CERTIFICATE:
         return "Certified accuracy (every image failed)"
+    if guarantee == "marginal":
+        return "Certified accuracy (marginal guarantee: true of most images)"
     return "Estimated accuracy (not certified)" if guarantee == "none" else "Certified accuracy"
 
 

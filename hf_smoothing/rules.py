@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -10,8 +10,10 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from .bounds import clopper_pearson_lower
+from .calibration import Calibration, estimated_lower_bound
 from .certificates import (
     ABSTENTION,
+    CleanPass,
     Counts,
     Guarantee,
     NoiseDistribution,
@@ -70,8 +72,8 @@ class FixedRule:
             needed = math.floor(math.log(self.alpha) / math.log(p0)) + 1
             raise too_few("n", self.n, radius, noise.radius(self.alpha ** (1 / self.n)), needed)
 
-    def start(self, noise: NoiseDistribution, clean_scores: NDArray[np.float64]) -> "_FixedRun":
-        return _FixedRun(self, noise, len(clean_scores))
+    def start(self, noise: NoiseDistribution, clean: CleanPass) -> "_FixedRun":
+        return _FixedRun(self, noise, len(clean.scores))
 
 
 class _FixedRun:
@@ -135,8 +137,8 @@ class PredictRule:
             needed = math.ceil(math.log2(2 / self.alpha))
             raise ValueError(f"n={self.n} draws always abstain at alpha={self.alpha:g}: it takes at least {needed}.")
 
-    def start(self, noise: NoiseDistribution, clean_scores: NDArray[np.float64]) -> "_PredictRun":
-        return _PredictRun(self, len(clean_scores))
+    def start(self, noise: NoiseDistribution, clean: CleanPass) -> "_PredictRun":
+        return _PredictRun(self, len(clean.scores))
 
 
 class _CountRun:
@@ -191,8 +193,86 @@ class CountRule:
     def check(self, noise: NoiseDistribution) -> None:
         """Counting is always possible."""
 
-    def start(self, noise: NoiseDistribution, clean_scores: NDArray[np.float64]) -> "_CountRun":
-        return _CountRun(self, len(clean_scores))
+    def start(self, noise: NoiseDistribution, clean: CleanPass) -> "_CountRun":
+        return _CountRun(self, len(clean.scores))
+
+
+@dataclass(frozen=True)
+class SurrogateRule:
+    """
+    Draw nothing: take a count head's word for what draws would have said.
+
+    Args:
+        n: the draws that the head is taken to stand for.
+        alpha: level of the bound that they would have given.
+        delta: the share of images about which the claim may be wrong, in (0, 1): it lowers the radius as far as
+            `calibration` says that takes. Without it the radius is an estimate that guarantees nothing.
+        calibration: of the head; of the same `n` and `alpha`.
+
+    Raises:
+        ValueError: for a setting out of range, or a calibration of other draws.
+
+    Source: Accelerated Smoothing (arXiv 2402.07498); split conformal prediction for `delta`, see [`Calibration`].
+    """
+
+    n: int = 100_000
+    alpha: float = 0.001
+    delta: float | None = None
+    calibration: Calibration | None = None
+
+    method: ClassVar[str] = "surrogate"
+    uses_clean_pass: ClassVar[bool] = True
+    budget: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        check_count("n", self.n)
+        check_share("alpha", self.alpha)
+        if self.delta is None:
+            return
+        check_share("delta", self.delta)
+        if self.calibration is None:
+            raise ValueError(
+                f"delta={self.delta:g} takes a calibrated count head: run hf-smoothing calibrate, or leave it out."
+            )
+        for name in ("n", "alpha"):
+            if getattr(self, name) != getattr(self.calibration, name):
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is not that of the calibration, {getattr(self.calibration, name)}."
+                )
+
+    @property
+    def guarantee(self) -> Guarantee:
+        return "none" if self.delta is None else "marginal"
+
+    def check(self, noise: NoiseDistribution) -> None:
+        if self.calibration is not None and self.delta is not None:
+            self.calibration.shift(noise.sigma, self.delta)
+
+    def start(self, noise: NoiseDistribution, clean: CleanPass) -> "_SurrogateRun":
+        if not clean.frequencies:
+            raise ValueError("method='surrogate' takes a count head: pass count_head.")
+        return _SurrogateRun(self, noise, clean.scores)
+
+
+class _SurrogateRun:
+    def __init__(self, rule: SurrogateRule, noise: NoiseDistribution, frequencies: NDArray[np.float64]):
+        self.counts = np.zeros(len(frequencies), np.int64)
+        top = int(frequencies.argmax())
+        p_lower, on = float(estimated_lower_bound(frequencies[top], rule.n, rule.alpha)), None
+        if rule.calibration is not None and rule.delta is not None:
+            p_lower = rule.calibration.lowered(p_lower, noise.sigma, rule.delta)
+            on = rule.calibration.dataset
+        claimed = Outcome(top, p_lower, 1 - p_lower) if noise.radius(p_lower) > 0 else ABSTENTION
+        self._outcome = replace(claimed, delta=rule.delta, calibration=on)
+
+    def next_draws(self) -> int:
+        return 0
+
+    def update(self, counts: Counts) -> None:
+        raise AssertionError("no draws were asked for")
+
+    def outcome(self) -> Outcome:
+        return self._outcome
 
 
 def make_rule(
@@ -205,19 +285,23 @@ def make_rule(
     n0: int | None = None,
     n: int | None = None,
     tolerance: float | None = None,
+    delta: float | None = None,
+    calibration: Calibration | None = None,
 ) -> Rule:
     """
     A rule by name, from the settings that users give; those left at `None` take the rule's defaults.
 
     Args:
-        method: `"sequential"` or `"fixed"`; `"counts"` only counts.
+        method: `"sequential"` or `"fixed"`; `"surrogate"` asks a count head alone; `"counts"` only counts.
         alpha: probability of a wrong certificate, in (0, 1); without meaning for `counts`, which claims nothing.
         radius: one radius to decide.
         radii: several radii to decide, instead of `radius`.
         max_samples: the most draws for one image (for `fixed` it is `n`, unless a smaller one is given).
         n0: draws that choose the class, `fixed` only.
-        n: draws that bound its probability (`fixed`), or that are counted (`counts`).
+        n: draws that bound its probability (`fixed`), are counted (`counts`), or that the head stands for (`surrogate`).
         tolerance: relative tolerance of the radius, `sequential` without a radius only.
+        delta: the share of images about which a calibrated count head may be wrong, `surrogate` only.
+        calibration: the count head's.
 
     Raises:
         ValueError: for an unknown method, a setting out of range, or one that the method does not take.
@@ -242,12 +326,19 @@ def make_rule(
         if asked is not None:
             refused["tolerance"] = tolerance
         settings = {"radii": asked, "max_samples": max_samples, "tolerance": tolerance}
+    elif method == "surrogate":
+        rule, refused = SurrogateRule, {"radius": radius, "radii": radii, "max_samples": max_samples}
+        refused |= {"n0": n0, "tolerance": tolerance}
+        settings = {"n": n if n is not None or calibration is None else calibration.n, "delta": delta}
+        settings["calibration"] = calibration
     elif method == "counts":
         rule = lambda alpha, **chosen: CountRule(**chosen)  # noqa: E731
         refused = {"radius": radius, "radii": radii, "n0": n0, "tolerance": tolerance}
         settings = {"n": n if n is not None else max_samples}
     else:
-        raise ValueError(f"method={method!r} is unknown: use 'sequential', 'fixed' or 'counts'.")
+        raise ValueError(f"method={method!r} is unknown: use 'sequential', 'fixed', 'surrogate' or 'counts'.")
+    if method != "surrogate":
+        refused["delta"] = delta
     for name, value in refused.items():
         if value is not None:
             why = (

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import special
 
 from .bounds import (
     OddsPrior,
@@ -16,6 +17,7 @@ from .bounds import (
 )
 from .certificates import (
     ABSTENTION,
+    CleanPass,
     Counts,
     Guarantee,
     NoiseDistribution,
@@ -50,8 +52,10 @@ class SequentialRule:
         max_samples: the most draws for one image, besides its clean pass.
         tolerance: without `radii`, stop once the proved radius is at least `1 - tolerance` of what it can still
             become (the upper end of a 95 % confidence interval, or what the budget can show if that is less).
-        weight_floor: the part of alpha shared equally over all classes; the rest follows their rank on the clean image.
-        prior: prior of the e-processes; by default an [`OddsPrior`] for as many draws as there may be.
+        weight_floor: the part of alpha shared equally over all classes; the rest follows their rank on the clean image, or
+            that which a count head predicts.
+        prior: prior of the e-processes; by default an [`OddsPrior`] for as many draws as there may be. A count head moves
+            most of its weight to where it expects p; a wrong head costs draws, never validity.
 
     Raises:
         ValueError: for a setting out of range.
@@ -106,8 +110,23 @@ class SequentialRule:
         """What a single claim can have of alpha: the share of the class ranked first, bar the little that the floor adds."""
         return (1 - _UPPER_SHARE) * (1 - self.weight_floor) * (1 - _RANK_DECAY) * self.alpha
 
-    def start(self, noise: NoiseDistribution, clean_scores: NDArray[np.float64]) -> "_SequentialRun":
-        return _SequentialRun(self, noise, class_weights(clean_scores, self.weight_floor))
+    def start(self, noise: NoiseDistribution, clean: CleanPass) -> "_SequentialRun":
+        weights = class_weights(clean.scores, self.weight_floor)
+        return _SequentialRun(self, noise, weights, self._prior_for(noise, clean))
+
+    def _prior_for(self, noise: NoiseDistribution, clean: CleanPass) -> OddsPrior:
+        """The prior of the lower bounds, with a count head's help where there is one."""
+        prior = self._prior
+        if not clean.frequencies:
+            return prior
+        # rounded, so that the last bits of the head, which differ between batch sizes, decide nothing
+        log_odds = round(_ROUNDING * float(special.logit(np.clip(clean.scores.max(), 1e-6, 1 - 1e-6)))) / _ROUNDING
+        radii = self.radii
+        if radii is None:  # what will be claimed in the end
+            most = _lower(self.max_samples, self.max_samples, self._largest_alpha, prior)
+            radii = ((1 - self.tolerance) * noise.radius(min(float(special.expit(log_odds)), most)),)
+        nulls = [noise.probability_needed(radius) for radius in radii]
+        return prior.expecting([log_odds - float(special.logit(null)) for null in nulls], _PRIOR_FLOOR)
 
 
 def class_weights(scores: NDArray[np.float64], floor: float) -> NDArray[np.float64]:
@@ -127,6 +146,12 @@ def class_weights(scores: NDArray[np.float64], floor: float) -> NDArray[np.float
     return (1 - floor) * falling / falling.sum() + floor / len(scores)
 
 
+_PRIOR_FLOOR = 0.1
+"""The share of the prior's weight that a count head has no say in: a wrong head costs log(1/0.1) of evidence at most."""
+
+_ROUNDING = 16
+"""Parts of a unit that predicted log-odds are rounded to."""
+
 _RANK_DECAY = 0.1
 """About how often the answer under noise is not the class ranked next on the clean image."""
 
@@ -144,10 +169,11 @@ _ALPHA_KNOWN = 0.05
 
 
 class _SequentialRun:
-    def __init__(self, rule: SequentialRule, noise: NoiseDistribution, weights: NDArray[np.float64]):
+    def __init__(self, rule: SequentialRule, noise: NoiseDistribution, weights: NDArray[np.float64], prior: OddsPrior):
         self.rule = rule
         self.noise = noise
-        self.prior = rule._prior
+        self.prior = prior
+        self.prior_upper = rule._prior  # heads say where the top class is, not the others
         self.alphas_lower = (1 - _UPPER_SHARE) * rule.alpha * weights
         self.alpha_upper = _UPPER_SHARE * rule.alpha / len(weights)
         self.counts = np.zeros(len(weights), np.int64)
@@ -208,32 +234,33 @@ class _SequentialRun:
         """Whether these counts prove `radius`."""
         if self.noise.radius(hits / draws, runner_up / draws) <= radius:
             return False
-        if self._exceeds(hits, draws, self.noise.probability_needed(radius), self.alphas_lower[top]):
+        if _exceeds(hits, draws, self.noise.probability_needed(radius), self.alphas_lower[top], self.prior):
             return True
         # With the others bounded by p_b, the top class needs less: not where only two classes were seen, whose bounds say
         # the same, nor from 1/2 on. A larger p_b is sooner shown, and leaves more to show for the top class.
         low, high = runner_up / draws, 0.5
         for _ in range(_BISECTIONS if runner_up < draws - hits and low < high else 0):
             p_b = (low + high) / 2
-            bounded = self._exceeds(draws - runner_up, draws, 1 - p_b, self.alpha_upper)
-            enough = self._exceeds(hits, draws, self.noise.probability_needed(radius, p_b), self.alphas_lower[top])
+            needed = self.noise.probability_needed(radius, p_b)
+            bounded = _exceeds(draws - runner_up, draws, 1 - p_b, self.alpha_upper, self.prior_upper)
+            enough = _exceeds(hits, draws, needed, self.alphas_lower[top], self.prior)
             if bounded == enough:
                 return bounded
             low, high = (low, p_b) if bounded else (p_b, high)
         return False
 
-    def _exceeds(self, hits: float, draws: int, p0: float, alpha: float) -> bool:
-        return hits > p0 * draws and bool(log_e_value(hits, draws, p0, self.prior) >= -math.log(alpha))
-
     def _keep_better(self, top: int, hits: int, runner_up: int, draws: int) -> None:
         """Take the bounds that these counts prove, if they show a larger radius than those of earlier looks."""
-        p_lower, others = confidence_sequence_lower(
-            [hits, draws - runner_up], draws, [self.alphas_lower[top], self.alpha_upper], self.prior
-        ).tolist()
+        p_lower = _lower(hits, draws, self.alphas_lower[top], self.prior)
+        others = _lower(draws - runner_up, draws, self.alpha_upper, self.prior_upper)
         p_upper = min(1 - others, 1 - p_lower)
         shown = self.noise.radius(p_lower, p_upper)
         if shown > self._best_radius:
             self.best, self._best_radius = Outcome(top, p_lower, p_upper), shown
+
+
+def _exceeds(hits: float, draws: int, p0: float, alpha: float, prior: OddsPrior) -> bool:
+    return hits > p0 * draws and bool(log_e_value(hits, draws, p0, prior) >= -math.log(alpha))
 
 
 def _interval(hits: int, runner_up: int, draws: int, alpha: float) -> tuple[float, float]:

@@ -4,7 +4,6 @@ It knows a callable that maps a batch of pixels to logits, a noise distribution 
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from contextlib import contextmanager
 from itertools import count as count_from
 from pathlib import Path
 from typing import Any, overload
@@ -14,9 +13,12 @@ import torch
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from .active_images import ActiveImage, ProgressBar
-from .certificates import ABSTAIN, Certificate, Rule, check_count
+from .active_images import ActiveImage, ProgressBar, in_order
+from .calibration import Calibration
+from .certificates import ABSTAIN, Certificate, CleanPass, Rule, check_count
+from .count_predictor import CountPredictor
 from .data import to_pixels
+from .loading import check_weights
 from .noise import SmoothingNoise, image_key
 from .rules import PredictRule, make_rule
 
@@ -24,6 +26,7 @@ _FIRST_DRAWS = 8
 """About what an image wants right after its clean pass."""
 
 BaseClassifier = Callable[[torch.Tensor], Any]
+CountHead = Callable[[torch.Tensor, float], torch.Tensor]
 Images = Sequence[Any] | torch.Tensor
 
 
@@ -44,6 +47,9 @@ class SmoothedClassifier:
         autocast: run the forward passes in `torch.bfloat16` (or another type) where torch deems it safe; by default they run
             in the type of the weights. Certificates record either.
         compile: run the base classifier through `torch.compile`. Certificates record it.
+        count_head: maps clean pixels and sigma to the class frequencies expected under noise, `(batch, classes)` of sum 1,
+            such as a [`CountPredictor`]. `sequential` then draws less, and `surrogate` not at all.
+        calibration: of the count head, for `surrogate` with `delta`.
 
     Raises:
         ValueError: for a batch size below 1 or a module with weights that are not finite.
@@ -62,12 +68,14 @@ class SmoothedClassifier:
         class_names: Sequence[str] | None = None,
         autocast: torch.dtype | None = None,
         compile: bool = False,
+        count_head: CountHead | None = None,
+        calibration: Calibration | None = None,
     ):
         check_count("batch_size", batch_size)
         self.dtype = torch.float32
         if isinstance(base_classifier, nn.Module):
             base_classifier.eval()
-            _check_weights(base_classifier)
+            check_weights(base_classifier)
             parameter = next((one for one in base_classifier.parameters() if one.is_floating_point()), None)
             if parameter is not None:
                 self.dtype = parameter.dtype
@@ -76,6 +84,8 @@ class SmoothedClassifier:
         self.base_classifier = torch.compile(base_classifier, dynamic=True) if compile else base_classifier
         self.compiled = compile
         self.autocast = autocast
+        self.count_head = count_head
+        self.calibration = calibration
         self.noise = noise
         self.batch_size = batch_size
         self.device = torch.device(device or "cpu")
@@ -102,6 +112,7 @@ class SmoothedClassifier:
         device: torch.device | str | None = None,
         autocast: torch.dtype | None = None,
         compile: bool = False,
+        count_head: str | Path | None = None,
         **model_kwargs: Any,
     ) -> "SmoothedClassifier":
         """
@@ -114,6 +125,7 @@ class SmoothedClassifier:
             device: where to put the model; by default the CPU.
             autocast: type of the forward passes, see the class.
             compile: use `torch.compile`, see the class.
+            count_head: a count head on the Hub or in a local folder; its calibration comes with it.
             model_kwargs: passed on to `from_pretrained`. `dtype` is `torch.float32` unless given: certificates record it.
         """
         model_kwargs.setdefault("dtype", torch.float32)
@@ -124,6 +136,11 @@ class SmoothedClassifier:
         if device is not None:
             model = model.to(device)
         names = [name for _, name in sorted(model.config.id2label.items())]
+        head = (
+            None
+            if count_head is None
+            else CountPredictor.from_pretrained(count_head, device=device, class_names=names)
+        )
         return cls(
             model,
             noise,
@@ -132,6 +149,8 @@ class SmoothedClassifier:
             class_names=names,
             autocast=autocast,
             compile=compile,
+            count_head=head,
+            calibration=None if head is None else head.calibration,
         )
 
     @property
@@ -165,10 +184,12 @@ class SmoothedClassifier:
         Args:
             images: a batch tensor, a list or an iterator of images; each a tensor `(channels, height, width)`, float in
                 `[0, 1]` or uint8, or, with an image processor, a path, an address or a PIL image. All of one shape.
-            method: `"sequential"` (draw until the question is settled) or `"fixed"` (the usual protocol).
+            method: `"sequential"` (draw until the question is settled), `"fixed"` (the usual protocol), or `"surrogate"`
+                (ask the count head: an estimate, or with `delta` and its calibration a claim about most images).
             seed: seed of the noise. The same seed gives an image the same noise, whatever else is in the call.
             progress: show a progress bar.
-            settings: of the method, see [`make_rule`]: `alpha`, `radius`, `radii`, `max_samples`, `tolerance`, `n0`, `n`.
+            settings: of the method, see [`make_rule`]: `alpha`, `radius`, `radii`, `max_samples`, `tolerance`, `n0`, `n`,
+                `delta`.
 
         Returns:
             One certificate an image: a list; for an iterator an iterator, which gives each as soon as it and those before it
@@ -178,7 +199,15 @@ class SmoothedClassifier:
             ValueError: for settings that make no sense or images that are not pixels, before the first draw; for logits that
                 are not finite.
         """
-        return self._ordered(images, make_rule(method, **settings), seed, progress)
+        return self._ordered(images, self.make_rule(method, **settings), seed, progress)
+
+    def make_rule(self, method: str, **settings: Any) -> Rule:
+        """A rule by name, as [`rules.make_rule`], with the calibration of the count head where that matters."""
+        if method == "surrogate":
+            if self.count_head is None:
+                raise ValueError("method='surrogate' takes a count head: pass count_head.")
+            settings["calibration"] = self.calibration
+        return make_rule(method, **settings)
 
     @overload
     def predict(
@@ -278,7 +307,10 @@ class SmoothedClassifier:
                     active.append(self._admit(position, pixels, rule, seed))
                 if not active:
                     return
-                self._run_batch(active, rule)
+                if self.count_head is not None and rule.uses_clean_pass:
+                    self._ask_head(active, rule)
+                if not all(image.finished for image in active):
+                    self._run_batch([image for image in active if not image.finished], rule)
                 started = True
                 for image in [image for image in active if image.finished]:
                     yield image.position, self._certificate(image, rule, seed)
@@ -295,10 +327,27 @@ class SmoothedClassifier:
         noisy = self.noise.around(pixels, key)
         if position == 0:
             rule.check(noisy)  # once more: what the sampler is off by grows with the size of the images
+        if rule.uses_clean_pass:
+            return ActiveImage(position, noisy, None)
         if self._num_classes is None:
             self._num_classes = self._logits(pixels[None]).shape[1]
-        run = None if rule.uses_clean_pass else rule.start(noisy, np.zeros(self._num_classes))
-        return ActiveImage(position, noisy, run)
+        return ActiveImage(position, noisy, rule.start(noisy, CleanPass(np.zeros(self._num_classes))))
+
+    def _ask_head(self, active: list[ActiveImage], rule: Rule) -> None:
+        """Begin the images that wait for their clean pass with what the count head says of them."""
+        assert self.count_head is not None
+        waiting = [image for image in active if image.run is None]
+        if not waiting:
+            return
+        frequencies = self.count_head(torch.stack([image.noisy.image for image in waiting]), self.noise.sigma)
+        found = frequencies.double().cpu().numpy()
+        if found.shape[:1] != (len(waiting),) or not (np.abs(found.sum(1) - 1) < 1e-3).all() or not (found >= 0).all():
+            raise ValueError(
+                "The count head returned something else than class frequencies: shares of sum 1 an image."
+            )
+        for image, shares in zip(waiting, found):
+            image.num_samples += 1
+            image.begin(rule.start(image.noisy, CleanPass(shares, frequencies=True)))
 
     def _run_batch(self, active: list[ActiveImage], rule: Rule) -> None:
         """One forward pass of at most `batch_size` draws, oldest images first; updates the images it served."""
@@ -326,7 +375,7 @@ class SmoothedClassifier:
         for (image, take), image_counts in zip(served, counts):
             image.num_samples += take
             if image.run is None:
-                image.begin(rule.start(image.noisy, logits[first_row].double().cpu().numpy()))
+                image.begin(rule.start(image.noisy, CleanPass(logits[first_row].double().cpu().numpy())))
             else:
                 image.take(image_counts, take)
             first_row += take
@@ -351,6 +400,8 @@ class SmoothedClassifier:
             seed=seed,
             dtype=self.precision,
             compiled=self.compiled,
+            delta=outcome.delta,
+            calibration=outcome.calibration,
         )
 
     def _logits(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -363,32 +414,3 @@ class SmoothedClassifier:
         if logits.ndim != 2 or len(logits) != len(pixels):
             raise ValueError(f"The base classifier returned shape {tuple(logits.shape)} for {len(pixels)} images.")
         return logits
-
-
-def in_order(stream: Iterable[tuple[int, Certificate]]) -> Iterator[Certificate]:
-    """Certificates in the order of their images, each as soon as those before it are there."""
-    early: dict[int, Certificate] = {}
-    following = 0
-    for position, certificate in stream:
-        early[position] = certificate
-        while following in early:
-            yield early.pop(following)
-            following += 1
-
-
-@contextmanager
-def loading(model: str) -> Iterator[None]:
-    """Name the model that could not be loaded, since transformers does not always: a `ValueError` for an `OSError`."""
-    try:
-        yield
-    except OSError as error:
-        where = "" if Path(model).exists() else "There is no such folder, and on the Hub: "
-        raise ValueError(f"The model {model!r} cannot be loaded. {where}{error}") from error
-
-
-def _check_weights(module: nn.Module) -> None:
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise ValueError(
-                f"The weights of {name!r} are not all finite: the checkpoint is broken or was not loaded."
-            )

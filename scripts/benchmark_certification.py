@@ -24,6 +24,7 @@ from scipy import special
 
 from hf_smoothing import GaussianNoise, SequentialRule, SmoothedClassifier, load_demo_images
 from hf_smoothing.bounds import clopper_pearson_lower
+from hf_smoothing.certificates import CleanPass
 from hf_smoothing.data import to_pixels
 from hf_smoothing.provenance import command_line, package_versions
 
@@ -44,7 +45,7 @@ Sampler = Callable[[int], np.ndarray]
 
 def ours(draw: Sampler, radius: float, noise: GaussianNoise, alpha: float, scores: np.ndarray) -> tuple[bool, int]:
     """The sequential rule; its clean pass counts as a draw."""
-    run = SequentialRule(radii=(radius,), alpha=alpha, max_samples=BUDGET).start(noise, scores)
+    run = SequentialRule(radii=(radius,), alpha=alpha, max_samples=BUDGET).start(noise, CleanPass(scores))
     spent = 1
     while wanted := run.next_draws():
         run.update(draw(wanted))

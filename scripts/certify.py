@@ -34,7 +34,13 @@ def parse_args() -> argparse.Namespace:
         "--radii", type=float, nargs="+", help="decide these radii; without them each image's radius is found"
     )
     parser.add_argument(
-        "--method", default="sequential", help="sequential (default); fixed: the usual protocol; counts: only count"
+        "--method",
+        default="sequential",
+        help="sequential (default); fixed: the usual protocol; surrogate: ask the count head alone; counts: only count",
+    )
+    parser.add_argument("--count_head", help="count head, on the Hub or in a local folder: sequential then draws less")
+    parser.add_argument(
+        "--delta", type=float, help="share of the images that a calibrated count head may be wrong about (surrogate)"
     )
     parser.add_argument(
         "--alpha", type=float, default=0.001, help="probability that a certificate is wrong (default: 0.001)"

@@ -15,7 +15,8 @@ import torch
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
-from hf_smoothing.count_training import build_count_model, read_counts, train_count_head
+from hf_smoothing.count_training import build_count_model, train_count_head
+from hf_smoothing.measured_counts import read_counts
 from hf_smoothing.modeling_count_prediction import LOSSES
 from hf_smoothing.training import TrainingSettings
 
@@ -47,7 +48,7 @@ def main() -> None:
         accelerator = settings.start()
         counts = read_counts(Path(head.counts))
         torch.manual_seed(settings.seed)
-        model = build_count_model(head.model_name_or_path, counts)
+        model = build_count_model(head.model_name_or_path, counts, head.own_backbone)
         train_count_head(
             model,
             counts,

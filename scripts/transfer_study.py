@@ -5,11 +5,13 @@
 
 Pretraining {mixture of clean and noisy images, clean, one sigma} x norm {LayerNorm, BatchNorm} x finetuning {clean,
 mixture}: six trainings from scratch, twelve finetunings, each evaluated under noise and certified. The default sizes fit two
-CPU cores; for a GPU raise the steps and the model. Run again, it goes on. Writes OUTPUT_DIR/results.json and a picture.
+CPU cores; for a GPU raise the steps and the model. Run again, it goes on; two starts with `--part 1/2` and `2/2` share the
+arms, and a third without it puts them together. Writes OUTPUT_DIR/results.json and a picture.
 """
 
 import json
 import math
+import re
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -59,9 +61,23 @@ class StudySettings:
     eval_samples: int = HfArg(default=1000, help="images for the accuracy under noise")
     eval_draws: int = HfArg(default=5, help="noisy copies of each, of which the majority counts")
     certify_samples: int = HfArg(default=100, help="of them, images that are certified")
+    train_samples: int = HfArg(default=25_000, help="images of each dataset to train on; reading them all takes long")
     max_draws: int = HfArg(default=100, help="the most draws to certify one image")
     alpha: float = HfArg(default=0.001, help="probability that a certificate is wrong")
     seed: int = HfArg(default=0, help="of everything that is random")
+    part: str | None = HfArg(
+        default=None, help="`1/2`: only every second pretraining and what follows it, from the first on"
+    )
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[1-9]/[1-9]", self.part or "1/1") or self.chosen[0] >= self.chosen[1]:
+            raise ValueError(f"part={self.part!r} must be such as 1/2: the first of two.")
+
+    @property
+    def chosen(self) -> tuple[int, int]:
+        """Which arms this start works on: those whose number leaves this rest, when divided by how many share them."""
+        part, parts = map(int, (self.part or "1/1").split("/"))
+        return part - 1, parts
 
     @property
     def levels(self) -> list[float]:
@@ -87,7 +103,7 @@ def train_arm(
     finished = folder / "results" / "training.json"
     if finished.exists():
         return json.loads(finished.read_text())
-    image_settings = ImageSettings(dataset_name, sigmas=sigmas)
+    image_settings = ImageSettings(dataset_name, sigmas=sigmas, max_train_samples=settings.train_samples)
     images = image_settings.open()
     names = names_of_classes(images)
     torch.manual_seed(settings.seed)
@@ -232,9 +248,14 @@ def draw(settings: StudySettings, arms: list[dict[str, Any]], path: Path) -> Non
 
 
 def main() -> None:
-    (settings,) = HfArgumentParser(StudySettings, description=__doc__).parse_args_into_dataclasses()
+    try:
+        (settings,) = HfArgumentParser(StudySettings, description=__doc__).parse_args_into_dataclasses()
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     output_dir, started = Path(settings.output_dir), time.monotonic()
-    asked = json.loads(json.dumps({name: value for name, value in asdict(settings).items() if name != "output_dir"}))
+    asked = json.loads(
+        json.dumps({name: value for name, value in asdict(settings).items() if name not in ("output_dir", "part")})
+    )
     settings_file = output_dir / "settings.json"
     if settings_file.exists() and json.loads(settings_file.read_text()) != asked:
         sys.exit(f"error: {output_dir} holds a study with other settings, see {settings_file}: choose another folder.")
@@ -244,7 +265,10 @@ def main() -> None:
     trained: dict[str, dict[str, Any]] = {}
     found: dict[tuple[str, str, str], dict[str, Any]] = {}
     arms = [(name, norm) for norm in NORMS for name in settings.mixtures]
+    part, parts = settings.chosen
     for number, (name, norm) in enumerate(arms, 1):
+        if (number - 1) % parts != part:
+            continue
         base = output_dir / f"pretrained-{name.replace(' ', '-')}-{norm}"
         print(f"Pretraining {number} of {len(arms)}: {name}, {norm}", flush=True)
         sigmas = settings.mixtures[name]
@@ -260,6 +284,9 @@ def main() -> None:
             if not found:
                 pixels, labels = images_to_evaluate(settings, folder)
             found[name, norm, finetuning] = evaluate_arm(settings, folder, pixels, labels)
+    if parts > 1:
+        print(f"Part {settings.part} is done; start without --part once all parts are.")
+        return
     results = {
         "command": command_line(),
         "settings": asked,

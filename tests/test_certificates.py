@@ -12,7 +12,7 @@ from hf_smoothing import (
     UniformNoise,
     format_radius,
 )
-from hf_smoothing.certificates import ABSTENTION
+from hf_smoothing.certificates import ABSTENTION, CleanPass
 from hf_smoothing.rules import make_rule
 from hf_smoothing.sequential import class_weights
 
@@ -22,7 +22,7 @@ RUNS = 20_000
 
 def sample(rule, probabilities, generator, scores=None, noise=NOISE):
     """Run a rule on draws with known class probabilities; the outcome and the draws it took."""
-    run = rule.start(noise, np.log(probabilities) if scores is None else scores)
+    run = rule.start(noise, CleanPass(np.log(probabilities) if scores is None else scores))
     taken = 0
     while draws := run.next_draws():
         run.update(generator.multinomial(draws, probabilities))
@@ -164,7 +164,7 @@ def test_a_hopeless_radius_is_given_up_early_and_the_best_so_far_is_kept():
 
 
 def test_a_claim_stands_when_later_draws_speak_less_clearly():
-    run = SequentialRule(radii=(0.5, 1.0)).start(NOISE, np.zeros(2))
+    run = SequentialRule(radii=(0.5, 1.0)).start(NOISE, CleanPass(np.zeros(2)))
     while run.outcome().prediction != 0:
         run.update(np.array([run.next_draws(), 0]))
     claimed = run.outcome()
@@ -201,7 +201,7 @@ def test_the_radius_is_found_to_the_tolerance():
 
 
 def test_fixed_takes_its_draws_and_does_not_count_the_selection():
-    run = FixedRule(n0=10, n=50).start(NOISE, np.zeros(2))
+    run = FixedRule(n0=10, n=50).start(NOISE, CleanPass(np.zeros(2)))
     assert run.next_draws() == 10
     run.update(np.array([0, 10]))
     assert run.next_draws() == 50
@@ -276,7 +276,7 @@ def test_too_few_draws_for_the_radius_are_refused_with_the_number_it_takes(metho
     make_rule(method, radius=radius, max_samples=needed).check(NOISE)
     with pytest.raises(ValueError, match="can never certify"):
         make_rule(method, radius=radius, max_samples=needed - 1).check(NOISE)
-    run = make_rule(method, radius=radius, max_samples=needed + 5).start(NOISE, np.zeros(1))
+    run = make_rule(method, radius=radius, max_samples=needed + 5).start(NOISE, CleanPass(np.zeros(1)))
     while draws := run.next_draws():
         run.update(np.array([draws]))
     assert NOISE.radius(run.outcome().p_lower) >= radius

@@ -11,11 +11,11 @@ from hf_smoothing.count_training import (
     CountBatches,
     build_count_model,
     prediction_errors,
-    read_counts,
     train_count_head,
 )
 from hf_smoothing.crew import start_processes
 from hf_smoothing.dataset_runs import RunSettings, certify_dataset
+from hf_smoothing.measured_counts import read_counts
 from hf_smoothing.rules import make_rule
 from hf_smoothing.training import TrainingSettings
 

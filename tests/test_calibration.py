@@ -1,0 +1,107 @@
+import json
+import re
+
+import numpy as np
+import pytest
+from scipy import special
+
+from hf_smoothing import GaussianNoise, clopper_pearson_lower
+from hf_smoothing.calibration import Calibration, conformal_scores, estimated_lower_bound
+from hf_smoothing.certificates import CleanPass
+from hf_smoothing.rules import SurrogateRule, make_rule
+
+NOISE = GaussianNoise(0.5)
+
+
+def simulate(generator, images, n=1000, alpha=0.001):
+    """Images of known p, their Monte-Carlo certificates, and a head that errs by a good deal and has favourites."""
+    p = generator.beta(2, 1, images)
+    measured = generator.binomial(n, p)
+    p_lower = clopper_pearson_lower(measured, n, alpha)
+    predictions = np.where(p_lower > 0.5, 0, -1)
+    guess = special.expit(special.logit(p) + generator.normal(0.3, 0.7, images))
+    return np.stack([guess, 1 - guess], 1), predictions, p_lower
+
+
+@pytest.mark.parametrize("delta", [0.1, 0.05])
+def test_lowered_estimates_exceed_the_monte_carlo_bound_about_delta_of_the_time(delta):
+    generator = np.random.default_rng(0)
+    missed, claimed = [], []
+    for _ in range(300):
+        probabilities, predictions, p_lower = simulate(generator, 150)
+        scores = conformal_scores(probabilities[:100], predictions[:100], p_lower[:100], 1000, 0.001)
+        calibration = Calibration({0.5: tuple(scores)}, 1000, 0.001, "simulated", "simulated")
+        rule = SurrogateRule(1000, 0.001, delta, calibration)
+        for frequencies, prediction, proved in zip(probabilities[100:], predictions[100:], p_lower[100:]):
+            found = rule.start(NOISE, CleanPass(frequencies, frequencies=True)).outcome()
+            holds = found.prediction == -1 or (found.prediction == prediction and found.p_lower <= proved)
+            missed.append(not holds)
+            claimed.append(found.prediction != -1)
+    # binomial error of 15,000 images in 300 groups that share a calibration: measured, not assumed
+    error = np.std(np.reshape(missed, (300, 50)).mean(1)) / np.sqrt(300)
+    assert np.mean(missed) <= delta + 3 * error
+    assert np.mean(missed) > delta / 2  # no more cautious than need be
+    assert np.mean(claimed) > 0.3
+
+
+def test_scores():
+    probabilities = np.array([[0.9, 0.1], [0.1, 0.9], [0.9, 0.1], [0.5, 0.5], [0.9, 0.1]])
+    scores = conformal_scores(
+        probabilities, np.array([0, 0, -1, 0, 0]), np.array([0.8, 0.8, 0.0, 0.8, 0.99]), 1000, 0.001
+    )
+    estimated = special.logit(float(clopper_pearson_lower(900, 1000, 0.001)))
+    assert scores[0] == pytest.approx(estimated - special.logit(0.8))
+    assert scores[1] == scores[2] == pytest.approx(estimated)  # another answer, and none: every claim is too much
+    assert scores[3] == -np.inf  # nothing is claimed
+    assert scores[4] < 0
+
+
+def test_the_estimate_is_what_the_paper_says():
+    assert estimated_lower_bound(0.98765, 1000, 0.01) == clopper_pearson_lower(987, 1000, 0.01)
+    assert estimated_lower_bound(1.0, 1000, 0.01) == clopper_pearson_lower(1000, 1000, 0.01)
+
+
+def test_the_quantile_is_that_of_split_conformal_prediction(tmp_path):
+    scores = tuple(np.random.default_rng(0).permutation(np.arange(1.0, 20.0)))
+    calibration = Calibration({0.25: scores, 0.5: (-1.0,) * 19}, 1000, 0.001, "images", "model")
+    assert calibration.shift(0.25, 0.1) == 18  # the 18th of 19: ceil(20 * 0.9)
+    assert calibration.shift(0.25, 0.05) == 19
+    assert calibration.shift(0.5, 0.1) == 0  # an estimate is never raised
+    assert calibration.lowered(0.9, 0.5, 0.1) == pytest.approx(0.9)
+    with pytest.raises(ValueError, match="takes at least 99 images"):
+        calibration.shift(0.25, 0.01)
+    with pytest.raises(ValueError, match=r"sigma=1 was not calibrated, only 0\.25, 0\.5 was"):
+        calibration.shift(1.0, 0.1)
+    calibration.save(tmp_path / "calibration.json")
+    assert Calibration.load(tmp_path / "calibration.json") == calibration
+
+
+@pytest.mark.parametrize(
+    "content", ["no json", "[]", json.dumps({"scores": {}}), json.dumps({"scores": {"0.5": [1]}})]
+)
+def test_a_file_that_holds_no_calibration(tmp_path, content):
+    (tmp_path / "calibration.json").write_text(content)
+    with pytest.raises(ValueError, match=r"holds no calibration|takes scores"):
+        Calibration.load(tmp_path / "calibration.json")
+
+
+def test_settings_that_do_not_fit():
+    calibration = Calibration({0.5: (0.1,) * 19}, 1000, 0.001, "images", "model")
+    assert make_rule("surrogate", delta=0.1, calibration=calibration).n == 1000
+    for settings, message in (
+        ({"delta": 0.1}, "takes a calibrated count head"),
+        ({"delta": 1.5, "calibration": calibration}, "delta=1.5 must lie strictly between"),
+        (
+            {"delta": 0.1, "calibration": calibration, "alpha": 0.01},
+            "alpha=0.01 is not that of the calibration, 0.001",
+        ),
+        ({"delta": 0.1, "calibration": calibration, "n": 10}, "n=10 is not that of the calibration, 1000"),
+        ({"radius": 0.5}, "radius=0.5 has no meaning for method 'surrogate'"),
+        ({"max_samples": 5}, "max_samples=5 has no meaning"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            make_rule("surrogate", **settings)
+    with pytest.raises(ValueError, match=r"delta=0\.1 has no meaning for method 'sequential'"):
+        make_rule("sequential", delta=0.1)
+    with pytest.raises(ValueError, match="sigma=1 was not"):
+        make_rule("surrogate", delta=0.1, calibration=calibration).check(GaussianNoise(1.0))

@@ -1,0 +1,138 @@
+"""Count heads in the engine: what they may steer, and what they must not be able to break."""
+
+import numpy as np
+import pytest
+import torch
+
+from hf_smoothing import GaussianNoise, SequentialRule, SmoothedClassifier
+from hf_smoothing.bounds import OddsPrior, log_e_value
+from hf_smoothing.calibration import Calibration
+from hf_smoothing.certificates import CleanPass
+
+NOISE = GaussianNoise(0.5)
+
+
+def right_head(linear):
+    """Knows the linear classifier's frequencies in closed form."""
+
+    def head(pixels, sigma):
+        share = torch.special.ndtr(linear.margin(pixels).double() / sigma)
+        return torch.stack([1 - share, share], 1)
+
+    return head
+
+
+def wrong_head(linear):
+    def head(pixels, sigma):
+        wrong = (linear.margin(pixels) < 0).double() * 0.998 + 0.001
+        return torch.stack([1 - wrong, wrong], 1)
+
+    return head
+
+
+def run(rule, probabilities, generator, clean):
+    process, taken = rule.start(NOISE, clean), 0
+    while wanted := process.next_draws():
+        process.update(generator.multinomial(wanted, probabilities))
+        taken += wanted
+    return process.outcome(), taken
+
+
+@pytest.mark.parametrize("predicted", [[0.999, 0.001], [0.001, 0.999], [0.7, 0.3]])
+def test_a_wrong_head_makes_no_wrong_claims(predicted):
+    """p just under what the radius takes, where a wrong claim is likeliest."""
+    generator, needed = np.random.default_rng(1), NOISE.probability_needed(0.5)
+    rule = SequentialRule(radii=(0.5,), alpha=0.05, max_samples=60)
+    clean = CleanPass(np.array(predicted), frequencies=True)
+    found = [run(rule, [needed, 1 - needed], generator, clean) for _ in range(1500)]
+    wrong = np.mean([outcome.p_lower > needed and outcome.prediction == 0 for outcome, _ in found])
+    assert wrong <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 1500)
+    assert max(taken for _, taken in found) <= 60
+    if predicted[0] > 0.5:
+        assert wrong > 0.01  # the test has something to see
+
+
+def test_a_head_that_knows_p_saves_draws_and_a_wrong_one_costs_few():
+    probabilities = np.array([0.97, 0.03])
+    rule = SequentialRule(radii=(0.5,), max_samples=10_000)
+    spent = {}
+    for name, clean in (
+        ("none", CleanPass(np.array([2.0, 0.0]))),
+        ("right", CleanPass(probabilities, frequencies=True)),
+        ("wrong", CleanPass(np.array([0.85, 0.15]), frequencies=True)),
+        ("permuted", CleanPass(np.array([0.001, 0.999]), frequencies=True)),
+    ):
+        generator = np.random.default_rng(2)
+        found = [run(rule, probabilities, generator, clean) for _ in range(250)]
+        assert np.mean([NOISE.radius(outcome.p_lower) >= 0.5 for outcome, _ in found]) > 0.95
+        spent[name] = np.mean([taken for _, taken in found])
+    assert spent["right"] < 0.95 * spent["none"]
+    assert spent["wrong"] < 1.3 * spent["none"]
+    assert spent["permuted"] < 1.6 * spent["none"]
+
+
+def test_the_prior_moves_to_where_p_is_expected():
+    prior = OddsPrior.for_budget(10_000, 0.001)
+    moved = prior.expecting([1.0], 0.1)
+    assert moved.steps == prior.steps
+    assert moved.weights is not None
+    assert sum(moved.weights) == pytest.approx(1)
+    assert min(moved.weights) >= 0.1 / len(prior.steps)
+    assert abs(np.log(moved.steps[int(np.argmax(moved.weights))])) < np.log(1.6)
+    assert prior.expecting([-1.0, 0.0], 0.1) is prior  # out of reach: nothing to expect
+    far = prior.expecting([50.0], 0.1)
+    assert far.weights is not None
+    assert far.weights[0] > 0.4
+    # never more than log(1/floor) behind, wherever p is
+    for hits in (60, 80, 100):
+        behind = float(log_e_value(hits, 100, 0.5, prior) - log_e_value(hits, 100, 0.5, moved))
+        assert behind <= np.log(10) + 1e-9
+    with pytest.raises(ValueError, match="2 positive numbers of sum 1"):
+        OddsPrior((1.0, 2.0), (0.5, 0.6))
+
+
+def test_the_surrogate_takes_the_heads_word_and_draws_nothing(linear, small_images):
+    smoothed = SmoothedClassifier(linear, NOISE, count_head=right_head(linear), batch_size=5)
+    found = smoothed.certify(small_images, method="surrogate")
+    exact = linear.exact_radius(small_images)
+    for certificate, radius, margin in zip(found, exact.tolist(), linear.margin(small_images).tolist()):
+        assert (certificate.guarantee, certificate.num_samples, sum(certificate.counts)) == ("none", 1, 0)
+        assert certificate.prediction == (-1 if certificate.radius == 0 else int(margin > 0))
+        assert radius - 0.1 < certificate.radius + 0.01 * (certificate.radius == 0) or radius < 0.02
+        assert certificate.radius <= radius + 1e-6
+    assert [one.radius for one in smoothed.certify(small_images[3:], method="surrogate")] == [
+        one.radius for one in found[3:]
+    ]
+
+
+def test_a_calibrated_surrogate_says_what_it_rests_on(linear, small_images):
+    calibration = Calibration({0.5: (0.5,) * 19}, 100_000, 0.001, "nineteen images", "linear")
+    smoothed = SmoothedClassifier(linear, NOISE, count_head=right_head(linear), calibration=calibration)
+    lowered = smoothed.certify(small_images, method="surrogate", delta=0.05)
+    for one, estimate in zip(lowered, smoothed.certify(small_images, method="surrogate")):
+        assert (one.guarantee, one.delta, one.calibration) == ("marginal", 0.05, "nineteen images")
+        assert (estimate.guarantee, estimate.delta, estimate.calibration) == ("none", None, None)
+        assert one.radius < estimate.radius or estimate.radius == 0
+    with pytest.raises(ValueError, match="takes a count head"):
+        SmoothedClassifier(linear, NOISE).certify(small_images, method="surrogate")
+
+
+@pytest.mark.parametrize("make_head", [right_head, wrong_head])
+def test_certificates_hold_whatever_the_head_says(linear, small_images, make_head):
+    smoothed = SmoothedClassifier(linear, NOISE, count_head=make_head(linear), batch_size=50)
+    found = smoothed.certify(small_images, radii=[0.1, 0.3], max_samples=2000)
+    again = SmoothedClassifier(linear, NOISE, count_head=make_head(linear), batch_size=7).certify(
+        small_images, radii=[0.1, 0.3], max_samples=2000
+    )
+    assert found == again
+    for certificate, radius in zip(found, linear.exact_radius(small_images).tolist()):
+        assert certificate.guarantee == "per_input"
+        assert certificate.radius <= radius
+        if radius > 0.5:
+            assert certificate.radius >= 0.3
+
+
+def test_heads_that_say_something_else_are_refused(linear, small_images):
+    smoothed = SmoothedClassifier(linear, NOISE, count_head=lambda pixels, sigma: linear(pixels))
+    with pytest.raises(ValueError, match="something else than class frequencies"):
+        smoothed.certify(small_images, radius=0.3)
