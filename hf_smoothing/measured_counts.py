@@ -20,6 +20,7 @@ class Counts:
         indices: `(rows,)`, of the image in its split.
         sigmas: `(rows,)`, in `[0, 1]` pixels.
         counts: `(rows, classes)`.
+        labels: `(rows,)`, true classes.
         predictions: `(rows,)`, class that was certified; -1 on abstention.
         p_lower: `(rows,)`, lower bound of its probability.
         settings: of the run that they come from.
@@ -28,6 +29,7 @@ class Counts:
     indices: np.ndarray
     sigmas: np.ndarray
     counts: np.ndarray
+    labels: np.ndarray
     predictions: np.ndarray
     p_lower: np.ndarray
     settings: dict[str, Any]
@@ -76,8 +78,10 @@ def read_counts(run_dir: Path) -> Counts:
     rows = [row for row in rows if row["error"] is None]
     if not rows:
         raise ValueError(f"{run_dir} holds no counts: all of its images failed.")
-    indices, sigmas, counts, predictions, p_lower = (np.array([row[name] for row in rows]) for name in _COLUMNS)
-    return Counts(indices, sigmas, counts, predictions, p_lower, settings)
+    indices, sigmas, counts, labels, predictions, p_lower = (
+        np.array([row[name] for row in rows]) for name in _COLUMNS
+    )
+    return Counts(indices, sigmas, counts, labels, predictions, p_lower, settings)
 
 
-_COLUMNS = ("index", "sigma", "counts", "prediction", "p_lower")
+_COLUMNS = ("index", "sigma", "counts", "label", "prediction", "p_lower")

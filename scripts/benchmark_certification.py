@@ -27,6 +27,7 @@ from hf_smoothing.bounds import clopper_pearson_lower
 from hf_smoothing.certificates import CleanPass
 from hf_smoothing.data import to_pixels
 from hf_smoothing.provenance import command_line, package_versions
+from hf_smoothing.simulation import simulate, wald_draws
 
 BUDGET = 100_000
 USUAL = 100 + BUDGET
@@ -34,24 +35,7 @@ STAGES = (100, 1_000, 10_000, BUDGET)
 RADII = (0.25, 0.5, 0.75, 1.0)
 
 
-def wald(p: float, p0: float, alpha: float) -> float:
-    """Draws below which no sound test of `p > p0` can stay on average."""
-    divergence = special.rel_entr(p, p0) + special.rel_entr(1 - p, 1 - p0)
-    return float(np.log(1 / alpha) / divergence)
-
-
 Sampler = Callable[[int], np.ndarray]
-
-
-def ours(draw: Sampler, radius: float, noise: GaussianNoise, alpha: float, scores: np.ndarray) -> tuple[bool, int]:
-    """The sequential rule; its clean pass counts as a draw."""
-    run = SequentialRule(radii=(radius,), alpha=alpha, max_samples=BUDGET).start(noise, CleanPass(scores))
-    spent = 1
-    while wanted := run.next_draws():
-        run.update(draw(wanted))
-        spent += wanted
-    found = run.outcome()
-    return noise.radius(found.p_lower, found.p_upper) >= radius, spent
 
 
 def uncut(draw: Sampler, radius: float, noise: GaussianNoise, alpha: float, step: int = 8) -> tuple[bool, int]:
@@ -96,7 +80,7 @@ def draws_to_decide(
     for radius in RADII:
         p0 = noise.probability_needed(radius)
         clears = frequencies.max(1) > p0
-        bound = np.array([wald(p, p0, alpha) for p in frequencies[clears].max(1)])
+        bound = np.array([wald_draws(p, p0, alpha) for p in frequencies[clears].max(1)])
         # an image whose p is within a hair of p0 is nobody's to claim: leave out what the budget cannot decide
         decidable = bound <= BUDGET / 4
         found: dict[str, list[tuple[bool, int]]] = {"ours": [], "uncut": [], "staged": []}
@@ -105,8 +89,11 @@ def draws_to_decide(
             def draw(count: int, p: np.ndarray = p) -> np.ndarray:
                 return generator.multinomial(count, p)
 
+            rule, clean = SequentialRule(radii=(radius,), alpha=alpha, max_samples=BUDGET), CleanPass(image_scores)
             for _ in range(repeats):
-                found["ours"].append(ours(draw, radius, noise, alpha, image_scores))
+                outcome, spent_on = simulate(rule, noise, p, clean, generator)
+                # the clean pass counts as a draw
+                found["ours"].append((noise.radius(outcome.p_lower, outcome.p_upper) >= radius, 1 + spent_on))
                 found["uncut"].append(uncut(draw, radius, noise, alpha))
                 found["staged"].append(staged(draw, radius, noise, alpha))
         spent = {name: np.array([n for _, n in runs]).reshape(-1, repeats).mean(1) for name, runs in found.items()}

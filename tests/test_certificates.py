@@ -15,6 +15,7 @@ from hf_smoothing import (
 from hf_smoothing.certificates import ABSTENTION, CleanPass
 from hf_smoothing.rules import make_rule
 from hf_smoothing.sequential import class_weights
+from hf_smoothing.simulation import simulate
 
 NOISE = GaussianNoise(1.0)
 RUNS = 20_000
@@ -22,12 +23,9 @@ RUNS = 20_000
 
 def sample(rule, probabilities, generator, scores=None, noise=NOISE):
     """Run a rule on draws with known class probabilities; the outcome and the draws it took."""
-    run = rule.start(noise, CleanPass(np.log(probabilities) if scores is None else scores))
-    taken = 0
-    while draws := run.next_draws():
-        run.update(generator.multinomial(draws, probabilities))
-        taken += draws
-    return run.outcome(), taken
+    return simulate(
+        rule, noise, probabilities, CleanPass(np.log(probabilities) if scores is None else scores), generator
+    )
 
 
 def wrong_share(rule, p, seed=0, runs=RUNS, is_wrong=None):

@@ -8,6 +8,7 @@ from hf_smoothing import GaussianNoise, SequentialRule, SmoothedClassifier
 from hf_smoothing.bounds import OddsPrior, log_e_value
 from hf_smoothing.calibration import Calibration
 from hf_smoothing.certificates import CleanPass
+from hf_smoothing.simulation import simulate
 
 NOISE = GaussianNoise(0.5)
 
@@ -30,21 +31,13 @@ def wrong_head(linear):
     return head
 
 
-def run(rule, probabilities, generator, clean):
-    process, taken = rule.start(NOISE, clean), 0
-    while wanted := process.next_draws():
-        process.update(generator.multinomial(wanted, probabilities))
-        taken += wanted
-    return process.outcome(), taken
-
-
 @pytest.mark.parametrize("predicted", [[0.999, 0.001], [0.001, 0.999], [0.7, 0.3]])
 def test_a_wrong_head_makes_no_wrong_claims(predicted):
     """p just under what the radius takes, where a wrong claim is likeliest."""
     generator, needed = np.random.default_rng(1), NOISE.probability_needed(0.5)
     rule = SequentialRule(radii=(0.5,), alpha=0.05, max_samples=60)
     clean = CleanPass(np.array(predicted), frequencies=True)
-    found = [run(rule, [needed, 1 - needed], generator, clean) for _ in range(1500)]
+    found = [simulate(rule, NOISE, [needed, 1 - needed], clean, generator) for _ in range(1500)]
     wrong = np.mean([outcome.p_lower > needed and outcome.prediction == 0 for outcome, _ in found])
     assert wrong <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 1500)
     assert max(taken for _, taken in found) <= 60
@@ -63,7 +56,7 @@ def test_a_head_that_knows_p_saves_draws_and_a_wrong_one_costs_few():
         ("permuted", CleanPass(np.array([0.001, 0.999]), frequencies=True)),
     ):
         generator = np.random.default_rng(2)
-        found = [run(rule, probabilities, generator, clean) for _ in range(250)]
+        found = [simulate(rule, NOISE, probabilities, clean, generator) for _ in range(250)]
         assert np.mean([NOISE.radius(outcome.p_lower) >= 0.5 for outcome, _ in found]) > 0.95
         spent[name] = np.mean([taken for _, taken in found])
     assert spent["right"] < 0.95 * spent["none"]

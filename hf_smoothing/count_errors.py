@@ -1,0 +1,165 @@
+"""How far a count head's estimates are off, over all images: those it gets wrong are in every figure."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .bounds import FloatArray
+from .calibration import Calibration, conformal_scores, estimated_lower_bound
+from .certificates import ABSTAIN
+from .noise import GaussianNoise
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """
+    Estimates beside the Monte-Carlo certificates of the same images, at one noise level.
+
+    Attributes:
+        sigma: the noise level, in `[0, 1]` pixels.
+        probabilities: `(images, classes)`, predicted.
+        counts: `(images, classes)`, measured with `n` draws each.
+        predictions: `(images,)`, class of the Monte-Carlo certificate; -1 where it abstains.
+        p_lower: `(images,)`, its lower bound of p_A.
+        labels: `(images,)`, true classes.
+        alpha: level of the certificates.
+    """
+
+    sigma: float
+    probabilities: FloatArray
+    counts: NDArray[np.int64]
+    predictions: NDArray[np.int64]
+    p_lower: FloatArray
+    labels: NDArray[np.int64]
+    alpha: float
+
+    @property
+    def n(self) -> int:
+        return int(self.counts[0].sum())
+
+    @property
+    def top(self) -> NDArray[np.int64]:
+        """The class predicted to be the most frequent one."""
+        return self.probabilities.argmax(1)
+
+    def radii(self, p_lower: FloatArray) -> FloatArray:
+        """Radii from lower bounds of p_A; 0 where they show nothing."""
+        noise = GaussianNoise(self.sigma)
+        return np.array([noise.radius(float(p)) for p in p_lower])
+
+    @property
+    def estimated(self) -> FloatArray:
+        return self.radii(estimated_lower_bound(self.probabilities.max(1), self.n, self.alpha))
+
+    @property
+    def measured(self) -> FloatArray:
+        return np.where(self.predictions == ABSTAIN, 0.0, self.radii(self.p_lower))
+
+    def scores(self) -> FloatArray:
+        """Of [`calibration.conformal_scores`]."""
+        return conformal_scores(self.probabilities, self.predictions, self.p_lower, self.n, self.alpha)
+
+
+def errors(one: Comparison, radii: Sequence[float], bins: int = 10) -> dict[str, Any]:
+    """
+    Disagreement, over- and underestimation, the calibration of the predicted p_A, and what both certify.
+
+    An estimate is too large where it exceeds the radius that Monte-Carlo proves for the *same* class; where Monte-Carlo
+    abstains or answers otherwise, that radius is 0.
+
+    Args:
+        one: estimates and certificates.
+        radii: to count at.
+        bins: of the calibration curve, equally many images in each.
+    """
+    estimated = one.estimated
+    same = one.top == one.predictions
+    proved = np.where(same, one.measured, 0.0)
+    error = estimated - proved
+    over, under = error > 0, error < 0
+    share = np.take_along_axis(one.counts, one.top[:, None], 1)[:, 0] / one.n
+    predicted = one.probabilities.max(1)
+    edges = [-np.inf, 0.0, *(radius for radius in radii if radius > 0), np.inf]
+    return {
+        "sigma": one.sigma,
+        "images": len(error),
+        "n": one.n,
+        "disagreement": float((one.top != one.counts.argmax(1)).mean()),
+        "overestimated": float(over.mean()),
+        "mean_excess": _mean(error[over]),
+        "underestimated": float(under.mean()),
+        "mean_shortfall": _mean(-error[under]),
+        "by_radius": [
+            {
+                "above": None if np.isinf(low) else low,
+                "up_to": None if np.isinf(high) else high,
+                "images": int(inside.sum()),
+                "overestimated": _mean(over[inside]),
+                "mean_error": _mean(error[inside]),
+            }
+            for low, high in pairwise(edges)
+            if (inside := (one.measured > low) & (one.measured <= high)).any()
+        ],
+        "accuracy": {
+            "monte_carlo": _accuracy(one.predictions == one.labels, one.measured, radii),
+            "estimate": _accuracy((one.top == one.labels) & (estimated > 0), estimated, radii),
+        },
+        "calibration_curve": [
+            {"predicted": float(predicted[rows].mean()), "measured": float(share[rows].mean()), "images": len(rows)}
+            for rows in np.array_split(np.argsort(predicted, kind="stable"), bins)
+            if len(rows)
+        ],
+    }
+
+
+def random_splits(
+    one: Comparison, delta: float, radii: Sequence[float], splits: int = 200, seed: int = 0
+) -> dict[str, Any]:
+    """
+    Calibrate on a random half of the images, judge on the other; again and again.
+
+    Args:
+        one: estimates and certificates.
+        delta: share of images about which the claim may be wrong.
+        radii: to count at.
+        splits: how many.
+        seed: of the halves.
+
+    Returns:
+        `miss_rate`, the share of images whose lowered estimate exceeds what Monte-Carlo proves, over all splits;
+        `binomial_error`, the standard error that one half of so many images has; and the accuracy of the lowered estimates.
+    """
+    generator = np.random.default_rng(seed)
+    scores, bounds = one.scores(), estimated_lower_bound(one.probabilities.max(1), one.n, one.alpha)
+    right = one.top == one.labels
+    missed, shares = [], []
+    for _ in range(splits):
+        order = generator.permutation(len(scores))
+        half, rest = order[: len(order) // 2], order[len(order) // 2 :]
+        calibration = Calibration({one.sigma: tuple(scores[half])}, one.n, one.alpha, "a random half", "")
+        lowered = np.array([calibration.lowered(float(p), one.sigma, delta) for p in bounds[rest]])
+        claimed = one.radii(lowered)
+        proved = np.where(one.top[rest] == one.predictions[rest], one.measured[rest], 0.0)
+        missed.append(float((claimed > proved).mean()))
+        shares.append([float((right[rest] & (claimed > 0) & (claimed >= radius)).mean()) for radius in radii])
+    return {
+        "delta": delta,
+        "splits": splits,
+        "miss_rate": float(np.mean(missed)),
+        "binomial_error": float(np.sqrt(delta * (1 - delta) / (len(scores) - len(scores) // 2))),
+        "accuracy": [
+            {"radius": radius, "share": float(share)} for radius, share in zip(radii, np.mean(shares, axis=0))
+        ],
+    }
+
+
+def _accuracy(right: NDArray[np.bool_], found: FloatArray, radii: Sequence[float]) -> list[dict[str, float]]:
+    return [{"radius": radius, "share": float((right & (found >= radius)).mean())} for radius in radii]
+
+
+def _mean(values: NDArray[Any]) -> float | None:
+    return float(values.mean()) if len(values) else None

@@ -1,0 +1,235 @@
+"""How good is a count head? Its estimates beside Monte-Carlo certificates of the same images, none left out.
+
+    accelerate launch scripts/certify.py --model_name_or_path my-model --dataset_name uoft-cs/cifar10 --every 20 \\
+        --sigma 0.25 0.5 1 --method fixed --n 10000 --output_dir runs/fixed
+    python scripts/count_head_study.py --model my-model --count_head my-counts --run runs/fixed \\
+        --output_dir my-counts/results
+
+Writes OUTPUT_DIR/study.json and a picture: disagreement, over- and underestimation, the calibration of the predicted p_A,
+the accuracy of estimate and conformal radius beside Monte-Carlo, the draws of the sequential rule with and without the
+head, seconds an image, and after how many images the training is paid back.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from matplotlib.figure import Figure
+from tqdm.auto import tqdm
+
+from hf_smoothing import GaussianNoise, SequentialRule, SmoothedClassifier
+from hf_smoothing.certificates import CleanPass
+from hf_smoothing.count_errors import Comparison, errors, random_splits
+from hf_smoothing.count_predictor import CountPredictor, predict_counts
+from hf_smoothing.measured_counts import Counts, read_counts
+from hf_smoothing.provenance import command_line, package_versions
+from hf_smoothing.records import write_json
+from hf_smoothing.simulation import simulate, wald_draws
+
+RADII = (0.0, 0.25, 0.5, 0.75, 1.0)
+DELTAS = (0.1, 0.05)
+BUDGET = 100_000
+USUAL = 100 + BUDGET
+
+
+def comparisons(measured: Counts, probabilities: np.ndarray) -> list[Comparison]:
+    """One for each noise level."""
+    return [
+        Comparison(
+            float(sigma),
+            probabilities[rows],
+            measured.counts[rows],
+            measured.predictions[rows],
+            measured.p_lower[rows],
+            measured.labels[rows],
+            measured.settings["alpha"],
+        )
+        for sigma in np.unique(measured.sigmas)
+        for rows in [measured.sigmas == sigma]
+    ]
+
+
+def heads(frequencies: np.ndarray, predicted: np.ndarray) -> dict[str, CleanPass]:
+    """What the sampler may be told of an image: nothing but a ranking, the head's word, and two lies."""
+    permuted = np.roll(predicted, 1)
+    sure = np.full(len(predicted), 0.001 / (len(predicted) - 1))
+    sure[permuted.argmax()] = 0.999
+    return {
+        "without": CleanPass(np.log(predicted)),
+        "with": CleanPass(predicted, frequencies=True),
+        "permuted": CleanPass(permuted, frequencies=True),
+        "permuted_and_sure": CleanPass(sure, frequencies=True),
+        "knowing": CleanPass(frequencies, frequencies=True),
+    }
+
+
+def draws_to_decide(one: Comparison, radius: float, seed: int) -> dict[str, Any] | None:
+    """Mean draws over the images whose measured p_A clears the radius and that a quarter of the budget can decide."""
+    noise = GaussianNoise(one.sigma)
+    p0 = noise.probability_needed(radius)
+    frequencies = one.counts / one.n
+    # a class measured in every draw has a p below 1 that nobody knows: as if one draw had missed half
+    top = np.minimum(frequencies.max(1), 1 - 0.5 / one.n)
+    bounds = np.array([wald_draws(p, p0, one.alpha) if p > p0 else np.inf for p in top])
+    chosen = np.flatnonzero(bounds <= BUDGET / 4)
+    if not len(chosen):
+        return None
+    rule = SequentialRule(radii=(radius,), alpha=one.alpha, max_samples=BUDGET)
+    spent: dict[str, list[int]] = {}
+    claimed: dict[str, list[bool]] = {}
+    for image in tqdm(chosen, f"sigma {one.sigma:g}, radius {radius:g}", leave=False):
+        for name, clean in heads(frequencies[image], one.probabilities[image]).items():
+            generator = np.random.default_rng([seed, int(image)])
+            found, draws = simulate(rule, noise, frequencies[image], clean, generator)
+            spent.setdefault(name, []).append(1 + draws)  # the clean pass counts
+            claimed.setdefault(name, []).append(noise.radius(found.p_lower, found.p_upper) >= radius)
+    wald = float(bounds[chosen].mean())
+    return {
+        "sigma": one.sigma,
+        "radius": radius,
+        "images": len(chosen),
+        "wald": wald,
+        "draws": {name: float(np.mean(draws)) for name, draws in spent.items()},
+        "claimed": {name: float(np.mean(claims)) for name, claims in claimed.items()},
+    }
+
+
+def seconds_an_image(args: argparse.Namespace, predictor: CountPredictor, measured: Counts) -> dict[str, float]:
+    """Of the estimate, in batches, and of the usual protocol, from the rate at which the same model is drawn from."""
+    images = measured.open()
+    smoothed = SmoothedClassifier.from_pretrained(
+        args.model, GaussianNoise(0.5), batch_size=args.batch_size, device=args.device
+    )
+    images.meet(predictor.class_names, smoothed.image_processor)
+    index = np.unique(measured.indices)[: args.batch_size]
+    batch = torch.stack([images.pixels(images.source[int(one)]) for one in index])
+    sigma = float(measured.sigmas.max())
+
+    def seconds(call: Any) -> float:
+        started = time.perf_counter()
+        call()
+        return time.perf_counter() - started
+
+    def estimate() -> None:
+        predictor(batch, sigma).cpu()
+
+    estimate()  # the first pass sets things up
+    asked = float(np.median([seconds(estimate) for _ in range(7)])) / len(batch)
+    drawn = args.timed_draws
+    smoothed.certify(batch[:1], method="counts", n=args.batch_size)
+    drawing = float(
+        np.median([seconds(lambda: smoothed.certify(batch[:1], method="counts", n=drawn)) for _ in range(3)])
+    )
+    usual = drawing / drawn * USUAL
+    return {"estimate": asked, "usual": usual, "timed_draws": drawn, "ratio": usual / asked}
+
+
+def draw(all_of_them: list[Comparison], found: list[dict[str, Any]], path: Path) -> None:
+    """Predicted against measured radius, and the calibration of the predicted p_A."""
+    figure = Figure(figsize=(4 * len(all_of_them), 7.5), layout="constrained")
+    axes = np.atleast_2d(figure.subplots(2, len(all_of_them), squeeze=False))
+    for one, row, (above, below) in zip(all_of_them, found, axes.T):
+        same = one.top == one.predictions
+        for rows, color, label in (
+            (same, "tab:blue", "same class"),
+            (~same, "tab:red", "another class, or Monte-Carlo abstains"),
+        ):
+            above.scatter(one.measured[rows], one.estimated[rows], s=6, alpha=0.5, color=color, label=label)
+        most = max(one.measured.max(), one.estimated.max(), 1e-3)
+        above.plot([0, most], [0, most], color="gray", linewidth=0.8)
+        above.set(title=f"sigma = {one.sigma:g}", xlabel="Monte-Carlo radius", ylabel="estimated radius")
+        curve = row["calibration_curve"]
+        below.plot([0, 1], [0, 1], color="gray", linewidth=0.8)
+        below.plot([bin["predicted"] for bin in curve], [bin["measured"] for bin in curve], marker="o")
+        below.set(xlabel="predicted share of the top class", ylabel="measured share", xlim=(0, 1), ylim=(0, 1))
+    axes[0, 0].legend(fontsize=7)
+    figure.savefig(path, dpi=130)
+
+
+def payback(folder: Path, counting: float | None, times: dict[str, float]) -> dict[str, float] | None:
+    """After how many images counting and training have cost less than the usual protocol would have."""
+    training = folder / "results" / "training.json"
+    if counting is None or not training.exists():
+        return None
+    spent = counting + json.loads(training.read_text())["seconds"]
+    return {"seconds": spent, "images": spent / (times["usual"] - times["estimate"])}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="the base classifier")
+    parser.add_argument("--count_head", required=True, help="the count head")
+    parser.add_argument("--run", required=True, help="finished run of --method fixed on images that neither has seen")
+    parser.add_argument("--counts", help="the run that the head was trained on, for what it cost")
+    parser.add_argument("--output_dir", required=True, help="where study.json and the picture go")
+    parser.add_argument("--batch_size", type=int, default=256, help="images in one pass (default: 256)")
+    parser.add_argument("--timed_draws", type=int, default=2048, help="draws to measure the rate with (default: 2048)")
+    parser.add_argument("--splits", type=int, default=200, help="random calibration and test halves (default: 200)")
+    parser.add_argument("--device", default="cpu", help="where to compute")
+    parser.add_argument("--seed", type=int, default=0, help="of splits and simulated draws")
+    args = parser.parse_args()
+    try:
+        measured = read_counts(Path(args.run))
+        if measured.settings["method"] != "fixed":
+            raise ValueError(
+                f"{args.run} is of method {measured.settings['method']!r}: compare with a run of --method fixed."
+            )
+        predictor = CountPredictor.from_pretrained(
+            args.count_head, device=args.device, class_names=measured.settings["label_names"]
+        )
+        all_of_them = comparisons(measured, predict_counts(predictor, measured, args.count_head))
+        counting = None if args.counts is None else float(read_seconds(Path(args.counts)))
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    found = [errors(one, RADII) for one in all_of_them]
+    times = seconds_an_image(args, predictor, measured)
+    results = {
+        "command": command_line(),
+        "settings": {
+            name: measured.settings[name] for name in ("model_name_or_path", "dataset_name", "split", "every")
+        },
+        "alpha": measured.settings["alpha"],
+        "seed": args.seed,
+        "errors": found,
+        "conformal": [
+            {"sigma": one.sigma, **random_splits(one, delta, RADII, args.splits, args.seed)}
+            for one in all_of_them
+            for delta in DELTAS
+        ],
+        "draws_to_decide": [
+            row
+            for one in all_of_them
+            for share in (0.5, 1.0)
+            if (row := draws_to_decide(one, share * one.sigma, args.seed)) is not None
+        ],
+        "seconds_an_image": times,
+        "payback": payback(Path(args.count_head), counting, times),
+        "device": args.device,
+        "num_threads": torch.get_num_threads(),
+        "versions": package_versions(),
+    }
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(results, folder / "study.json")
+    draw(all_of_them, found, folder / "count-head.png")
+    for row in found:
+        print(
+            f"sigma {row['sigma']:g}: disagreement {row['disagreement']:.1%}, overestimated {row['overestimated']:.1%}, "
+            f"underestimated {row['underestimated']:.1%}"
+        )
+    print(f"an estimate takes {times['estimate']:.2g} s an image, the usual protocol {times['ratio']:,.0f} times that")
+
+
+def read_seconds(run: Path) -> float:
+    """What a run took, summed over its processes."""
+    return float(np.sum(pq.read_table(run / "certificates.parquet", columns=["seconds"])["seconds"].to_numpy()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+import numpy as np
+import pytest
+from scipy import special
+
+from hf_smoothing import clopper_pearson_lower
+from hf_smoothing.count_errors import Comparison, errors, random_splits
+
+N, ALPHA = 1000, 0.001
+
+
+def simulated(images=400, bias=0.0, spread=0.5, classes=3, seed=0):
+    """Images of known frequencies, what Monte-Carlo certifies of them, and a head that errs by `spread` log-odds."""
+    generator = np.random.default_rng(seed)
+    frequencies = generator.dirichlet([3.0, 1.0, 0.5], images)
+    counts = np.array([generator.multinomial(N, one) for one in frequencies])
+    bounds = clopper_pearson_lower(counts.max(1), N, ALPHA)
+    guess = np.log(frequencies + 1e-9) * (1 + bias) + generator.normal(0, spread, frequencies.shape)
+    return Comparison(
+        0.5,
+        special.softmax(guess, axis=1),
+        counts,
+        np.where(bounds > 0.5, counts.argmax(1), -1),
+        np.where(bounds > 0.5, bounds, 0.0),
+        generator.integers(0, classes, images),
+        ALPHA,
+    )
+
+
+def test_errors_by_hand():
+    counts = np.array([[900, 100], [300, 700], [520, 480], [990, 10]])
+    bounds = clopper_pearson_lower(counts.max(1), N, ALPHA)
+    one = Comparison(
+        0.5,
+        np.array([[0.95, 0.05], [0.8, 0.2], [0.45, 0.55], [0.7, 0.3]]),
+        counts,
+        np.array([0, 1, -1, 0]),
+        np.where(bounds > 0.5, bounds, 0.0),
+        np.array([0, 1, 0, 0]),
+        ALPHA,
+    )
+    radius = one.radii(clopper_pearson_lower([900, 700, 520, 990, 950, 800, 550, 700], N, ALPHA))
+    found = errors(one, (0.0, 0.25, 0.5), bins=2)
+    assert found["disagreement"] == 0.5  # the second and the third image
+    assert radius[2] == 0.0  # 520 of 1000 show nothing
+    assert radius[6] > 0  # 550 would
+    assert found["overestimated"] == 0.75
+    # of the images with another class, or none, all that is claimed is too much
+    assert found["mean_excess"] == pytest.approx(np.mean([radius[4] - radius[0], radius[5], radius[6]]))
+    assert found["underestimated"] == 0.25
+    assert found["mean_shortfall"] == pytest.approx(radius[3] - radius[7])
+    accuracy = {name: {row["radius"]: row["share"] for row in rows} for name, rows in found["accuracy"].items()}
+    assert accuracy["monte_carlo"] == {0.0: 0.75, 0.25: 0.5, 0.5: 0.5}
+    assert accuracy["estimate"][0.0] == 0.5
+    assert sum(row["images"] for row in found["by_radius"]) == 4
+    assert found["by_radius"][0]["up_to"] == 0  # where Monte-Carlo proves nothing
+    assert [row["predicted"] for row in found["calibration_curve"]] == pytest.approx([0.625, 0.875])
+    assert [row["measured"] for row in found["calibration_curve"]] == pytest.approx(
+        [(0.48 + 0.99) / 2, (0.3 + 0.9) / 2]
+    )
+
+
+@pytest.mark.parametrize("delta", [0.1, 0.05])
+@pytest.mark.parametrize("bias", [0.0, 0.5])
+def test_over_random_splits_at_most_delta_are_missed(delta, bias):
+    found = random_splits(simulated(bias=bias), delta, (0.0, 0.25, 0.5), splits=100)
+    assert found["miss_rate"] <= delta + 2 * found["binomial_error"] / np.sqrt(10)
+    assert found["miss_rate"] > delta / 3
+    shares = [row["share"] for row in found["accuracy"]]
+    assert shares == sorted(shares, reverse=True)
+
+
+def test_a_head_that_is_right_loses_little():
+    exact, vague = simulated(spread=0.0), simulated(spread=1.0)
+    found = {
+        name: random_splits(one, 0.05, (0.25,), splits=50)["accuracy"][0]["share"]
+        for name, one in (("exact", exact), ("vague", vague))
+    }
+    best = errors(exact, (0.25,))["accuracy"]["monte_carlo"][0]["share"]
+    assert found["vague"] < found["exact"] <= best
+    assert found["exact"] > best - 0.1
