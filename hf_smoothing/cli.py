@@ -10,7 +10,9 @@ from rich.console import Console
 from rich.text import Text
 from transformers import pipeline
 
+from . import audit as audits
 from . import dataset_runs
+from .attacks import AttackSettings
 from .calibration import CALIBRATION_FILE, Calibration
 from .certificates import format_radius
 from .count_predictor import calibrate_count_head
@@ -289,6 +291,46 @@ def _shift(calibration: Calibration, sigma: float, delta: float) -> str:
         return f"{calibration.shift(sigma, delta):.3f}"
     except ValueError:
         return "too few images"
+
+
+@app.command()
+def audit(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    output_dir: Annotated[
+        Path | None, typer.Option(help="Where to write. Without it: `audit` in the run's folder.")
+    ] = None,
+    images: Annotated[int, typer.Option(help="Certificates to attack at each noise level.")] = 100,
+    steps: Annotated[int, typer.Option(help="Gradient steps an image.")] = 1000,
+    draws: Annotated[int, typer.Option(help="Noisy copies in each of them.")] = 8,
+    n: Annotated[int, typer.Option(help="Fresh draws that judge a candidate.")] = 2000,
+    seed: Annotated[int, typer.Option(help="Of everything that is random.")] = 0,
+    device: Annotated[str, typer.Option(help="Where to compute, such as `cuda`.")] = "cpu",
+    batch_size: BatchSize = 128,
+) -> None:
+    """
+    Attack the certificates of a run: look for a change smaller than the radius that changes the answer.
+
+    Tries gradients of the smoothed classifier, random directions and the way to the nearest image of another class; fresh draws judge what
+    they find. Says too how far beyond the radius answers do change. A violation is an error, kept with everything needed to
+    see it again. Interrupt it when you like: the same command goes on.
+
+    Example: `hf-smoothing audit runs/cifar10 --images 100`
+    """
+    try:
+        settings = AttackSettings(steps=steps, draws=draws, n=n, seed=seed)
+        folder = output_dir or run / "audit"
+        found = audits.audit(run, folder, settings, images=images, device=device, batch_size=batch_size)
+    except (OSError, ValueError) as error:
+        _fail(error)
+    for row in found.violations:
+        typer.echo(
+            f"VIOLATED: image {row['index']} at sigma {row['sigma']:g}: certified {row['radius']:.4f}, changed at "
+            f"{row['violation']['norm']:.4f} ({row['violation']['attack']}); see {folder / 'violations'}.",
+            err=True,
+        )
+    typer.echo(found)
+    if found.violations:
+        raise typer.Exit(1)
 
 
 @app.command()

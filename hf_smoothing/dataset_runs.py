@@ -316,7 +316,8 @@ def _calibration(settings: RunSettings, smoothed: SmoothedClassifier) -> Record 
     return {"dataset": found.dataset, "model": found.model, "n": found.n, "alpha": found.alpha, "shifts": shifts}
 
 
-def _digest(model: torch.nn.Module) -> str:
+def weights_digest(model: Any) -> str:
+    """A hash of a module's names, shapes, types and weights."""
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -334,8 +335,8 @@ def _identity(settings: RunSettings, images: LabelledImages, smoothed: SmoothedC
         "dataset_label_names": images.class_names,
         "label_names": smoothed.class_names,
         "model_commit": getattr(model.config, "_commit_hash", None),
-        "model_weights": _digest(model),
-        "count_head_weights": _digest(head.model) if isinstance(head, CountPredictor) else None,
+        "model_weights": weights_digest(model),
+        "count_head_weights": weights_digest(head.model) if isinstance(head, CountPredictor) else None,
         "calibration": _calibration(settings, smoothed),
         "image_processor": type(processor).__name__,
         "image_processor.backend": getattr(processor, "backend", None),

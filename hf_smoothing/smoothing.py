@@ -330,7 +330,7 @@ class SmoothedClassifier:
         if rule.uses_clean_pass:
             return ActiveImage(position, noisy, None)
         if self._num_classes is None:
-            self._num_classes = self._logits(pixels[None]).shape[1]
+            self._num_classes = self.logits(pixels[None]).shape[1]
         return ActiveImage(position, noisy, rule.start(noisy, CleanPass(np.zeros(self._num_classes))))
 
     def _ask_head(self, active: list[ActiveImage], rule: Rule) -> None:
@@ -361,7 +361,7 @@ class SmoothedClassifier:
             rows.append(image.rows(take))
             served.append((image, take))
             room -= take
-        logits = self._logits(torch.cat(rows))
+        logits = self.logits(torch.cat(rows))
         num_classes = logits.shape[1]
         takes = torch.tensor([take for _, take in served], device=logits.device)
         owners = torch.repeat_interleave(torch.arange(len(served), device=logits.device), takes)
@@ -404,7 +404,8 @@ class SmoothedClassifier:
             calibration=outcome.calibration,
         )
 
-    def _logits(self, pixels: torch.Tensor) -> torch.Tensor:
+    def logits(self, pixels: torch.Tensor) -> torch.Tensor:
+        """The base classifier's logits `(batch, classes)` of pixels `(batch, channels, height, width)`, noise included."""
         if self._normalization is not None:
             mean, std = self._normalization
             pixels = (pixels - mean) / std

@@ -1,0 +1,226 @@
+"""Attacks on a smoothed classifier, and the test of whether one succeeded.
+
+An attack looks for a picture near another one on which the smoothed classifier answers otherwise. What it finds is a
+candidate: whether it is a success is for fresh draws to say, which know nothing of how it was found.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from .certificates import ABSTAIN, check_count, check_share
+from .smoothing import SmoothedClassifier
+
+STEP_SIZES = (0.05, 0.2, 1.0)
+"""Steps of the gradient attack, as parts of the largest norm allowed."""
+
+_SCREENING_DRAWS = 64
+_INSIDE = 0.999
+"""Candidates keep this part of the radius: a certificate speaks of changes smaller than it."""
+
+
+@dataclass(frozen=True)
+class AttackSettings:
+    """
+    How hard to try.
+
+    Args:
+        steps: gradient steps an image, over all restarts and step sizes.
+        draws: noisy copies in each step.
+        restarts: random beginnings of the gradient attack for each step size; the first of all begins at the picture.
+        directions: random directions.
+        reach: how far beyond the radius to look, as a multiple of it.
+        n: draws that judge a candidate.
+        alpha: probability that a candidate is wrongly judged to have succeeded.
+        seed: of everything that is random.
+
+    Raises:
+        ValueError: for a setting out of range.
+    """
+
+    steps: int = 1000
+    draws: int = 8
+    restarts: int = 2
+    directions: int = 20
+    reach: float = 3.0
+    n: int = 2000
+    alpha: float = 1e-6
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "draws", "restarts", "directions", "n"):
+            check_count(name, getattr(self, name))
+        check_share("alpha", self.alpha)
+        if not 1 <= self.reach < math.inf:
+            raise ValueError(f"reach={self.reach} must be 1 or more: it is a multiple of the certified radius.")
+
+
+@dataclass(frozen=True)
+class Success:
+    """
+    A picture on which the smoothed classifier answers otherwise.
+
+    Attributes:
+        attack: how it was found.
+        norm: l2 norm of the change, in `[0, 1]` pixels.
+        prediction: the other answer.
+        change: `(channels, height, width)`, what to add to the picture.
+    """
+
+    attack: str
+    norm: float
+    prediction: int
+    change: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """
+    What attacks on one certificate came to.
+
+    Attributes:
+        tried: candidates.
+        steps: gradient steps.
+        violation: a success smaller than the radius, which should not exist.
+        smallest: the smallest success found, however large; `None` where nothing within reach succeeded.
+    """
+
+    tried: int
+    steps: int
+    violation: Success | None
+    smallest: Success | None
+
+
+def attack(
+    smoothed: SmoothedClassifier,
+    pixels: torch.Tensor,
+    prediction: int,
+    radius: float,
+    settings: AttackSettings,
+    others: torch.Tensor | None = None,
+) -> Attempt:
+    """
+    Attack the certificate of one image.
+
+    Args:
+        smoothed: the classifier, whose base classifier is differentiable.
+        pixels: the image, `(channels, height, width)` in `[0, 1]`.
+        prediction: the certified answer.
+        radius: the certified radius, above 0, in l2.
+        settings: how hard to try.
+        others: images of other classes `(images, channels, height, width)`; the nearest is gone towards.
+
+    Raises:
+        ValueError: for a radius that is not above 0.
+    """
+    if not radius > 0:
+        raise ValueError(f"radius={radius} must be above 0: there is nothing to attack.")
+    pixels = pixels.to(smoothed.device)
+    tried, smallest, violation = 0, None, None
+    for name, direction in _candidates(smoothed, pixels, prediction, radius, settings, others):
+        for part in (_INSIDE, 1.25, 1.5, 2.0, 2.5, 3.0):
+            norm = part * radius
+            if part > settings.reach or (smallest is not None and norm >= smallest.norm):
+                break
+            tried += 1
+            change = _inside_the_box(pixels, direction * (norm / direction.norm()))
+            if not _looks_changed(smoothed, pixels + change, prediction, settings, tried):
+                continue
+            answer = judge(smoothed, pixels + change, settings)
+            if answer in (prediction, ABSTAIN):
+                continue
+            smallest = Success(name, float(change.norm()), answer, change.cpu())
+            if smallest.norm < radius:
+                violation = smallest
+            break
+        if violation is not None:
+            break
+    return Attempt(tried, settings.steps, violation, smallest)
+
+
+def judge(smoothed: SmoothedClassifier, pixels: torch.Tensor, settings: AttackSettings) -> int:
+    """The smoothed answer to one image by `settings.n` fresh draws, or -1 where they leave doubt."""
+    # far from every seed of a run, so that no draw is one that the certificate rests on
+    seed = 2**62 + settings.seed
+    (answer,) = smoothed.predict(pixels[None].cpu(), settings.n, settings.alpha, seed=seed)
+    return answer
+
+
+def _candidates(
+    smoothed: SmoothedClassifier,
+    pixels: torch.Tensor,
+    prediction: int,
+    radius: float,
+    settings: AttackSettings,
+    others: torch.Tensor | None,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and directions, the cheapest first."""
+    generator = torch.Generator(pixels.device).manual_seed(settings.seed)
+    if others is not None and len(others):
+        apart = others.to(pixels.device) - pixels
+        yield "nearest other class", apart[apart.flatten(1).norm(dim=1).argmin()]
+    for _ in range(settings.directions):
+        yield "random direction", _normal(pixels, generator)
+    runs = [(size, start) for start in range(settings.restarts) for size in STEP_SIZES]
+    for number, (size, start) in enumerate(runs):
+        steps = settings.steps // len(runs) + (number < settings.steps % len(runs))
+        # half of the steps look within the radius, half beyond it, where the way is clearer to see
+        for allowed, share in ((_INSIDE * radius, steps - steps // 2), (settings.reach * radius, steps // 2)):
+            if share:
+                found = _ascend(smoothed, pixels, prediction, allowed, size, share, settings, generator, start > 0)
+                yield f"gradient, step {size:g} of the norm, start {start}", found
+
+
+def _ascend(
+    smoothed: SmoothedClassifier,
+    pixels: torch.Tensor,
+    prediction: int,
+    allowed: float,
+    size: float,
+    steps: int,
+    settings: AttackSettings,
+    generator: torch.Generator,
+    random_start: bool,
+) -> torch.Tensor:
+    """Projected gradient ascent on how seldom the base classifier says `prediction` under noise (arXiv 1906.04584)."""
+    change = _normal(pixels, generator) if random_start else torch.zeros_like(pixels)
+    if random_start:
+        change *= allowed / change.norm()
+    momentum = torch.zeros_like(pixels)
+    for step in range(steps):
+        change = change.detach().requires_grad_()
+        noise = torch.randn((settings.draws, *pixels.shape), generator=generator, device=pixels.device)
+        logits = smoothed.logits(pixels + change + smoothed.noise.sigma * noise)
+        # the share of `prediction` itself has no gradient; its mean probability has
+        loss = -logits.log_softmax(1)[:, prediction].logsumexp(0)
+        (gradient,) = torch.autograd.grad(loss, change)
+        momentum = 0.9 * momentum + gradient / gradient.norm().clamp(min=1e-12)
+        length = size * allowed * (1 - step / steps)
+        change = change.detach() + length * momentum / momentum.norm().clamp(min=1e-12)
+        change = _inside_the_box(pixels, change * min(1.0, allowed / float(change.norm().clamp(min=1e-12))))
+    return change if bool(change.any()) else _normal(pixels, generator)
+
+
+def _inside_the_box(pixels: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+    """The change that keeps pixels in `[0, 1]`; its norm does not grow."""
+    return (pixels + change).clamp(0, 1) - pixels
+
+
+def _normal(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    return torch.randn(pixels.shape, generator=generator, device=pixels.device)
+
+
+@torch.inference_mode()
+def _looks_changed(
+    smoothed: SmoothedClassifier, pixels: torch.Tensor, prediction: int, settings: AttackSettings, number: int
+) -> bool:
+    """Whether a few draws leave it open that the answer has changed: only then it is worth judging."""
+    generator = torch.Generator(pixels.device).manual_seed(settings.seed + number)
+    noise = torch.randn((_SCREENING_DRAWS, *pixels.shape), generator=generator, device=pixels.device)
+    answers = smoothed.logits(pixels + smoothed.noise.sigma * noise).argmax(1)
+    return bool((answers == prediction).float().mean() <= 0.6)
+
+
+__all__ = ["AttackSettings", "Attempt", "Success", "attack", "judge"]

@@ -1,0 +1,216 @@
+"""Try to break the certificates of a finished run: none may fall to a change smaller than its radius."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from tqdm.auto import tqdm
+
+from .attacks import AttackSettings, Attempt, Success, attack
+from .dataset_runs import DTYPES, weights_digest
+from .labelled_images import LabelledImages
+from .loading import loading
+from .noise import GaussianNoise
+from .provenance import command_line, package_versions
+from .records import write_json
+from .smoothing import SmoothedClassifier
+
+_NEIGHBOURS = 100
+"""Images among which the nearest of another class is looked for."""
+
+
+@dataclass(frozen=True)
+class AuditSummary:
+    """
+    How an audit ended.
+
+    Attributes:
+        path: where everything is.
+        rows: one dict a certificate, as in `audit.jsonl`.
+    """
+
+    path: Path
+    rows: list[dict[str, Any]]
+
+    @property
+    def violations(self) -> list[dict[str, Any]]:
+        return [row for row in self.rows if row["violation"] is not None]
+
+    def __str__(self) -> str:
+        beyond = [row["smallest"]["norm"] / row["radius"] for row in self.rows if row["smallest"] is not None]
+        text = (
+            f"{len(self.rows)} certificates attacked with {sum(row['steps'] for row in self.rows):,} gradient steps and "
+            f"{sum(row['tried'] for row in self.rows):,} candidates: {len(self.violations)} violations."
+        )
+        if beyond:
+            text += (
+                f" {len(beyond)} answers changed beyond their radius, at {np.median(beyond):.2f} times it in the median "
+                f"({min(beyond):.2f} at the least)."
+            )
+        return f"{text} All of it is in {self.path}."
+
+
+def audit(
+    run_dir: Path,
+    output_dir: Path,
+    settings: AttackSettings,
+    *,
+    images: int = 100,
+    device: str = "cpu",
+    batch_size: int = 128,
+) -> AuditSummary:
+    """
+    Attack certificates of a run, chosen at random among those with a radius above 0; go on with an audit cut short.
+
+    Args:
+        run_dir: a finished run.
+        output_dir: for `audit.jsonl`, `audit.json` and, should there be any, `violations`.
+        settings: how hard to try.
+        images: certificates to attack at each noise level.
+        device: where to compute.
+        batch_size: draws in one forward pass.
+
+    Raises:
+        ValueError: for a run that is not finished, guarantees nothing or was made with another model or other images, or an
+            audit with other settings in the folder.
+        OSError: for a folder that cannot be written to.
+    """
+    if not (run_dir / "certificates.parquet").is_file():
+        raise ValueError(f"{run_dir} holds no finished run.")
+    run = json.loads((run_dir / "run.json").read_text())["settings"]
+    rows = pq.read_table(run_dir / "certificates.parquet").to_pylist()
+    rows = [row for row in rows if row["error"] is None and row["prediction"] >= 0 and row["radius"] > 0]
+    if kinds := {row["guarantee"] for row in rows} - {"per_input"}:
+        raise ValueError(
+            f"{run_dir} holds certificates of guarantee {', '.join(kinds)}: only per_input can be broken."
+        )
+    chosen = [row for sigma in run["sigmas"] for row in _sample(rows, sigma, images, settings.seed)]
+    if not chosen:
+        raise ValueError(f"{run_dir} holds no certificate with a radius above 0.")
+    smoothed = _load(run, device, batch_size)
+    source = LabelledImages(
+        run["dataset_name"],
+        config_name=run["dataset_config_name"],
+        split=run["split"],
+        image_column=run["image_column"],
+        label_column=run["label_column"],
+    )
+    if run["dataset_fingerprint"] not in (None, source.fingerprint):
+        raise ValueError(
+            f"{run['dataset_name']!r} is not what was certified: its files were changed, copied or touched."
+        )
+    source.meet(run["label_names"], smoothed.image_processor)
+    identity = {**asdict(settings), "images": images, "model_weights": run["model_weights"], "run": str(run_dir)}
+    found = list(_finished(output_dir, identity))
+    done = {(row["sigma"], row["index"]) for row in found}
+    neighbours = [(row["prediction"], source.pixels(source.source[row["index"]])) for row in chosen[:_NEIGHBOURS]]
+    with (output_dir / "audit.jsonl").open("a") as lines:
+        for row in tqdm(chosen, "attacking"):
+            if (row["sigma"], row["index"]) in done:
+                continue
+            smoothed.noise = GaussianNoise(row["sigma"])
+            pixels = source.pixels(source.source[row["index"]])
+            others = [one for answer, one in neighbours if answer != row["prediction"]]
+            attempt = attack(
+                smoothed, pixels, row["prediction"], row["radius"], settings, torch.stack(others) if others else None
+            )
+            if attempt.violation is not None:
+                _keep_violation(output_dir, row, pixels, attempt.violation)
+            found.append({name: row[name] for name in ("index", "sigma", "prediction", "radius")} | _plain(attempt))
+            lines.write(json.dumps(found[-1]) + "\n")
+            lines.flush()
+    summary = AuditSummary(output_dir, found)
+    write_json(
+        {
+            "command": command_line(),
+            "settings": identity,
+            "certificates": len(found),
+            "violations": len(summary.violations),
+            "by_sigma": [_by_sigma(found, sigma) for sigma in sorted({row["sigma"] for row in found})],
+            "versions": package_versions(),
+        },
+        output_dir / "audit.json",
+    )
+    return summary
+
+
+def _sample(rows: list[dict[str, Any]], sigma: float, images: int, seed: int) -> list[dict[str, Any]]:
+    there = [row for row in rows if row["sigma"] == sigma]
+    order = np.random.default_rng(seed).permutation(len(there))[:images]
+    return [there[index] for index in sorted(order)]
+
+
+def _load(run: dict[str, Any], device: str, batch_size: int) -> SmoothedClassifier:
+    name = run["model_name_or_path"]
+    at: dict[str, Any] = {} if run["revision"] is None else {"revision": run["revision"]}
+    with loading(name):
+        smoothed = SmoothedClassifier.from_pretrained(
+            name,
+            GaussianNoise(run["sigmas"][0]),
+            batch_size=batch_size,
+            device=device,
+            autocast=DTYPES[run["dtype"]],
+            **at,
+        )
+    if weights_digest(smoothed.base_classifier) != run["model_weights"]:
+        raise ValueError(f"The model {name!r} is not the one that was certified: its weights are others.")
+    return smoothed
+
+
+def _finished(output_dir: Path, identity: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """What an audit cut short has found already; begins a new one where there is none."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    settings, lines = output_dir / "audit_settings.json", output_dir / "audit.jsonl"
+    if settings.exists():
+        if json.loads(settings.read_text()) != identity:
+            raise ValueError(
+                f"{output_dir} holds an audit with other settings, see {settings}: choose another folder."
+            )
+    else:
+        write_json(identity, settings)
+    for line in lines.read_text().splitlines() if lines.exists() else ():
+        yield json.loads(line)
+
+
+def _plain(attempt: Attempt) -> dict[str, Any]:
+    def plain(success: Success | None) -> dict[str, Any] | None:
+        return success and {"attack": success.attack, "norm": success.norm, "prediction": success.prediction}
+
+    return {
+        "tried": attempt.tried,
+        "steps": attempt.steps,
+        "violation": plain(attempt.violation),
+        "smallest": plain(attempt.smallest),
+    }
+
+
+def _keep_violation(output_dir: Path, row: dict[str, Any], pixels: torch.Tensor, found: Success) -> None:
+    """Everything needed to see it again: the picture, the change, and the certificate."""
+    folder = output_dir / "violations"
+    folder.mkdir(exist_ok=True)
+    name = f"{row['index']}-sigma{row['sigma']:g}"
+    np.savez(folder / f"{name}.npz", pixels=pixels.numpy(), change=found.change.numpy())
+    write_json(
+        {"certificate": row, "norm": found.norm, "prediction": found.prediction, "attack": found.attack},
+        folder / f"{name}.json",
+    )
+
+
+def _by_sigma(found: list[dict[str, Any]], sigma: float) -> dict[str, Any]:
+    rows = [row for row in found if row["sigma"] == sigma]
+    beyond = [row["smallest"]["norm"] / row["radius"] for row in rows if row["smallest"] is not None]
+    return {
+        "sigma": sigma,
+        "certificates": len(rows),
+        "gradient_steps": sum(row["steps"] for row in rows),
+        "candidates": sum(row["tried"] for row in rows),
+        "violations": sum(row["violation"] is not None for row in rows),
+        "changed_beyond": len(beyond),
+        "least_norm_over_radius": min(beyond, default=None),
+        "median_norm_over_radius": float(np.median(beyond)) if beyond else None,
+    }
