@@ -310,9 +310,9 @@ def audit(
     """
     Attack the certificates of a run: look for a change smaller than the radius that changes the answer.
 
-    Tries gradients of the smoothed classifier, random directions and the way to the nearest image of another class; fresh draws judge what
-    they find. Says too how far beyond the radius answers do change. A violation is an error, kept with everything needed to
-    see it again. Interrupt it when you like: the same command goes on.
+    Tries gradients of the smoothed classifier, random directions and the way to the nearest image of another class;
+    fresh draws judge what they find. Says too how far beyond the radius answers do change. A violation is an error, kept
+    with everything needed to see it again. Interrupt it when you like: the same command goes on.
 
     Example: `hf-smoothing audit runs/cifar10 --images 100`
     """
