@@ -19,7 +19,10 @@ from .count_predictor import calibrate_count_head
 from .crew import start_processes
 from .dataset_runs import RunSettings
 from .demo import run_demo
+from .labelled_images import LabelledImages
 from .loading import loading
+from .model_check import check_model
+from .noise import GaussianNoise
 from .plots import (
     picture_of_certificates,
     plot_certified_accuracy,
@@ -38,6 +41,7 @@ from .reports import (
     summarize,
 )
 from .results import load_pictures, name_of_figure, read_results
+from .smoothing import SmoothedClassifier
 from .tables import print_table
 
 app = typer.Typer(
@@ -291,6 +295,54 @@ def _shift(calibration: Calibration, sigma: float, delta: float) -> str:
         return f"{calibration.shift(sigma, delta):.3f}"
     except ValueError:
         return "too few images"
+
+
+@app.command()
+def check(
+    model: Annotated[str, typer.Argument(help="Image classifier: a name on the Hub or a local folder.")],
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="Labelled pictures to look at. Without it, those that ship with the package."),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "test",
+    n: Annotated[int, typer.Option(help="Draws an image, for the largest radius and the time.")] = 100_000,
+    alpha: Alpha = 0.001,
+    device: Annotated[str | None, typer.Option(help="Where to compute, such as `cuda`.")] = None,
+    batch_size: BatchSize = 64,
+) -> None:
+    """
+    See in a minute whether a model is worth smoothing: its norms, its answers under noise, what a budget can show.
+
+    Example: `hf-smoothing check microsoft/resnet-18`
+    """
+    try:
+        with loading(model):
+            smoothed = SmoothedClassifier.from_pretrained(
+                model, GaussianNoise(0.25), device=device, batch_size=batch_size
+            )
+        images = None if dataset is None else LabelledImages(dataset, split=split)
+        found = check_model(smoothed, images, n=n, alpha=alpha)
+    except (OSError, ValueError) as error:
+        _fail(error)
+    rows = [
+        {
+            "sigma": f"{level['sigma']:g}",
+            "answers kept": f"{level['same_answer']:.0%}",
+            "accuracy": "unknown" if level["accuracy"] is None else f"{level['accuracy']:.0%}",
+            f"largest radius of {n:,} draws": format_radius(level["largest_radius"]),
+        }
+        for level in found.levels
+    ]
+    console = Console()
+    norms = ", ".join(f"{count} {kind}" for kind, count in found.norm_layers.items()) or "none"
+    print_table(console, f"Noisy copies of {found.images} pictures", rows)
+    console.print(
+        f"Norms: {norms}. {found.draws_per_second:.0f} draws/s on {found.device} in batches of {found.batch_size}: "
+        f"500 images take {found.seconds(500) / 3600:,.1f} h with {n:,} draws each (`sequential` takes far fewer).",
+        highlight=False,
+    )
+    for advice in found.advice():
+        console.print(advice, highlight=False)
 
 
 @app.command()

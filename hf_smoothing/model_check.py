@@ -1,0 +1,190 @@
+"""Is a model worth smoothing? A look of a minute, before anything is certified."""
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from .bounds import clopper_pearson_lower
+from .data import load_demo_images, to_pixels
+from .labelled_images import LabelledImages, match_labels
+from .noise import GaussianNoise
+from .smoothing import SmoothedClassifier
+
+SIGMAS = (0.0, 0.12, 0.25, 0.5, 1.0)
+
+_SHARE_KEPT = 0.75
+"""A model that keeps less of its answers under noise than this has little to certify there."""
+
+
+@dataclass(frozen=True)
+class ModelCheck:
+    """
+    What a look at a model found.
+
+    Attributes:
+        norm_layers: how many of each kind of normalisation layer.
+        batch_statistics: those of them that normalise by statistics of training batches.
+        levels: for each noise level, a dict of `sigma`; `same_answer`, the share of noisy copies that are answered as the
+            clean picture; `accuracy`, their share that is right, or `None` where the labels are unknown; and
+            `largest_radius`, the most that `n` draws can show there.
+        images: pictures looked at.
+        draws_per_second: noisy copies a second, in batches of `batch_size`.
+        n: draws of the usual protocol.
+        batch_size: as above.
+        device: where.
+    """
+
+    norm_layers: dict[str, int]
+    batch_statistics: list[str]
+    levels: list[dict[str, Any]]
+    images: int
+    draws_per_second: float
+    n: int
+    batch_size: int
+    device: str
+
+    def advice(self) -> list[str]:
+        """What to make of it, a sentence or two each."""
+        said = []
+        if self.batch_statistics:
+            said.append(
+                f"It normalises by batch statistics ({', '.join(self.batch_statistics)}): those of clean pictures are wrong "
+                "for noisy ones, and robustness learned at one noise level does not carry over (arXiv 2312.09020). Prefer a "
+                "model with LayerNorm or GroupNorm."
+            )
+        noisy = [level for level in self.levels if level["sigma"] > 0]
+        kept = [level["sigma"] for level in noisy if level["same_answer"] >= _SHARE_KEPT]
+        if kept:
+            said.append(f"It keeps its answers up to sigma {max(kept):g}: worth smoothing there.")
+        else:
+            said.append(
+        images: pictures with labels; by default those that ship with the package, whose labels count if the model has
+                "answers. Finetune it on noisy images (scripts/finetune.py --sigmas), or put a denoiser in front."
+            )
+        return said
+
+    def seconds(self, images: int) -> float:
+        """About how long the usual protocol takes for so many images."""
+        return images * self.n / self.draws_per_second
+
+
+def check_model(
+    smoothed: SmoothedClassifier,
+    images: LabelledImages | None = None,
+    *,
+    sigmas: Sequence[float] = SIGMAS,
+    count: int = 20,
+    draws: int = 4,
+    n: int = 100_000,
+    alpha: float = 0.001,
+    seconds: float = 30.0,
+) -> ModelCheck:
+    """
+    Look at a model.
+
+    Args:
+        smoothed: from `SmoothedClassifier.from_pretrained`, at any noise level.
+        images: pictures with labels; by default those that ship with the package, whose labels count where the model has
+            their classes.
+        sigmas: noise levels, in `[0, 1]` pixels; 0 is the clean picture.
+        count: pictures to look at.
+        draws: noisy copies of each at each level.
+        n: draws for the largest radius and the time.
+        alpha: probability of a wrong certificate, for the largest radius.
+        seconds: about how long it may take: slow models are shown fewer pictures.
+
+    Raises:
+        ValueError: for images whose classes are not the model's.
+    """
+    module = smoothed.base_classifier
+    kinds = Counter(
+        type(layer).__name__
+        for layer in (module.modules() if isinstance(module, nn.Module) else ())
+        if "norm" in type(layer).__name__.lower() and not list(layer.children())
+    )
+    pixels, labels = _pictures(smoothed, images, count)
+    rate = _draws_per_second(smoothed, pixels[:1], seconds / 3)
+    fits = max(2, int(rate * 2 * seconds / 3 / (draws * len(sigmas))))
+    pixels, labels = pixels[:fits], labels[:fits]
+    clean = _answers(smoothed, pixels)
+    return ModelCheck(
+        dict(kinds),
+        sorted(kind for kind in kinds if "batchnorm" in kind.lower()),
+        [_level(smoothed, pixels, clean, labels, sigma, draws, n, alpha) for sigma in sorted(sigmas)],
+        len(pixels),
+        rate,
+        n,
+        smoothed.batch_size,
+        str(smoothed.device),
+    )
+
+
+def _pictures(
+    smoothed: SmoothedClassifier, images: LabelledImages | None, count: int
+) -> tuple[list[torch.Tensor], list[int | None]]:
+    names = list(smoothed.class_names or ())
+    if images is not None:
+        images.meet(names, smoothed.image_processor)
+        rows = [(index, read()) for index, read in images.chosen()]
+        order = np.random.default_rng(0).permutation(len(rows))[:count]
+        return [images.pixels(rows[one][1]) for one in order], [images.label(*rows[one]) for one in order]
+    shipped = load_demo_images()
+    try:
+        to_class = match_labels(shipped.features["label"].names, names)
+    except ValueError:
+        to_class = None
+    chosen = shipped.select(np.random.default_rng(0).permutation(len(shipped))[:count])
+    pixels = [to_pixels(picture, smoothed.image_processor) for picture in chosen["image"]]
+    return pixels, [None if to_class is None else to_class(label) for label in chosen["label"]]
+
+
+def _draws_per_second(smoothed: SmoothedClassifier, pixels: list[torch.Tensor], seconds: float) -> float:
+    """The rate in full batches, from three of them, or as many as fit into the time."""
+    smoothed.certify(pixels, method="counts", n=8)  # the first passes set things up
+    started, timed = time.perf_counter(), 0
+    while timed < 3 and (not timed or time.perf_counter() - started < seconds):
+        smoothed.certify(pixels, method="counts", n=smoothed.batch_size, seed=timed)
+        timed += 1
+    return timed * smoothed.batch_size / (time.perf_counter() - started)
+
+
+@torch.inference_mode()
+def _answers(smoothed: SmoothedClassifier, pixels: list[torch.Tensor]) -> np.ndarray:
+    batches = torch.stack(pixels).to(smoothed.device).split(smoothed.batch_size)
+    return torch.cat([smoothed.logits(batch).argmax(1) for batch in batches]).cpu().numpy()
+
+
+def _level(
+    smoothed: SmoothedClassifier,
+    pixels: list[torch.Tensor],
+    clean: np.ndarray,
+    labels: list[int | None],
+    sigma: float,
+    draws: int,
+    n: int,
+    alpha: float,
+) -> dict[str, Any]:
+    known = None not in labels
+    if sigma == 0:
+        right = np.mean(clean == np.array(labels)) if known else None
+        return {
+            "sigma": 0.0,
+            "same_answer": 1.0,
+            "accuracy": None if right is None else float(right),
+            "largest_radius": 0.0,
+        }
+    smoothed.noise = GaussianNoise(sigma)
+    counts = np.array([one.counts for one in smoothed.certify(pixels, method="counts", n=draws)])
+    rows = np.arange(len(counts))
+    return {
+        "sigma": sigma,
+        "same_answer": float(counts[rows, clean].mean() / draws),
+        "accuracy": float(counts[rows, np.array(labels)].mean() / draws) if known else None,
+        "largest_radius": smoothed.noise.radius(float(clopper_pearson_lower(n, n, alpha))),
+    }
