@@ -64,7 +64,7 @@ class ModelCheck:
             said.append(f"It keeps its answers up to sigma {max(kept):g}: worth smoothing there.")
         else:
             said.append(
-        images: pictures with labels; by default those that ship with the package, whose labels count if the model has
+                f"Not worth smoothing as it is: at sigma {noisy[0]['sigma']:g} it keeps {noisy[0]['same_answer']:.0%} of its "
                 "answers. Finetune it on noisy images (scripts/finetune.py --sigmas), or put a denoiser in front."
             )
         return said
@@ -90,7 +90,7 @@ def check_model(
 
     Args:
         smoothed: from `SmoothedClassifier.from_pretrained`, at any noise level.
-        images: pictures with labels; by default those that ship with the package, whose labels count where the model has
+        images: pictures with labels; by default those that ship with the package, whose labels count if the model has
             their classes.
         sigmas: noise levels, in `[0, 1]` pixels; 0 is the clean picture.
         count: pictures to look at.
