@@ -188,11 +188,11 @@ def _ascend(
     change = _normal(pixels, generator) if random_start else torch.zeros_like(pixels)
     if random_start:
         change *= allowed / change.norm()
-    momentum = torch.zeros_like(pixels)
+    momentum, sigma = torch.zeros_like(pixels), smoothed.noise.sigma
     for step in range(steps):
         change = change.detach().requires_grad_()
         noise = torch.randn((settings.draws, *pixels.shape), generator=generator, device=pixels.device)
-        logits = smoothed.logits(pixels + change + smoothed.noise.sigma * noise)
+        logits = smoothed.base([pixels + change + sigma * noise], sigma)
         # the share of `prediction` itself has no gradient; its mean probability has
         loss = -logits.log_softmax(1)[:, prediction].logsumexp(0)
         (gradient,) = torch.autograd.grad(loss, change)
@@ -217,9 +217,9 @@ def _looks_changed(
     smoothed: SmoothedClassifier, pixels: torch.Tensor, prediction: int, settings: AttackSettings, number: int
 ) -> bool:
     """Whether a few draws leave it open that the answer has changed: only then it is worth judging."""
-    generator = torch.Generator(pixels.device).manual_seed(settings.seed + number)
+    generator, sigma = torch.Generator(pixels.device).manual_seed(settings.seed + number), smoothed.noise.sigma
     noise = torch.randn((_SCREENING_DRAWS, *pixels.shape), generator=generator, device=pixels.device)
-    answers = smoothed.logits(pixels + smoothed.noise.sigma * noise).argmax(1)
+    answers = smoothed.base([pixels + sigma * noise], sigma).argmax(1)
     return bool((answers == prediction).float().mean() <= 0.6)
 
 

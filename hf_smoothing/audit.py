@@ -104,7 +104,7 @@ def audit(
         raise ValueError(
             f"{run['dataset_name']!r} is not what was certified: its files were changed, copied or touched."
         )
-    source.meet(run["label_names"], smoothed.image_processor)
+    source.meet(run["label_names"], smoothed.preparation)
     identity = {**asdict(settings), "images": images, "model_weights": run["model_weights"], "run": str(run_dir)}
     found = list(_finished(output_dir, identity))
     done = {(row["sigma"], row["index"]) for row in found}
@@ -157,7 +157,7 @@ def _load(run: dict[str, Any], device: str, batch_size: int) -> SmoothedClassifi
             autocast=DTYPES[run["dtype"]],
             **at,
         )
-    if weights_digest(smoothed.base_classifier) != run["model_weights"]:
+    if weights_digest(smoothed.base.classifier) != run["model_weights"]:
         raise ValueError(f"The model {name!r} is not the one that was certified: its weights are others.")
     return smoothed
 
@@ -179,7 +179,9 @@ def _finished(output_dir: Path, identity: dict[str, Any]) -> Iterator[dict[str, 
 
 def _plain(attempt: Attempt) -> dict[str, Any]:
     def plain(success: Success | None) -> dict[str, Any] | None:
-        return success and {"attack": success.attack, "norm": success.norm, "prediction": success.prediction}
+        if success is None:
+            return None
+        return {"attack": success.attack, "norm": success.norm, "prediction": success.prediction}
 
     return {
         "tried": attempt.tried,

@@ -39,6 +39,8 @@ class Certificate:
         norm: the norm that the radius is measured in.
         sampling: `lattice` where picture and noise were added exactly; `float` where not, which an adversarial base
             classifier could exploit.
+        noise_resolution: where noise was added, and to whose pixels the radius belongs: the network's `input`, the picture
+            at its `native` size, or at so many pixels a side.
         sigma: scale of the noise, in `[0, 1]` pixels.
         alpha: probability of a wrong claim.
         p_lower: lower bound of the probability of `prediction` under noise, on which the radius rests.
@@ -69,6 +71,7 @@ class Certificate:
     seed: int
     dtype: str
     compiled: bool = False
+    noise_resolution: str = "input"
     delta: float | None = None
     calibration: str | None = None
 

@@ -19,6 +19,7 @@ from .configuration_mixed_noise_vit import MixedNoiseViTConfig
 from .labelled_images import LabelledImages
 from .loading import loading
 from .modeling_mixed_noise_vit import MixedNoiseViTForImageClassification
+from .preparation import Preparation
 from .provenance import command_line, package_versions
 from .records import write_json
 from .training import TrainingSettings, train
@@ -148,7 +149,7 @@ def train_classifier(
     size = model.config.image_size
     processor = ViTImageProcessor(size={"height": size, "width": size}, do_normalize=False, do_convert_rgb=True)
     names = [model.config.id2label[index] for index in range(model.config.num_labels)]
-    images.meet(names, processor)
+    images.meet(names, Preparation.of(processor))
     batches = TrainingBatches(
         images,
         image_settings,
@@ -225,7 +226,7 @@ def _evaluation(
         image_column=image_settings.image_column,
         label_column=image_settings.label_column,
     )
-    images.meet(names, processor)
+    images.meet(names, Preparation.of(processor))
     chosen = np.random.default_rng(0).permutation(len(images.source))[: evaluation.eval_samples].tolist()
     rows = [(images.pixels(row), images.label(index, row)) for index, row in ((i, images.source[i]) for i in chosen)]
     mine = rows[accelerator.process_index :: accelerator.num_processes]

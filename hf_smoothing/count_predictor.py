@@ -16,6 +16,7 @@ from .calibration import CALIBRATION_FILE, Calibration, conformal_scores
 from .loading import loading
 from .measured_counts import Counts, read_counts
 from .modeling_count_prediction import MixedNoiseViTForCountPrediction
+from .preparation import Preparation
 
 
 class CountPredictor:
@@ -174,7 +175,7 @@ def predict_counts(
         ValueError: for images that are no longer those counted.
     """
     images = measured.open()
-    images.meet(predictor.class_names, AutoImageProcessor.from_pretrained(folder))
+    images.meet(predictor.class_names, Preparation.of(AutoImageProcessor.from_pretrained(folder)))
     wanted, rows = np.unique(measured.indices, return_inverse=True)
     found = np.empty((len(rows), len(predictor.class_names)))
     for first in tqdm(range(0, len(wanted), batch_size), "asking the count head", leave=False):

@@ -16,6 +16,7 @@ from .configuration_mixed_noise_vit import MixedNoiseViTConfig
 from .loading import loading
 from .measured_counts import Counts
 from .modeling_count_prediction import LOSSES, MixedNoiseViTForCountPrediction
+from .preparation import Preparation
 from .provenance import command_line, package_versions
 from .records import write_json
 from .training import TrainingSettings, train
@@ -180,7 +181,7 @@ def train_count_head(
     """
     processor = AutoImageProcessor.from_pretrained(base)
     images = counts.open()
-    images.meet(counts.settings["label_names"], processor)
+    images.meet(counts.settings["label_names"], Preparation.of(processor))
     wanted, rows = np.unique(counts.indices, return_inverse=True)
     reading = tqdm(wanted.tolist(), "reading images", disable=not accelerator.is_main_process)
     inputs = torch.stack([(images.pixels(images.source[index]) * 255).round().byte() for index in reading])

@@ -14,6 +14,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .noise import snap_to_8_bits
+from .preparation import Preparation
 
 
 def load_image(source: Any) -> Image.Image:
@@ -86,23 +87,23 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     return image.convert("RGB")
 
 
-def to_pixels(image: Any, image_processor: Any = None) -> torch.Tensor:
+def to_pixels(image: Any, preparation: Preparation | None = None) -> torch.Tensor:
     """
     One image as a base classifier sees it before noise: float32, `(channels, height, width)`, in `[0, 1]`, on the CPU.
 
     Args:
         image: a tensor `(channels, height, width)`, float in `[0, 1]` or uint8; or what [`load_image`] takes.
-        image_processor: resizes pictures to what the model takes; its normalisation is left out.
+        preparation: makes pixels of pictures.
 
     Raises:
         ValueError: for a tensor that does not hold pixels, or a picture without an image processor.
     """
     if not isinstance(image, torch.Tensor):
-        if image_processor is None:
+        if preparation is None:
             raise ValueError(
                 f"A {type(image).__name__} needs an image processor: pass image_processor=... or tensors."
             )
-        image = image_processor(load_image(image), do_normalize=False, return_tensors="pt")["pixel_values"][0]
+        image = preparation.before(load_image(image))
     if image.ndim != 3:
         raise ValueError(f"An image has shape {tuple(image.shape)}; it takes (channels, height, width).")
     image = image.detach().to("cpu")

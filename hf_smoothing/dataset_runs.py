@@ -23,6 +23,7 @@ from .crew import Crew, Progress
 from .labelled_images import LabelledImages
 from .loading import loading
 from .noise import GaussianNoise
+from .preparation import NoiseResolution
 from .records import (
     Record,
     ShardWriter,
@@ -59,6 +60,8 @@ class RunSettings:
         radii: radii to decide; `None` finds the radius of each image.
         method: `sequential`, `fixed`, `surrogate` or `counts`, see [`make_rule`].
         count_head: a count head on the Hub or in a local folder: `surrogate` asks it alone, `sequential` draws less with it.
+        noise_resolution: where noise is added: `input`, `native`, or pixels a side.
+        denoiser: name of a denoiser in front of the model.
         delta: share of the images about which a calibrated count head may be wrong, `surrogate` only.
         alpha: probability that a certificate is wrong.
         max_draws: the most draws for one image.
@@ -92,6 +95,8 @@ class RunSettings:
     dtype: str = "float32"
     count_head: str | None = None
     delta: float | None = None
+    noise_resolution: NoiseResolution = "input"
+    denoiser: str | None = None
 
     def __post_init__(self) -> None:
         check_count("every", self.every)
@@ -212,10 +217,12 @@ def certify_dataset(
                 device=accelerator.device,
                 autocast=DTYPES[settings.dtype],
                 count_head=settings.count_head,
+                noise_resolution=settings.noise_resolution,
+                denoiser=settings.denoiser,
                 **at,
             )
     names = list(smoothed.class_names or ())
-    images.meet(names, smoothed.image_processor)
+    images.meet(names, smoothed.preparation)
 
     def begin() -> Plan:
         session = session_of(accelerator, smoothed)
@@ -327,7 +334,7 @@ def weights_digest(model: Any) -> str:
 
 def _identity(settings: RunSettings, images: LabelledImages, smoothed: SmoothedClassifier) -> Record:
     """What must be the same for a run to be gone on with, as plain values. Processes, batch size and device may change."""
-    model: Any = smoothed.base_classifier
+    model: Any = smoothed.base.classifier
     processor, head = smoothed.image_processor, smoothed.count_head
     return {
         **asdict(replace(settings, image_column=images.image_column, label_column=images.label_column)),
@@ -335,6 +342,7 @@ def _identity(settings: RunSettings, images: LabelledImages, smoothed: SmoothedC
         "dataset_label_names": images.class_names,
         "label_names": smoothed.class_names,
         "model_commit": getattr(model.config, "_commit_hash", None),
+        "attn_implementation": getattr(model.config, "_attn_implementation", None),
         "model_weights": weights_digest(model),
         "count_head_weights": weights_digest(head.model) if isinstance(head, CountPredictor) else None,
         "calibration": _calibration(settings, smoothed),

@@ -90,7 +90,7 @@ def run_demo(
             "dataset_label_names": names,
             "label_names": names,
         },
-        "image_shape": list(to_pixels(pictures[0], smoothed.image_processor).shape),
+        "image_shape": list(to_pixels(pictures[0], smoothed.preparation).shape),
         "sessions": [{"device": str(smoothed.device), "num_threads": torch.get_num_threads()}],
         "command": command_line(),
         "versions": package_versions(),

@@ -17,6 +17,7 @@ from datasets.exceptions import DatasetsError
 from PIL import Image
 
 from .data import load_image, to_pixels
+from .preparation import Preparation
 
 Row = dict[str, Any]
 
@@ -170,9 +171,9 @@ class LabelledImages:
             raise ValueError(f"The split {split!r} of {name!r} is empty.")
         self.shape: tuple[int, ...] | None = None
 
-    def meet(self, names: list[str], image_processor: Any) -> None:
+    def meet(self, names: list[str], preparation: Preparation | None) -> None:
         """Match the labels to the model's classes; those of a stream can only be looked at when their turn comes."""
-        self.image_processor = image_processor
+        self.preparation = preparation
         self.to_class = match_labels(self.class_names, names)
         if isinstance(self.source, Dataset):
             labels = self.source.select_columns(self.label_column).select(self._indices)
@@ -219,8 +220,11 @@ class LabelledImages:
             ValueError: see [`LabelledImages.picture`]; where they have another shape than the others.
             OSError: where its file cannot be read.
         """
-        found = to_pixels(self.picture(row), self.image_processor)
-        if self.shape is not None and tuple(found.shape) != self.shape:
+        found = to_pixels(self.picture(row), self.preparation)
+        at_input = (
+            self.preparation is None or self.preparation.resize is None
+        )  # else the base classifier takes all sizes
+        if at_input and self.shape is not None and tuple(found.shape) != self.shape:
             raise ValueError(
                 f"The image has shape {tuple(found.shape)} behind the image processor, the first one {self.shape}."
             )

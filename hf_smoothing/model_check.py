@@ -64,8 +64,8 @@ class ModelCheck:
             said.append(f"It keeps its answers up to sigma {max(kept):g}: worth smoothing there.")
         else:
             said.append(
-                f"Not worth smoothing as it is: at sigma {noisy[0]['sigma']:g} it keeps {noisy[0]['same_answer']:.0%} of its "
-                "answers. Finetune it on noisy images (scripts/finetune.py --sigmas), or put a denoiser in front."
+                f"Not worth smoothing as it is: at sigma {noisy[0]['sigma']:g} it keeps {noisy[0]['same_answer']:.0%} of "
+                "its answers. Finetune it on noisy images (scripts/finetune.py --sigmas), or put a denoiser in front."
             )
         return said
 
@@ -102,7 +102,7 @@ def check_model(
     Raises:
         ValueError: for images whose classes are not the model's.
     """
-    module = smoothed.base_classifier
+    module = smoothed.base.classifier
     kinds = Counter(
         type(layer).__name__
         for layer in (module.modules() if isinstance(module, nn.Module) else ())
@@ -130,7 +130,7 @@ def _pictures(
 ) -> tuple[list[torch.Tensor], list[int | None]]:
     names = list(smoothed.class_names or ())
     if images is not None:
-        images.meet(names, smoothed.image_processor)
+        images.meet(names, smoothed.preparation)
         rows = [(index, read()) for index, read in images.chosen()]
         order = np.random.default_rng(0).permutation(len(rows))[:count]
         return [images.pixels(rows[one][1]) for one in order], [images.label(*rows[one]) for one in order]
@@ -140,7 +140,7 @@ def _pictures(
     except ValueError:
         to_class = None
     chosen = shipped.select(np.random.default_rng(0).permutation(len(shipped))[:count])
-    pixels = [to_pixels(picture, smoothed.image_processor) for picture in chosen["image"]]
+    pixels = [to_pixels(picture, smoothed.preparation) for picture in chosen["image"]]
     return pixels, [None if to_class is None else to_class(label) for label in chosen["label"]]
 
 
@@ -157,7 +157,7 @@ def _draws_per_second(smoothed: SmoothedClassifier, pixels: list[torch.Tensor], 
 @torch.inference_mode()
 def _answers(smoothed: SmoothedClassifier, pixels: list[torch.Tensor]) -> np.ndarray:
     batches = torch.stack(pixels).to(smoothed.device).split(smoothed.batch_size)
-    return torch.cat([smoothed.logits(batch).argmax(1) for batch in batches]).cpu().numpy()
+    return torch.cat([smoothed.base([batch], 0.0).argmax(1) for batch in batches]).cpu().numpy()
 
 
 def _level(

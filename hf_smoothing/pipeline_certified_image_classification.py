@@ -14,12 +14,14 @@ from .active_images import in_order
 from .certificates import Certificate
 from .count_predictor import CountPredictor
 from .data import to_pixels
+from .forward_pass import Denoiser
 from .noise import GaussianNoise
+from .preparation import NoiseResolution, Preparation
 from .smoothing import SmoothedClassifier
 
 SETTINGS = (
     "sigma", "seed", "progress", "method", "alpha", "radius", "radii", "max_samples", "n0", "n", "tolerance", "delta",
-    "count_head",
+    "count_head", "noise_resolution", "denoiser",
 )  # fmt: skip
 
 
@@ -35,6 +37,9 @@ class CertifiedImageClassificationPipeline(Pipeline):
     - `method` (`"sequential"`): or `"fixed"`, the usual protocol with a fixed number of draws; or `"surrogate"`, what the
       count head says without any draw, an estimate.
     - `count_head`: a count head on the Hub or in a local folder. With it, `sequential` draws less.
+    - `noise_resolution` (`"input"`): where noise is added, and to whose pixels the radius belongs: the network's input, the
+      picture at its `"native"` size, or at so many pixels a side.
+    - `denoiser`: in front of the model and part of it: a callable, or `"wiener"`.
     - `delta`: for `"surrogate"`, the share of pictures that a calibrated count head may be wrong about.
     - `max_samples`: the most draws for one image.
     - `tolerance`, `n0`, `n`: see [`make_rule`].
@@ -61,6 +66,7 @@ class CertifiedImageClassificationPipeline(Pipeline):
     def __init__(self, *args: Any, batch_size: int = 128, **kwargs: Any):
         super().__init__(*args, batch_size=batch_size, **kwargs)
         self._count_heads: dict[str, CountPredictor] = {}
+        self._preparations: dict[NoiseResolution, Preparation] = {}
 
     def _sanitize_parameters(self, **settings: Any) -> tuple[dict, dict, dict]:
         for name in settings:
@@ -70,7 +76,8 @@ class CertifiedImageClassificationPipeline(Pipeline):
                 )
         if "sigma" in settings:  # say at construction what is wrong at construction
             GaussianNoise(settings["sigma"])
-        return {}, settings, {}
+        before = {name: settings[name] for name in ("noise_resolution",) if name in settings}
+        return before, settings, {}
 
     def __call__(self, inputs: Any, **kwargs: Any) -> Any:
         if isinstance(inputs, (str, Path, Image, np.ndarray, torch.Tensor)):
@@ -100,9 +107,11 @@ class CertifiedImageClassificationPipeline(Pipeline):
         certificates = self.forward(images, batch_size=batch_size, inputs=inputs, **forward_params)
         return (self.postprocess(certificate, **postprocess_params) for certificate in certificates)
 
-    def preprocess(self, input_: Any) -> torch.Tensor:
-        """A picture as pixels in `[0, 1]`, `(channels, height, width)`, at the size that the model takes."""
-        return to_pixels(input_, self.image_processor)
+    def preprocess(self, input_: Any, noise_resolution: NoiseResolution = "input") -> torch.Tensor:
+        """A picture as pixels in `[0, 1]`, `(channels, height, width)`, at the size at which noise is added."""
+        if noise_resolution not in self._preparations:
+            self._preparations[noise_resolution] = Preparation.of(self.image_processor, noise_resolution)
+        return to_pixels(input_, self._preparations[noise_resolution])
 
     def _forward(
         self,
@@ -114,6 +123,8 @@ class CertifiedImageClassificationPipeline(Pipeline):
         method: str = "sequential",
         progress: bool = False,
         count_head: str | Path | None = None,
+        noise_resolution: NoiseResolution = "input",
+        denoiser: Denoiser | str | None = None,
         **rule_settings: Any,
     ) -> Iterator[Certificate]:
         if sigma is None:
@@ -125,6 +136,8 @@ class CertifiedImageClassificationPipeline(Pipeline):
             batch_size=batch_size,
             device=self.device,
             image_processor=self.image_processor,
+            noise_resolution=noise_resolution,
+            denoiser=denoiser,
             count_head=head,
             calibration=None if head is None else head.calibration,
         )

@@ -38,6 +38,7 @@ SCHEMA = pa.schema(
         "sampling": pa.string(),
         "dtype": pa.string(),
         "compiled": pa.bool_(),
+        "noise_resolution": pa.string(),
         "delta": pa.float64(),
         "calibration": pa.string(),
         "seconds": pa.float64(),  # of its process since the record before; images share batches: sums and means count
@@ -95,8 +96,9 @@ def error_record(
         "seed": seed,
         "noise": smoothed.noise.name,
         "norm": smoothed.noise.norm,
-        "dtype": smoothed.precision,
-        "compiled": smoothed.compiled,
+        "dtype": smoothed.base.precision,
+        "compiled": smoothed.base.compiled,
+        "noise_resolution": smoothed.noise_resolution,
         "error": error,
     }
 

@@ -10,7 +10,6 @@ from typing import Any, overload
 
 import numpy as np
 import torch
-from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from .active_images import ActiveImage, ProgressBar, in_order
@@ -18,14 +17,14 @@ from .calibration import Calibration
 from .certificates import ABSTAIN, Certificate, CleanPass, Rule, check_count
 from .count_predictor import CountPredictor
 from .data import to_pixels
-from .loading import check_weights
+from .forward_pass import Classifier, Denoiser, ForwardPass
 from .noise import SmoothingNoise, image_key
+from .preparation import NoiseResolution, Preparation
 from .rules import PredictRule, make_rule
 
 _FIRST_DRAWS = 8
 """About what an image wants right after its clean pass."""
 
-BaseClassifier = Callable[[torch.Tensor], Any]
 CountHead = Callable[[torch.Tensor, float], torch.Tensor]
 Images = Sequence[Any] | torch.Tensor
 
@@ -43,6 +42,12 @@ class SmoothedClassifier:
         device: where draws are made and classified; by default where the module is, else the CPU.
         image_processor: an image processor of transformers, with which paths, addresses and PIL images are accepted
             besides tensors. Its normalisation is applied behind the noise.
+        noise_resolution: where noise is added: at the network's `"input"`, at the `"native"` size of the picture, or at so
+            many pixels a side. What resizes pictures to the input is then part of the base classifier, and a radius is
+            about the pixels to which noise was added.
+        denoiser: maps noisy pixels `(batch, channels, height, width)` and sigma to pixels of the same shape, each image for
+            itself; part of the base classifier (arXiv 2003.01908). It lets a model be smoothed that was trained on clean
+            pictures.
         class_names: names of the classes, in the order of the logits.
         autocast: run the forward passes in `torch.bfloat16` (or another type) where torch deems it safe; by default they run
             in the type of the weights. Certificates record either.
@@ -59,12 +64,14 @@ class SmoothedClassifier:
 
     def __init__(
         self,
-        base_classifier: BaseClassifier,
+        base_classifier: Classifier,
         noise: SmoothingNoise,
         *,
         batch_size: int = 128,
         device: torch.device | str | None = None,
         image_processor: Any = None,
+        noise_resolution: NoiseResolution = "input",
+        denoiser: Denoiser | str | None = None,
         class_names: Sequence[str] | None = None,
         autocast: torch.dtype | None = None,
         compile: bool = False,
@@ -72,35 +79,17 @@ class SmoothedClassifier:
         calibration: Calibration | None = None,
     ):
         check_count("batch_size", batch_size)
-        self.dtype = torch.float32
-        if isinstance(base_classifier, nn.Module):
-            base_classifier.eval()
-            check_weights(base_classifier)
-            parameter = next((one for one in base_classifier.parameters() if one.is_floating_point()), None)
-            if parameter is not None:
-                self.dtype = parameter.dtype
-                device = device or parameter.device
-        # dynamic: the last batches of a job are smaller than the others
-        self.base_classifier = torch.compile(base_classifier, dynamic=True) if compile else base_classifier
-        self.compiled = compile
-        self.autocast = autocast
         self.count_head = count_head
         self.calibration = calibration
         self.noise = noise
         self.batch_size = batch_size
-        self.device = torch.device(device or "cpu")
         self.image_processor = image_processor
+        self.preparation = None if image_processor is None else Preparation.of(image_processor, noise_resolution)
+        self.base = ForwardPass(base_classifier, self.preparation, denoiser, device, autocast, compile)
+        self.device = self.base.device
+        self.noise_resolution = str(noise_resolution)
         self.class_names = class_names
         self._num_classes: int | None = None
-        self._normalization: tuple[torch.Tensor, torch.Tensor] | None = None
-        if image_processor is not None and not hasattr(image_processor, "do_normalize"):
-            raise ValueError(
-                f"{type(image_processor).__name__} does not say how it normalises, so its normalisation cannot be moved "
-                "behind the noise. Pass tensors in [0, 1] and a base classifier that normalises them itself."
-            )
-        if image_processor is not None and image_processor.do_normalize:
-            mean, std = (torch.tensor(getattr(image_processor, name)) for name in ("image_mean", "image_std"))
-            self._normalization = (mean.view(-1, 1, 1).to(self.device), std.view(-1, 1, 1).to(self.device))
 
     @classmethod
     def from_pretrained(
@@ -113,6 +102,8 @@ class SmoothedClassifier:
         autocast: torch.dtype | None = None,
         compile: bool = False,
         count_head: str | Path | None = None,
+        noise_resolution: NoiseResolution = "input",
+        denoiser: Denoiser | str | None = None,
         **model_kwargs: Any,
     ) -> "SmoothedClassifier":
         """
@@ -126,6 +117,8 @@ class SmoothedClassifier:
             autocast: type of the forward passes, see the class.
             compile: use `torch.compile`, see the class.
             count_head: a count head on the Hub or in a local folder; its calibration comes with it.
+            noise_resolution: where noise is added, see the class.
+            denoiser: part of the base classifier, see the class.
             model_kwargs: passed on to `from_pretrained`. `dtype` is `torch.float32` unless given: certificates record it.
         """
         model_kwargs.setdefault("dtype", torch.float32)
@@ -146,18 +139,14 @@ class SmoothedClassifier:
             noise,
             batch_size=batch_size,
             image_processor=processor,
+            noise_resolution=noise_resolution,
+            denoiser=denoiser,
             class_names=names,
             autocast=autocast,
             compile=compile,
             count_head=head,
             calibration=None if head is None else head.calibration,
         )
-
-    @property
-    def precision(self) -> str:
-        """The type of the forward passes, as certificates record it."""
-        dtype = str(self.autocast or self.dtype).removeprefix("torch.")
-        return dtype if self.autocast is None else f"{dtype} autocast"
 
     @overload
     def certify(
@@ -253,7 +242,7 @@ class SmoothedClassifier:
         if isinstance(images, Iterator):
             return in_order(self.certify_stream(images, rule, seed=seed, progress=progress))
         # All of them before the first draw: a broken image at the end must not cost the work before it
-        pixels = [to_pixels(image, self.image_processor) for image in images]
+        pixels = [to_pixels(image, self.preparation) for image in images]
         return list(in_order(self.certify_stream(pixels, rule, seed=seed, progress=progress)))
 
     @torch.inference_mode()
@@ -293,13 +282,14 @@ class SmoothedClassifier:
                     < self.batch_size
                 ):
                     try:
-                        pixels = to_pixels(next(waiting), self.image_processor)
+                        pixels = to_pixels(next(waiting), self.preparation)
                     except StopIteration:
                         exhausted = True
                         break
                     position = next(positions)
                     shape = shape or pixels.shape
-                    if pixels.shape != shape:
+                    resized = self.preparation is not None and self.preparation.resize is not None
+                    if pixels.shape != shape and not resized:
                         raise ValueError(
                             f"Image {position} has shape {tuple(pixels.shape)}, the first one {tuple(shape)}: "
                             "resize them alike."
@@ -330,7 +320,7 @@ class SmoothedClassifier:
         if rule.uses_clean_pass:
             return ActiveImage(position, noisy, None)
         if self._num_classes is None:
-            self._num_classes = self.logits(pixels[None]).shape[1]
+            self._num_classes = self.base([pixels[None]], 0.0).shape[1]
         return ActiveImage(position, noisy, rule.start(noisy, CleanPass(np.zeros(self._num_classes))))
 
     def _ask_head(self, active: list[ActiveImage], rule: Rule) -> None:
@@ -339,7 +329,8 @@ class SmoothedClassifier:
         waiting = [image for image in active if image.run is None]
         if not waiting:
             return
-        frequencies = self.count_head(torch.stack([image.noisy.image for image in waiting]), self.noise.sigma)
+        clean = torch.cat([self.base.at_input(image.noisy.image[None], 0.0) for image in waiting])
+        frequencies = self.count_head(clean, self.noise.sigma)
         found = frequencies.double().cpu().numpy()
         if found.shape[:1] != (len(waiting),) or not (np.abs(found.sum(1) - 1) < 1e-3).all() or not (found >= 0).all():
             raise ValueError(
@@ -361,7 +352,7 @@ class SmoothedClassifier:
             rows.append(image.rows(take))
             served.append((image, take))
             room -= take
-        logits = self.logits(torch.cat(rows))
+        logits = self.base(rows, self.noise.sigma)
         num_classes = logits.shape[1]
         takes = torch.tensor([take for _, take in served], device=logits.device)
         owners = torch.repeat_interleave(torch.arange(len(served), device=logits.device), takes)
@@ -391,6 +382,7 @@ class SmoothedClassifier:
             noise=self.noise.name,
             norm=self.noise.norm,
             sampling=image.noisy.sampling,
+            noise_resolution=self.noise_resolution,
             sigma=self.noise.sigma,
             alpha=rule.alpha,
             p_lower=outcome.p_lower,
@@ -398,20 +390,8 @@ class SmoothedClassifier:
             counts=tuple(image.run.counts.tolist()),
             num_samples=image.num_samples,
             seed=seed,
-            dtype=self.precision,
-            compiled=self.compiled,
+            dtype=self.base.precision,
+            compiled=self.base.compiled,
             delta=outcome.delta,
             calibration=outcome.calibration,
         )
-
-    def logits(self, pixels: torch.Tensor) -> torch.Tensor:
-        """The base classifier's logits `(batch, classes)` of pixels `(batch, channels, height, width)`, noise included."""
-        if self._normalization is not None:
-            mean, std = self._normalization
-            pixels = (pixels - mean) / std
-        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-            output = self.base_classifier(pixels.to(self.dtype))
-        logits = output if isinstance(output, torch.Tensor) else output.logits
-        if logits.ndim != 2 or len(logits) != len(pixels):
-            raise ValueError(f"The base classifier returned shape {tuple(logits.shape)} for {len(pixels)} images.")
-        return logits

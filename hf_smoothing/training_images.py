@@ -141,7 +141,7 @@ def _picture(images: LabelledImages, index: int, row: dict[str, Any], size: int 
             f"Image {index} of the split cannot be trained on: {error} Mend it or leave it out."
         ) from error
     if size is not None and picture.size != (size, size):
-        pixels = to_pixels(picture, images.image_processor)  # resized as it will be where it is certified
+        pixels = to_pixels(picture, images.preparation)  # resized as it will be where it is certified
         picture = Image.fromarray(pixels.mul(255).round().byte().permute(1, 2, 0).numpy())
     return picture, label
 

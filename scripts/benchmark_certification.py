@@ -128,7 +128,7 @@ def timed(call: Callable[[], Any]) -> float:
 
 def engine_over_bare(smoothed: SmoothedClassifier, pixels: list[torch.Tensor], repeats: int) -> dict[str, Any]:
     """Draws a second of the engine over those of the bare forward pass on batches of the same sizes; medians."""
-    classifier, sizes = smoothed.base_classifier, list[int]()
+    classifier, sizes = smoothed.base.classifier, list[int]()
 
     def spy(batch: torch.Tensor) -> Any:
         sizes.append(len(batch))
@@ -140,9 +140,9 @@ def engine_over_bare(smoothed: SmoothedClassifier, pixels: list[torch.Tensor], r
         for _ in smoothed.certify_stream(pixels, rule):
             pass
 
-    smoothed.base_classifier = spy
+    smoothed.base.classifier = spy
     certify()
-    smoothed.base_classifier = classifier
+    smoothed.base.classifier = classifier
     shape = pixels[0].shape
     batches = {size: torch.rand(size, *shape) for size in set(sizes)}
 
@@ -186,7 +186,7 @@ def usual_protocol_seconds(
         for first in range(0, measured, batch):
             size = min(batch, measured - first)
             noisy = pixels + smoothed.noise.sigma * torch.randn(size, *pixels.shape)
-            smoothed.base_classifier(noisy).logits.argmax(1).bincount(minlength=10)
+            smoothed.base.classifier(noisy).logits.argmax(1).bincount(minlength=10)
 
     return timed(part) * USUAL / measured
 
@@ -213,7 +213,7 @@ def main() -> None:
     console = Console()
     smoothed = SmoothedClassifier.from_pretrained(args.model, GaussianNoise(args.sigma))
     pictures = load_demo_images().select(range(num_images))["image"]
-    pixels = [to_pixels(picture, smoothed.image_processor) for picture in pictures]
+    pixels = [to_pixels(picture, smoothed.preparation) for picture in pictures]
     if args.engine_only:
         engine = engine_over_bare(smoothed, pixels[: 12 if args.quick else 40], repeats=5)
         engine["command"] = command_line()
@@ -227,7 +227,7 @@ def main() -> None:
     measured = smoothed.certify(pixels, "fixed", n0=1, n=measure, progress=True)
     counts = np.array([found.counts for found in measured])
     with torch.inference_mode():
-        scores = smoothed.base_classifier(torch.stack(pixels)).logits.double().numpy()
+        scores = smoothed.base.classifier(torch.stack(pixels)).logits.double().numpy()
     console.print("Timing the engine ...")
     engine = engine_over_bare(smoothed, pixels[: 12 if args.quick else 40], repeats=5)
     console.print("Simulating the rules ...")

@@ -106,7 +106,7 @@ def seconds_an_image(args: argparse.Namespace, predictor: CountPredictor, measur
     smoothed = SmoothedClassifier.from_pretrained(
         args.model, GaussianNoise(0.5), batch_size=args.batch_size, device=args.device
     )
-    images.meet(predictor.class_names, smoothed.image_processor)
+    images.meet(predictor.class_names, smoothed.preparation)
     index = np.unique(measured.indices)[: args.batch_size]
     batch = torch.stack([images.pixels(images.source[int(one)]) for one in index])
     sigma = float(measured.sigmas.max())

@@ -29,6 +29,7 @@ from hf_smoothing import GaussianNoise, MixedNoiseViTConfig, MixedNoiseViTForIma
 from hf_smoothing.certificates import Certificate
 from hf_smoothing.classifier_training import EvaluationSettings, load_to_finetune, majority_answers, train_classifier
 from hf_smoothing.labelled_images import LabelledImages
+from hf_smoothing.preparation import Preparation
 from hf_smoothing.provenance import command_line, package_versions
 from hf_smoothing.records import write_json
 from hf_smoothing.training import TrainingSettings
@@ -309,7 +310,7 @@ def main() -> None:
 def images_to_evaluate(settings: StudySettings, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """Pixels and labels of some images, spread over the split at random."""
     images = LabelledImages(settings.dataset_name, split=settings.eval_split)
-    images.meet(names_of_classes(images), AutoImageProcessor.from_pretrained(folder))
+    images.meet(names_of_classes(images), Preparation.of(AutoImageProcessor.from_pretrained(folder)))
     chosen = np.random.default_rng(settings.seed).permutation(len(images.source))[: settings.eval_samples].tolist()
     rows = [(index, images.source[index]) for index in chosen]
     pixels = torch.stack([images.pixels(row) for _, row in rows])
