@@ -30,6 +30,7 @@ from .plots import (
     plot_true_class_frequency,
     require_matplotlib,
 )
+from .preparation import read_resolution
 from .provenance import command_line
 from .reports import (
     counted_draws,
@@ -73,6 +74,16 @@ Delta = Annotated[
     float | None,
     typer.Option(help="Share of the images that a calibrated count head may be wrong about (`surrogate`)."),
 ]
+NoiseResolution = Annotated[
+    str,
+    typer.Option(
+        help="Where noise is added, and to whose pixels the radius belongs: `input` (the network's), `native` (the picture's "
+        "own size), or pixels a side."
+    ),
+]
+Denoiser = Annotated[
+    str | None, typer.Option(help="Denoiser in front of the model, part of what is certified: `wiener`.")
+]
 Seed = Annotated[int, typer.Option(help="Seed of the noise: the same seed gives the same certificates.")]
 BatchSize = Annotated[int, typer.Option(help="Draws in one forward pass.")]
 
@@ -97,6 +108,8 @@ def certify(
     method: Method = "sequential",
     count_head: CountHead = None,
     delta: Delta = None,
+    noise_resolution: NoiseResolution = "input",
+    denoiser: Denoiser = None,
     seed: Seed = 0,
     batch_size: BatchSize = 128,
     json_lines: Annotated[
@@ -111,7 +124,8 @@ def certify(
     Example: `hf-smoothing certify frog.png --model user/repo --sigma 0.5`
     """
     settings = {"alpha": alpha, "radius": radius, "max_samples": max_samples, "method": method, "seed": seed}
-    settings |= {"count_head": count_head, "delta": delta}
+    settings |= {"count_head": count_head, "delta": delta, "denoiser": denoiser}
+    settings["noise_resolution"] = read_resolution(noise_resolution)
     try:
         with loading(model):
             pipe = pipeline("certified-image-classification", model=model, sigma=sigma, batch_size=batch_size)
@@ -177,6 +191,8 @@ def certify_dataset(
     ] = None,
     count_head: CountHead = None,
     delta: Delta = None,
+    noise_resolution: NoiseResolution = "input",
+    denoiser: Denoiser = None,
     seed: Seed = 0,
     dtype: Annotated[str, typer.Option(help="Forward passes in `float32`, or in `bfloat16` (autocast).")] = "float32",
     batch_size: BatchSize = 128,
@@ -214,6 +230,8 @@ def certify_dataset(
             dtype=dtype,
             count_head=count_head,
             delta=delta,
+            noise_resolution=read_resolution(noise_resolution),
+            denoiser=denoiser,
         )
         summary = dataset_runs.certify_dataset(
             settings,

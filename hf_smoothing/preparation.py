@@ -14,6 +14,11 @@ NoiseResolution = Literal["input", "native"] | int
 Step = Callable[[torch.Tensor], torch.Tensor]
 
 
+def read_resolution(text: str) -> NoiseResolution:
+    """A resolution as the command line has it; whether there is such a one is for [`Preparation.of`] to say."""
+    return int(text) if text.isdecimal() else text  # type: ignore[return-value]
+
+
 @dataclass(frozen=True)
 class Preparation:
     """
@@ -80,8 +85,8 @@ def _refuse_other_steps(processor: Any, parted: "Preparation") -> None:
     found = parted.normalize(parted.before(picture)[None])
     if whole.shape != found.shape or not torch.allclose(whole.float(), found, atol=1e-4):
         raise ValueError(
-            f"{type(processor).__name__} does more than resize, crop, rescale and normalise, so its steps cannot be parted at "
-            "the noise. Pass tensors in [0, 1] and a base classifier that does the rest itself."
+            f"{type(processor).__name__} does more than resize, crop, rescale and normalise, so its steps cannot be parted "
+            "at the noise. Pass tensors in [0, 1] and a base classifier that does the rest itself."
         )
 
 

@@ -13,6 +13,7 @@ import sys
 
 from hf_smoothing.crew import start_processes
 from hf_smoothing.dataset_runs import DTYPES, RunSettings, certify_dataset
+from hf_smoothing.preparation import read_resolution
 
 
 def parse_args() -> argparse.Namespace:
@@ -51,6 +52,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--tolerance", type=float, help="relative tolerance of the radius (sequential, without --radii)"
     )
+    parser.add_argument(
+        "--noise_resolution",
+        type=read_resolution,
+        default="input",
+        help="where noise is added: input (the network's), native (the picture's own size), or pixels a side",
+    )
+    parser.add_argument("--denoiser", help="denoiser in front of the model, part of what is certified: wiener")
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of the forward passes")
     parser.add_argument("--batch_size", type=int, default=128, help="draws in one forward pass (default: 128)")
