@@ -77,8 +77,8 @@ Delta = Annotated[
 NoiseResolution = Annotated[
     str,
     typer.Option(
-        help="Where noise is added, and to whose pixels the radius belongs: `input` (the network's), `native` (the picture's "
-        "own size), or pixels a side."
+        help="Where noise is added, and to whose pixels the radius belongs: `input` (the network's), `native` (the "
+        "picture's own size), or pixels a side."
     ),
 ]
 Denoiser = Annotated[
