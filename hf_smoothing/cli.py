@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 from transformers import pipeline
 
-from . import dataset_runs
+from . import cards, dataset_runs
 from .calibration import CALIBRATION_FILE, Calibration
 from .certificates import format_radius
 from .count_predictor import calibrate_count_head
@@ -289,6 +289,33 @@ def _shift(calibration: Calibration, sigma: float, delta: float) -> str:
         return f"{calibration.shift(sigma, delta):.3f}"
     except ValueError:
         return "too few images"
+
+
+@app.command()
+def card(
+    models: Annotated[list[Path], typer.Argument(help="Folders of models, each with `card.yaml` and `results`.")],
+    check: Annotated[
+        bool, typer.Option("--check", help="Change nothing; fail where a figure has no results file behind it.")
+    ] = False,
+) -> None:
+    """
+    Write model cards from `card.yaml` (words) and results files (figures): `README.md` and `.eval_results`.
+
+    Example: `hf-smoothing card my-model`
+    """
+    problems = []
+    try:
+        for folder in models:
+            if check:
+                problems += cards.check(folder)
+            for path in [] if check else cards.write(folder):
+                typer.echo(f"Wrote {path}.")
+    except (OSError, ValueError) as error:
+        _fail(error)
+    for problem in problems:
+        typer.echo(problem, err=True)
+    if problems:
+        raise typer.Exit(1)
 
 
 @app.command()
