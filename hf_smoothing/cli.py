@@ -13,7 +13,7 @@ from transformers import pipeline
 from . import dataset_runs
 from .calibration import CALIBRATION_FILE, Calibration
 from .certificates import format_radius
-from .count_predictor import calibrate_count_head
+from .count_calibration import calibrate_count_head
 from .crew import start_processes
 from .dataset_runs import RunSettings
 from .demo import run_demo
