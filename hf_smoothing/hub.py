@@ -4,6 +4,7 @@ Tokens come from where the hub library keeps them (`hf auth login`, or the varia
 """
 
 import shutil
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,12 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+    validate_repo_id,
+)
 from transformers.hf_argparser import HfArg
 
 from .crew import on_main_first
@@ -241,11 +247,19 @@ class HubSettings:
 
 @contextmanager
 def _explained(what: str, revision: str | None = None) -> Iterator[None]:
-    """One [`HubError`] for whatever the hub library raises."""
+    """One [`HubError`] for whatever the hub library raises, on a line of its own; progress bars where someone looks."""
+    quiet = not sys.stderr.isatty() and not are_progress_bars_disabled()
+    if quiet:
+        disable_progress_bars()
     try:
         yield
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
+        if sys.stderr.isatty():
+            sys.stderr.write("\n")  # the bars of an upload that fails leave the cursor behind them
         raise HubError(f"{what}: {_reason(error, revision)}") from error
+    finally:
+        if quiet:
+            enable_progress_bars()
 
 
 def _reason(error: BaseException, revision: str | None) -> str:
@@ -272,8 +286,8 @@ def _reason(error: BaseException, revision: str | None) -> str:
         return "the Hub does not accept the token (401). Log in anew with `hf auth login`, or set another HF_TOKEN."
     if status in (401, 404):
         return (
-            f"there is none of this name, or it is private and the token may not see it ({status}). Log in with "
-            + ("`hf auth login`, or look at the name.")
+            f"there is no such repository, or it is private and the token may not see it ({status}). Log in with "
+            "`hf auth login`, or mend the name."
         )
     if status == 403:
         return "the token may not do this (403). Take one with write access to it, or a name of your own."

@@ -49,12 +49,13 @@ class Client:
             "HF_HUB_OFFLINE": "0",
             "HF_HUB_DISABLE_XET": "1",  # the server speaks LFS
             "HF_HUB_DISABLE_TELEMETRY": "1",
-            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
         }
         self.folder = home / "folder"
         self.folder.mkdir()
+        self.commands = 0
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["hf_smoothing.cli", "hf_smoothing.count_training"])
+        self.context.set_forkserver_preload(["hub_client", "hf_smoothing.cli", "hf_smoothing.count_training"])
         with pytest.MonkeyPatch.context() as patch:
             for name in ("HF_TOKEN", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_TOKEN_PATH"):
                 patch.delenv(name, raising=False)
@@ -68,7 +69,8 @@ class Client:
 
     def call(self, function: Callable[..., Any], *args: Any, token: str | None = None) -> Ended:
         """Call a function of a module in a process of its own."""
-        streams = [self.home / "out", self.home / "err"]
+        self.commands += 1
+        streams = [self.home / f"command-{self.commands}.{name}" for name in ("out", "err")]
         process = self.context.Process(target=_child, args=(function, args, token, self.folder, streams))
         process.start()
         process.join(120)

@@ -11,8 +11,8 @@ import sys
 for name in ("hf_smoothing", "datasets", "evaluate", "accelerate", "pyarrow", "pandas", "typer", "rich", "matplotlib"):
     sys.modules[name] = None  # type: ignore[assignment]  # as if not installed
 
-import torch
-from transformers import AutoModel, AutoModelForImageClassification, pipeline
+import torch  # noqa: E402
+from transformers import AutoModel, AutoModelForImageClassification, pipeline  # noqa: E402
 
 model, count_head, *pictures = sys.argv[1:]
 

@@ -2,18 +2,23 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import datasets
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import ROOT, SHIPPED_MODEL, save_model
 from hub_client import Client
-from hub_server import TOKEN, HubServer
+from hub_server import READ_TOKEN, TOKEN, HubServer
 from transformers import AutoConfig, AutoModelForImageClassification, ViTImageProcessor, pipeline
 
 from hf_smoothing import MixedNoiseViTForCountPrediction
+from hf_smoothing.publication import publication_of
+from hf_smoothing.records import SCHEMA
 
 RUN = SHIPPED_MODEL / "results" / "cifar10"
 CODE = {
@@ -147,3 +152,224 @@ def test_without_the_package_remote_code_gives_the_same_certificates(hub, client
         model = MixedNoiseViTForCountPrediction.from_pretrained(head).eval()
         counts = model(torch.linspace(0, 1, 3 * size**2).view(1, 3, size, size), sigma=0.25).probabilities
     assert torch.allclose(torch.tensor(found["counts"]), counts, atol=1e-6)
+
+
+def load_by_name(model, run):
+    """In a process of the client's: what the package and `datasets` make of repositories by their names."""
+    config = AutoConfig.from_pretrained(model)
+    classifier = AutoModelForImageClassification.from_pretrained(model)
+    certify = pipeline("certified-image-classification", model=model, sigma=0.25)
+    rows = datasets.load_dataset(run)
+    (split,) = rows
+    rows[split].to_parquet("rows.parquet")
+    classes = [type(one).__module__ for one in (config, classifier, certify)]
+    print(json.dumps({"classes": classes, "features": {k: str(v) for k, v in rows[split].features.items()}}))
+
+
+def test_with_the_package_names_load_without_remote_code_and_a_run_is_a_dataset(hub, client, trained):
+    assert client("push", trained, "user/named", "--private").code == 0
+    assert client("push", RUN, "user/run").code == 0
+    published = hub.repos["dataset", "user/run"].files()
+    assert {"certificates.parquet", "run.json", "README.md", "report/report.md"} < published.keys()
+    done = client.call(load_by_name, "user/named", "user/run", token=TOKEN)
+    assert done.code == 0, done.err
+    found = json.loads(done.out.splitlines()[-1])
+    assert all(one.startswith("hf_smoothing.") for one in found["classes"])
+    ours = datasets.Features.from_arrow_schema(pq.read_schema(RUN / "certificates.parquet"))
+    assert found["features"] == {name: str(kind) for name, kind in ours.items()}
+    assert set(found["features"]) <= set(SCHEMA.names)
+    rows = pq.read_table(client.folder / "rows.parquet").to_pylist()
+    assert rows == pq.read_table(RUN / "certificates.parquet").to_pylist()
+    assert client("pull", "user/run", "run").code == 0
+    assert (
+        contents(client.folder / "run").items()
+        >= {name: content for name, content in contents(RUN).items() if name != "README.md"}.items()
+    )
+
+
+def test_a_run_keeps_the_card_that_it_has(trained, tmp_path):
+    for name in ("certificates.parquet", "run.json"):
+        (tmp_path / name).write_bytes((RUN / name).read_bytes())
+    (tmp_path / "README.md").write_text("---\nlicense: cc0-1.0\n---\n# Mine\n")
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "records-rank00000.jsonl").write_text("{}\n")
+    stage = tmp_path / "stage"
+    stage.mkdir()
+    publication = publication_of(tmp_path)
+    publication.stage(stage)
+    assert publication.left_out == ["shards/", "stage/"]
+    card = (stage / "README.md").read_text()
+    assert card.startswith("---\nlicense: cc0-1.0\nconfigs:\n")
+    assert card.endswith("# Mine\n")
+    assert (tmp_path / "README.md").read_text() == "---\nlicense: cc0-1.0\n---\n# Mine\n"
+
+
+def test_revisions_are_branches_to_push_to_and_branches_and_commits_to_pull(hub, client, trained, head):
+    assert client("push", trained, "user/revised").code == 0
+    first = hub.repos["model", "user/revised"].branches["main"]
+    assert client("push", head, "user/revised", "--revision", "heads/first").code == 0
+    assert client("push", head, "user/revised").code == 0
+    assert hub.repos["model", "user/revised"].branches.keys() == {"main", "heads/first"}
+    for number, (revision, expected) in enumerate([(first, trained), ("heads/first", head), ("main", head)]):
+        assert client("pull", "user/revised", f"revised-{number}", "--revision", revision).code == 0
+        pulled = client.folder / f"revised-{number}" / "model.safetensors"
+        assert pulled.read_bytes() == (expected / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (("POST", "/repos/create", 401), "does not accept the token (401). Log in anew"),
+        (("POST", "/repos/create", 429, 1, {"Retry_After": "7"}), "Start it again in 7 seconds"),
+        (("POST", "/repos/create", 500), "the Hub failed (500)"),
+        (("POST", "/preupload/", 403), "the token may not do this (403)"),
+        (("POST", "/preupload/", 404), "there is no such repository"),
+        (("PUT", "/lfs/", "garble", 9), "(422): The uploaded object does not have the sha256"),
+        (("PUT", "/lfs/", 403, 9), "the token may not do this (403)"),
+        (("POST", "/commit/", 500), "the Hub failed (500)"),
+    ],
+)
+def test_a_push_that_fails_says_why_in_a_line_and_the_next_one_succeeds(hub, client, head, fault, said, request):
+    name = f"user/push-{abs(hash(request.node.name)) % 10**6}"
+    hub.uploaded.clear()
+    hub.fail(*fault[:4], **(fault[4] if len(fault) > 4 else {}))
+    failed = client("push", head, name)
+    assert (failed.code, failed.out) == (2, "")
+    (line,) = failed.errors
+    assert line.startswith(f"error: {name} cannot be pushed: ")
+    assert said in line
+    assert "config.json" not in hub.repos["model", name].files() if ("model", name) in hub.repos else True
+    hub.reset()
+    assert client("push", head, name).code == 0
+    assert "model.safetensors" in hub.repos["model", name].files()
+
+
+@pytest.fixture(scope="module")
+def to_pull(client, head):
+    assert client("push", head, "user/pulled").code == 0
+    return "user/pulled"
+
+
+@pytest.mark.parametrize(
+    ("faults", "said"),
+    [
+        ([("GET", "/api/models/user/pulled/revision", 401)], "does not accept the token (401)"),
+        ([("HEAD", "/config.json", 403)], "the token may not do this (403)"),
+        ([("GET", "/tree/", 429, 6, {"Retry_After": "0"})], "too many requests (429)"),
+        ([("GET", "/api/models/user/pulled/revision", 500)], "the Hub failed (500)"),
+        ([("GET", "/model.safetensors", "cut"), ("GET", "/model.safetensors", 500)], "the Hub failed (500)"),
+        ([("GET", "/model.safetensors", "cut", 9)], "the connection failed (peer closed connection"),
+        ([("GET", "/model.safetensors", "garble")], "model.safetensors came with another checksum"),
+        ([("GET", "/config.json", "garble")], "config.json came with another checksum"),
+    ],
+)
+def test_a_pull_that_fails_says_why_and_leaves_nothing_and_the_next_one_succeeds(
+    hub, client, to_pull, head, faults, said, tmp_path
+):
+    shutil.rmtree(client.home / "hub")
+    for fault in faults:
+        hub.fail(*fault[:4], **(fault[4] if len(fault) > 4 else {}))
+    failed = client("pull", to_pull, tmp_path / "pulled")
+    assert (failed.code, failed.out) == (2, "")
+    (line,) = failed.errors
+    assert line.startswith(f"error: {to_pull} cannot be pulled: ")
+    assert said in line
+    assert list(tmp_path.iterdir()) == []
+    hub.reset()
+    assert client("pull", to_pull, tmp_path / "pulled").code == 0
+    assert (tmp_path / "pulled" / "model.safetensors").read_bytes() == (head / "model.safetensors").read_bytes()
+
+
+def test_a_connection_cut_in_a_file_and_a_hub_that_is_busy_for_once_are_got_over(hub, client, to_pull, head):
+    shutil.rmtree(client.home / "hub")
+    hub.fail("GET", "/model.safetensors", "cut")
+    hub.fail("GET", "/config.json", 429, Retry_After="0")
+    assert client("pull", to_pull, "got-over").code == 0
+    assert contents(client.folder / "got-over")["model.safetensors"] == contents(head)["model.safetensors"]
+    weights = [path for method, path in hub.requests if method == "GET" and path.endswith("/model.safetensors")]
+    assert len(weights) == 2  # the second one asked for the rest
+    hub.uploaded.clear()
+    hub.fail("POST", "/preupload/", 500)
+    hub.fail("PUT", "/lfs/", 429, Retry_After="0")
+    assert client("push", head, "user/got-over").code == 0
+
+
+@pytest.mark.parametrize(
+    ("args", "token", "said"),
+    [
+        (["push", "HEAD", "user/x"], None, "there is no token. Log in with `hf auth login`, or set HF_TOKEN."),
+        (["push", "HEAD", "user/x"], "hf_wrong", "does not accept the token (401)"),
+        (["push", "HEAD", "user/x"], READ_TOKEN, "the token may not do this (403)"),
+        (["push", "HEAD", "other/x"], TOKEN, "the token may not do this (403)"),
+        (["push", "HEAD", "user/pulled", "--private"], TOKEN, "user/pulled is there already, and public"),
+        (["push", "HEAD", "a/b/c"], TOKEN, "a/b/c"),
+        (["push", "EMPTY", "user/x"], TOKEN, "has neither config.json nor run.json"),
+        (["push", "GONE", "user/x"], TOKEN, "There is no folder"),
+        (["push", "UNFINISHED", "user/x"], TOKEN, "holds a run that is not finished"),
+        (["push", "OTHER", "user/x"], TOKEN, "holds a vit model (ViTForImageClassification)"),
+        (["push", "BARE", "user/x"], TOKEN, "lacks model.safetensors, preprocessor_config.json"),
+        (["pull", "user/private"], None, "there is no such repository, or it is private"),
+        (["pull", "user/gone"], TOKEN, "there is no such repository"),
+        (["pull", "user/pulled", "x", "--revision", "gone"], TOKEN, "there is no revision 'gone'"),
+        (["pull", "user/pulled", "x", "--repo-type", "dataset"], TOKEN, "there is no such repository"),
+        (["pull", "user/pulled", "x", "--repo-type", "space"], TOKEN, "'space' is unknown: use model or dataset"),
+        (["pull", "user/pulled", "FULL"], TOKEN, "is there already: name a new folder"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_anything_is_written(
+    hub, client, to_pull, head, args, token, said, tmp_path
+):
+    folders = {name: tmp_path / name for name in ("EMPTY", "GONE", "UNFINISHED", "OTHER", "BARE", "FULL")}
+    for name, files in {
+        "EMPTY": {},
+        "UNFINISHED": {"run.json": {"settings": {}, "finished": None}, "certificates.parquet": ""},
+        "OTHER": {"config.json": {"model_type": "vit", "architectures": ["ViTForImageClassification"]}},
+        "BARE": {"config.json": json.loads((head / "config.json").read_text())},
+        "FULL": {"mine.txt": "mine"},
+    }.items():
+        folders[name].mkdir()
+        for file, content in files.items():
+            (folders[name] / file).write_text(json.dumps(content))
+    if "user/private" in args:
+        assert client("push", head, "user/private", "--private").code == 0
+    before, repos = contents(client.folder), len(hub.repos)
+    ended = client(*({"HEAD": head, **folders}.get(one, one) for one in args), token=token)
+    assert (ended.code, ended.out) == (2, "")
+    (line,) = ended.errors
+    assert said in line
+    assert "Traceback" not in ended.err
+    assert (contents(client.folder), len(hub.repos)) == (before, repos)
+
+
+def test_a_training_publishes_its_model(hub, client, trained, parquet, tmp_path):
+    training = [
+        ROOT / "scripts" / "finetune.py", "--model_name_or_path", trained, "--dataset_name", parquet, "--output_dir",
+        "mine", "--per_device_train_batch_size", "100", "--max_train_steps", "1",
+    ]  # fmt: skip
+    refused = client(*training, "--push_to_hub", token=None)
+    assert refused.code == 1
+    assert "error: mine cannot be pushed: there is no token." in refused.err
+    assert client(*training, "--push_to_hub", "--hub_model_id", "other/mine").code == 1
+    assert client(*training, "--hub_model_id", "user/mine").code == 1
+    assert not (client.folder / "mine").exists()
+    done = client(*training, "--push_to_hub", "--hub_private_repo")
+    assert done.code == 0, done.err
+    published = hub.repos["model", "user/mine"]
+    assert published.private
+    assert {"model.safetensors", "results/training.json", "smoothing.py"} < published.files().keys()
+    assert not any(path.startswith(("step_", "training_log")) for path in published.files())
+    hub.fail("POST", "/preupload/", 403)
+    later = client(*training, "--push_to_hub", "--resume_from_checkpoint", "latest")
+    assert later.code == 1
+    assert "The model is in mine; `hf-smoothing push mine user/mine` publishes it." in later.err
+
+
+def test_no_token_is_in_any_output_or_file(hub, client):
+    """Last: of all that the tests above left behind."""
+    for folder in (client.home, client.folder):
+        for path, content in contents(folder).items():
+            assert TOKEN.encode() not in content, path
+            assert READ_TOKEN.encode() not in content, path
+    for repo in hub.repos.values():
+        for files in repo.commits.values():
+            assert not any(TOKEN.encode() in blob.content for blob in files.values())
