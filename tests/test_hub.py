@@ -36,7 +36,15 @@ def hub():
 
 @pytest.fixture(scope="module")
 def client(hub, tmp_path_factory):
-    return Client(hub.endpoint, tmp_path_factory.mktemp("home"), TOKEN)
+    """A user who has a token; in the end, none of it is in any output, file or repository that the tests left."""
+    found = Client(hub.endpoint, tmp_path_factory.mktemp("home"), TOKEN)
+    yield found
+    left = list(contents(found.home).items())
+    left += [file for repo in hub.repos.values() for files in repo.commits.values() for file in files.items()]
+    for path, content in left:
+        content = content if isinstance(content, bytes) else content.content
+        assert TOKEN.encode() not in content, path
+        assert READ_TOKEN.encode() not in content, path
 
 
 @pytest.fixture(autouse=True)
@@ -341,17 +349,43 @@ def test_what_cannot_be_done_is_said_before_anything_is_written(
     assert (contents(client.folder), len(hub.repos)) == (before, repos)
 
 
+def test_the_token_of_hf_auth_login_serves_as_well(hub, client, head):
+    store = client.home / "token"
+    store.write_text(TOKEN)
+    try:
+        assert client("push", head, "user/logged-in", token=None).code == 0
+    finally:
+        store.unlink()
+
+
+@pytest.mark.parametrize(
+    ("script", "args"),
+    [
+        ("pretrain", ["--dataset_name", "gone"]),
+        ("finetune", ["--dataset_name", "gone", "--model_name_or_path", "gone"]),
+        ("train_count_head", ["--counts", "gone", "--model_name_or_path", "gone"]),
+    ],
+)
+def test_a_training_that_could_not_publish_does_not_begin(hub, client, script, args):
+    training = [ROOT / "scripts" / f"{script}.py", *args, "--output_dir", "mine"]
+    for more, token, said in [
+        (["--push_to_hub"], None, "mine cannot be pushed: there is no token."),
+        (["--push_to_hub", "--hub_model_id", "other/mine"], TOKEN, "other/mine cannot be pushed: the token may not"),
+        (["--push_to_hub", "--hub_model_id", "user/mi ne"], TOKEN, "'user/mi ne'"),
+        (["--hub_model_id", "user/mine"], TOKEN, "no meaning without --push_to_hub"),
+    ]:
+        ended = client(*training, *more, token=token)
+        assert ended.code == 1
+        (line,) = ended.errors
+        assert said in line
+        assert not (client.folder / "mine").exists()
+
+
 def test_a_training_publishes_its_model(hub, client, trained, parquet, tmp_path):
     training = [
         ROOT / "scripts" / "finetune.py", "--model_name_or_path", trained, "--dataset_name", parquet, "--output_dir",
         "mine", "--per_device_train_batch_size", "100", "--max_train_steps", "1",
     ]  # fmt: skip
-    refused = client(*training, "--push_to_hub", token=None)
-    assert refused.code == 1
-    assert "error: mine cannot be pushed: there is no token." in refused.err
-    assert client(*training, "--push_to_hub", "--hub_model_id", "other/mine").code == 1
-    assert client(*training, "--hub_model_id", "user/mine").code == 1
-    assert not (client.folder / "mine").exists()
     done = client(*training, "--push_to_hub", "--hub_private_repo")
     assert done.code == 0, done.err
     published = hub.repos["model", "user/mine"]
@@ -362,14 +396,3 @@ def test_a_training_publishes_its_model(hub, client, trained, parquet, tmp_path)
     later = client(*training, "--push_to_hub", "--resume_from_checkpoint", "latest")
     assert later.code == 1
     assert "The model is in mine; `hf-smoothing push mine user/mine` publishes it." in later.err
-
-
-def test_no_token_is_in_any_output_or_file(hub, client):
-    """Last: of all that the tests above left behind."""
-    for folder in (client.home, client.folder):
-        for path, content in contents(folder).items():
-            assert TOKEN.encode() not in content, path
-            assert READ_TOKEN.encode() not in content, path
-    for repo in hub.repos.values():
-        for files in repo.commits.values():
-            assert not any(TOKEN.encode() in blob.content for blob in files.values())
