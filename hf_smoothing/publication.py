@@ -137,7 +137,7 @@ def _check_model(folder: Path, config: Json) -> None:
     index = folder / "model.safetensors.index.json"
     needed = {"model.safetensors"}
     if index.is_file():
-        needed = set(_read(index)["weight_map"].values())
+        needed = set(_read(index).get("weight_map", {}).values())
     if missing := sorted(one for one in {*needed, "preprocessor_config.json"} if not (folder / one).is_file()):
         raise ValueError(f"{folder} lacks {', '.join(missing)}: save model and image processor to it first.")
 

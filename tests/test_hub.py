@@ -263,7 +263,7 @@ def to_pull(client, head):
     [
         ([("GET", "/api/models/user/pulled/revision", 401)], "does not accept the token (401)"),
         ([("HEAD", "/config.json", 403)], "the token may not do this (403)"),
-        ([("GET", "/tree/", 429, 6, {"Retry_After": "0"})], "too many requests (429)"),
+        ([("GET", "/api/models/user/pulled/revision", 429, 1, {"Retry_After": "7"})], "Start it again in 7 seconds"),
         ([("GET", "/api/models/user/pulled/revision", 500)], "the Hub failed (500)"),
         ([("GET", "/model.safetensors", "cut"), ("GET", "/model.safetensors", 500)], "the Hub failed (500)"),
         ([("GET", "/model.safetensors", "cut", 9)], "the connection failed (peer closed connection"),
