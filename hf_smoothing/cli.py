@@ -3,20 +3,20 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.text import Text
 from transformers import pipeline
 
-from . import cards, dataset_runs
+from . import cards, dataset_runs, hub_commands
 from .calibration import CALIBRATION_FILE, Calibration
 from .certificates import format_radius
-from .count_predictor import calibrate_count_head
+from .count_calibration import calibrate_count_head
 from .crew import start_processes
 from .dataset_runs import RunSettings
 from .demo import run_demo
+from .failure import fail
 from .loading import loading
 from .plots import (
     picture_of_certificates,
@@ -46,6 +46,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Certified robustness for image classifiers, by randomized smoothing.",
 )
+app.add_typer(hub_commands.app)
 DEMO_MODEL = "model_cards/mixed-noise-vit-nano-cifar10"
 SHOWN_PICTURES = 60
 
@@ -69,12 +70,6 @@ Delta = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Seed of the noise: the same seed gives the same certificates.")]
 BatchSize = Annotated[int, typer.Option(help="Draws in one forward pass.")]
-
-
-def _fail(error: Exception) -> NoReturn:
-    # as plain text: paths and class names may hold what rich reads as markup
-    Console(stderr=True).print(Text("error: ", style="bold red").append(str(error), style="not bold default"))
-    raise typer.Exit(2)
 
 
 @app.command()
@@ -111,7 +106,7 @@ def certify(
             pipe = pipeline("certified-image-classification", model=model, sigma=sigma, batch_size=batch_size)
         found = pipe(images, progress=sys.stderr.isatty(), **{k: v for k, v in settings.items() if v is not None})
     except (OSError, TypeError, ValueError) as error:
-        _fail(error)
+        fail(error)
     if json_lines:
         for name, result in zip(images, found):
             print(json.dumps({"image": name, **result}))
@@ -221,7 +216,7 @@ def certify_dataset(
         typer.echo(f"\n{error}" if error.args else "\nstopped", err=True)
         raise typer.Exit(130) from None
     except (OSError, RuntimeError, ValueError) as error:
-        _fail(error)
+        fail(error)
     typer.echo(summary)
 
 
@@ -245,7 +240,7 @@ def demo(
     try:
         run_demo(model, output_dir, sigma, alpha, max_samples, seed, batch_size)
     except (ImportError, OSError, TypeError, ValueError) as error:
-        _fail(error)
+        fail(error)
 
 
 @app.command()
@@ -269,7 +264,7 @@ def calibrate(
     try:
         found = calibrate_count_head(count_head, run)
     except (OSError, ValueError) as error:
-        _fail(error)
+        fail(error)
     rows = [
         {
             "sigma": f"{sigma:g}",
@@ -311,7 +306,7 @@ def card(
             for path in [] if check else cards.write(folder):
                 typer.echo(f"Wrote {path}.")
     except (OSError, ValueError) as error:
-        _fail(error)
+        fail(error)
     for problem in problems:
         typer.echo(problem, err=True)
     if problems:
@@ -390,7 +385,7 @@ def report(
         (folder / "report.json").write_text(json.dumps(found, indent=2) + "\n")
         (folder / "report.md").write_text(markdown(found, figures))
     except (ImportError, OSError, TypeError, ValueError) as error:
-        _fail(error)
+        fail(error)
     console = Console()
     print_table(console, name_of_figure(found["guarantee"]), share_rows(found), keys=2)
     print_table(console, "Abstentions, radii, cost", other_rows(found), keys=2)
