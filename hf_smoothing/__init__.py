@@ -10,7 +10,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from .bounds import clopper_pearson_lower, confidence_sequence_lower, log_e_value
 from .certificates import ABSTAIN, Certificate, format_radius
 from .configuration_mixed_noise_vit import MixedNoiseViTConfig
-from .data import load_demo_images
+from .demo_images import load_demo_images
 from .metrics.certified_accuracy import CertifiedAccuracy
 from .modeling_count_prediction import MixedNoiseViTForCountPrediction
 from .modeling_mixed_noise_vit import (

@@ -3,26 +3,20 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.text import Text
 from transformers import pipeline
 
-from . import audit as audits
-from . import dataset_runs
-from .attacks import AttackSettings
-from .calibration import CALIBRATION_FILE, Calibration
+from . import dataset_runs, hub_commands, model_commands
 from .certificates import format_radius
-from .count_predictor import calibrate_count_head
 from .crew import start_processes
 from .dataset_runs import RunSettings
 from .demo import run_demo
-from .labelled_images import LabelledImages
+from .failure import fail
 from .loading import loading
-from .model_check import check_model
-from .noise import GaussianNoise
+from .options import Alpha, BatchSize, CountHead, Delta, Denoiser, Method, Model, NoiseResolution, Seed, Sigma
 from .plots import (
     picture_of_certificates,
     plot_certified_accuracy,
@@ -42,7 +36,6 @@ from .reports import (
     summarize,
 )
 from .results import load_pictures, name_of_figure, read_results
-from .smoothing import SmoothedClassifier
 from .tables import print_table
 
 app = typer.Typer(
@@ -53,45 +46,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Certified robustness for image classifiers, by randomized smoothing.",
 )
+app.add_typer(model_commands.app)
+app.add_typer(hub_commands.app)
+
 DEMO_MODEL = "model_cards/mixed-noise-vit-nano-cifar10"
 SHOWN_PICTURES = 60
-
-Model = Annotated[str, typer.Option(help="Image classifier: a name on the Hub or a local folder.")]
-Sigma = Annotated[float, typer.Option(help="Standard deviation of the noise, in [0, 1] pixels.")]
-Alpha = Annotated[float, typer.Option(help="Probability that a certificate is wrong.")]
-Method = Annotated[
-    str,
-    typer.Option(
-        help="`sequential` draws until the question is settled, `fixed` is the usual protocol, `surrogate` asks a count "
-        "head alone, `counts` only counts."
-    ),
-]
-CountHead = Annotated[
-    str | None,
-    typer.Option(help="Count head, on the Hub or in a local folder: `sequential` then draws less."),
-]
-Delta = Annotated[
-    float | None,
-    typer.Option(help="Share of the images that a calibrated count head may be wrong about (`surrogate`)."),
-]
-NoiseResolution = Annotated[
-    str,
-    typer.Option(
-        help="Where noise is added, and to whose pixels the radius belongs: `input` (the network's), `native` (the "
-        "picture's own size), or pixels a side."
-    ),
-]
-Denoiser = Annotated[
-    str | None, typer.Option(help="Denoiser in front of the model, part of what is certified: `wiener`.")
-]
-Seed = Annotated[int, typer.Option(help="Seed of the noise: the same seed gives the same certificates.")]
-BatchSize = Annotated[int, typer.Option(help="Draws in one forward pass.")]
-
-
-def _fail(error: Exception) -> NoReturn:
-    # as plain text: paths and class names may hold what rich reads as markup
-    Console(stderr=True).print(Text("error: ", style="bold red").append(str(error), style="not bold default"))
-    raise typer.Exit(2)
 
 
 @app.command()
@@ -131,7 +90,7 @@ def certify(
             pipe = pipeline("certified-image-classification", model=model, sigma=sigma, batch_size=batch_size)
         found = pipe(images, progress=sys.stderr.isatty(), **{k: v for k, v in settings.items() if v is not None})
     except (OSError, TypeError, ValueError) as error:
-        _fail(error)
+        fail(error)
     if json_lines:
         for name, result in zip(images, found):
             print(json.dumps({"image": name, **result}))
@@ -245,7 +204,7 @@ def certify_dataset(
         typer.echo(f"\n{error}" if error.args else "\nstopped", err=True)
         raise typer.Exit(130) from None
     except (OSError, RuntimeError, ValueError) as error:
-        _fail(error)
+        fail(error)
     typer.echo(summary)
 
 
@@ -269,138 +228,7 @@ def demo(
     try:
         run_demo(model, output_dir, sigma, alpha, max_samples, seed, batch_size)
     except (ImportError, OSError, TypeError, ValueError) as error:
-        _fail(error)
-
-
-@app.command()
-def calibrate(
-    count_head: Annotated[str, typer.Argument(help="Folder of a count head, which gets `calibration.json`.")],
-    run: Annotated[
-        Path,
-        typer.Argument(
-            help="Finished run of `certify-dataset --method fixed` on images that neither model nor head was trained on."
-        ),
-    ],
-) -> None:
-    """
-    Find out how far a count head's estimates must be lowered to be right about most images.
-
-    Afterwards `--method surrogate --delta 0.05` claims radii that exceed what Monte-Carlo certifies for at most one image
-    in twenty, among images like those of the run: guarantee `marginal`.
-
-    Example: `hf-smoothing calibrate my-counts runs/held-out`
-    """
-    try:
-        found = calibrate_count_head(count_head, run)
-    except (OSError, ValueError) as error:
-        _fail(error)
-    rows = [
-        {
-            "sigma": f"{sigma:g}",
-            "images": len(scores),
-            "overestimated": f"{100 * sum(score > 0 for score in scores) / len(scores):.1f} %",
-            "lowered at delta = 0.1": _shift(found, sigma, 0.1),
-            "at 0.05": _shift(found, sigma, 0.05),
-        }
-        for sigma, scores in found.scores.items()
-    ]
-    print_table(Console(), "How far the log-odds of p_A are lowered", rows)
-    typer.echo(f"Wrote {Path(count_head) / CALIBRATION_FILE}.")
-
-
-def _shift(calibration: Calibration, sigma: float, delta: float) -> str:
-    try:
-        return f"{calibration.shift(sigma, delta):.3f}"
-    except ValueError:
-        return "too few images"
-
-
-@app.command()
-def check(
-    model: Annotated[str, typer.Argument(help="Image classifier: a name on the Hub or a local folder.")],
-    dataset: Annotated[
-        str | None,
-        typer.Option(help="Labelled pictures to look at. Without it, those that ship with the package."),
-    ] = None,
-    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "test",
-    n: Annotated[int, typer.Option(help="Draws an image, for the largest radius and the time.")] = 100_000,
-    alpha: Alpha = 0.001,
-    device: Annotated[str | None, typer.Option(help="Where to compute, such as `cuda`.")] = None,
-    batch_size: BatchSize = 64,
-) -> None:
-    """
-    See in a minute whether a model is worth smoothing: its norms, its answers under noise, what a budget can show.
-
-    Example: `hf-smoothing check microsoft/resnet-18`
-    """
-    try:
-        with loading(model):
-            smoothed = SmoothedClassifier.from_pretrained(
-                model, GaussianNoise(0.25), device=device, batch_size=batch_size
-            )
-        images = None if dataset is None else LabelledImages(dataset, split=split)
-        found = check_model(smoothed, images, n=n, alpha=alpha)
-    except (OSError, ValueError) as error:
-        _fail(error)
-    rows = [
-        {
-            "sigma": f"{level['sigma']:g}",
-            "answers kept": f"{level['same_answer']:.0%}",
-            "accuracy": "unknown" if level["accuracy"] is None else f"{level['accuracy']:.0%}",
-            f"largest radius of {n:,} draws": format_radius(level["largest_radius"]),
-        }
-        for level in found.levels
-    ]
-    console = Console()
-    norms = ", ".join(f"{count} {kind}" for kind, count in found.norm_layers.items()) or "none"
-    print_table(console, f"Noisy copies of {found.images} pictures", rows)
-    console.print(
-        f"Norms: {norms}. {found.draws_per_second:.0f} draws/s on {found.device} in batches of {found.batch_size}: "
-        f"500 images take {found.seconds(500) / 3600:,.1f} h with {n:,} draws each (`sequential` takes far fewer).",
-        highlight=False,
-    )
-    for advice in found.advice():
-        console.print(advice, highlight=False)
-
-
-@app.command()
-def audit(
-    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
-    output_dir: Annotated[
-        Path | None, typer.Option(help="Where to write. Without it: `audit` in the run's folder.")
-    ] = None,
-    images: Annotated[int, typer.Option(help="Certificates to attack at each noise level.")] = 100,
-    steps: Annotated[int, typer.Option(help="Gradient steps an image.")] = 1000,
-    draws: Annotated[int, typer.Option(help="Noisy copies in each of them.")] = 8,
-    n: Annotated[int, typer.Option(help="Fresh draws that judge a candidate.")] = 2000,
-    seed: Annotated[int, typer.Option(help="Of everything that is random.")] = 0,
-    device: Annotated[str, typer.Option(help="Where to compute, such as `cuda`.")] = "cpu",
-    batch_size: BatchSize = 128,
-) -> None:
-    """
-    Attack the certificates of a run: look for a change smaller than the radius that changes the answer.
-
-    Tries gradients of the smoothed classifier, random directions and the way to the nearest image of another class;
-    fresh draws judge what they find. Says too how far beyond the radius answers do change. A violation is an error, kept
-    with everything needed to see it again. Interrupt it when you like: the same command goes on.
-
-    Example: `hf-smoothing audit runs/cifar10 --images 100`
-    """
-    try:
-        settings = AttackSettings(steps=steps, draws=draws, n=n, seed=seed)
-        folder = output_dir or run / "audit"
-        found = audits.audit(run, folder, settings, images=images, device=device, batch_size=batch_size)
-    except (OSError, ValueError) as error:
-        _fail(error)
-    for row in found.violations:
-        typer.echo(
-            f"VIOLATED: image {row['index']} at sigma {row['sigma']:g}: certified {row['radius']:.4f}, changed at "
-            f"{row['violation']['norm']:.4f} ({row['violation']['attack']}); see {folder / 'violations'}.",
-            err=True,
-        )
-    typer.echo(found)
-    if found.violations:
-        raise typer.Exit(1)
+        fail(error)
 
 
 @app.command()
@@ -475,7 +303,7 @@ def report(
         (folder / "report.json").write_text(json.dumps(found, indent=2) + "\n")
         (folder / "report.md").write_text(markdown(found, figures))
     except (ImportError, OSError, TypeError, ValueError) as error:
-        _fail(error)
+        fail(error)
     console = Console()
     print_table(console, name_of_figure(found["guarantee"]), share_rows(found), keys=2)
     print_table(console, "Abstentions, radii, cost", other_rows(found), keys=2)

@@ -96,6 +96,10 @@ class MixedNoiseViTConfig(PreTrainedConfig):
     count_sigmas: list[float] | tuple[float, ...] | None = None
 
     def __post_init__(self, **kwargs):
+        if not __name__.startswith("transformers_modules."):
+            # What a repository says for those who have only its remote code. transformers would refuse to load the pipeline
+            # without `trust_remote_code` wherever it is said, though the task is registered here.
+            kwargs.pop("custom_pipelines", None)
         if self.class_token is None:
             self.class_token = self.pooling == "token"
         self.image_mean = [0.5] * self.num_channels if self.image_mean is None else list(self.image_mean)

@@ -2,19 +2,20 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from torch import distributed
 from torch.distributed.distributed_c10d import _get_default_store
 from tqdm.auto import tqdm
 
 Item = TypeVar("Item")
+Found = TypeVar("Found")
 
 _REFRESH = 0.5
 """Seconds between two looks at what the other processes have done."""
@@ -34,6 +35,20 @@ def start_processes(**options: Any) -> Accelerator:
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
         **options,
     )
+
+
+def on_main_first(accelerator: Accelerator, call: Callable[[], Found]) -> Found:
+    """What `call` returns on the main process, on all of them; or what it raises (OSError, ValueError), on all of them."""
+    box: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            box = [call()]
+        except (OSError, ValueError) as error:
+            box = [error]
+    broadcast_object_list(box)
+    if isinstance(box[0], Exception):
+        raise box[0]
+    return box[0]
 
 
 class Crew:

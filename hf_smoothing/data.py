@@ -1,15 +1,12 @@
-"""Pictures in: what users hand over becomes an RGB image or pixels, and the images that ship with the package."""
+"""Pictures in: what users hand over becomes an RGB image or pixels."""
 
 import io
 from http.client import HTTPException
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
-import datasets
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -115,12 +112,3 @@ def to_pixels(image: Any, preparation: Preparation | None = None) -> torch.Tenso
             "units. Undo the normalisation; it belongs behind the noise."
         )
     return image
-
-
-def load_demo_images() -> datasets.Dataset:
-    """
-    200 test images of CIFAR-10, 20 of each class, lossless: columns `image` and `label` (with class names).
-    """
-    path = files("hf_smoothing").joinpath("cifar10_demo.parquet")
-    with path.open("rb") as file:
-        return datasets.Dataset(pq.read_table(file))

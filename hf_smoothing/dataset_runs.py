@@ -11,15 +11,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 
 from .certificates import Rule, check_count
 from .count_predictor import CountPredictor, read_calibration
-from .crew import Crew, Progress
+from .crew import Crew, Progress, on_main_first
 from .labelled_images import LabelledImages
 from .loading import loading
 from .noise import GaussianNoise
@@ -37,8 +36,6 @@ from .smoothing import SmoothedClassifier
 
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 """Types of the forward passes by name, as the engine takes them: float32 weights, under autocast or not."""
-
-Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -197,7 +194,7 @@ def certify_dataset(
         raise ValueError(
             f"revision={settings.revision!r} is for models on the Hub; {settings.model_name_or_path!r} is a local folder."
         )
-    _on_main_first(accelerator, partial(check_folder, output_dir, resume))
+    on_main_first(accelerator, partial(check_folder, output_dir, resume))
     with accelerator.main_process_first():  # one downloads, the others find it there
         images = LabelledImages(
             settings.dataset_name,
@@ -228,7 +225,7 @@ def certify_dataset(
         session = session_of(accelerator, smoothed)
         return prepare(output_dir, _identity(settings, images, smoothed), session, images)
 
-    plan = _on_main_first(accelerator, begin)
+    plan = on_main_first(accelerator, begin)
     images.shape = plan.shape
     crew = Crew(accelerator, plan.start)
     writer = ShardWriter(output_dir / "shards" / f"records-rank{accelerator.process_index:05d}.jsonl")
@@ -299,20 +296,6 @@ def _certify(
     for position, certificate in smoothed.certify_stream(pixels(), rule, seed=settings.seed):
         index, label = handed[position]
         keep(record(index, label, names, certificate))
-
-
-def _on_main_first(accelerator: Accelerator, call: Callable[[], Found]) -> Found:
-    """What `call` returns on the main process, on all of them; or what it raises, on all of them."""
-    box: list[Any] = [None]
-    if accelerator.is_main_process:
-        try:
-            box = [call()]
-        except (OSError, ValueError) as error:
-            box = [error]
-    broadcast_object_list(box)
-    if isinstance(box[0], Exception):
-        raise box[0]
-    return box[0]
 
 
 def _calibration(settings: RunSettings, smoothed: SmoothedClassifier) -> Record | None:

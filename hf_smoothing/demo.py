@@ -9,8 +9,9 @@ import torch
 from rich.console import Console
 
 from .certificates import Certificate, format_radius
-from .data import load_demo_images, to_pixels
+from .data import to_pixels
 from .dataset_runs import RunSettings
+from .demo_images import load_demo_images
 from .loading import loading
 from .metrics.certified_accuracy import certified_accuracy
 from .noise import GaussianNoise

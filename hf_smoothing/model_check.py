@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from .bounds import clopper_pearson_lower
-from .data import load_demo_images, to_pixels
+from .data import to_pixels
+from .demo_images import load_demo_images
 from .labelled_images import LabelledImages, match_labels
 from .noise import GaussianNoise
 from .smoothing import SmoothedClassifier

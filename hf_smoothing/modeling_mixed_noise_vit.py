@@ -147,8 +147,9 @@ class MixedNoiseViTPreTrainedModel(PreTrainedModel):
                     init.trunc_normal_(parameter, std=std)
                 elif name.endswith(".gamma"):  # layer scale
                     init.constant_(parameter, self.config.layer_scale_init)
-        elif isinstance(module, MixedNoiseViTModel):
-            # Not part of the checkpoint (the config holds them), so loading leaves them to us.
+        elif hasattr(module, "image_mean"):
+            # Not part of the checkpoint (the config holds them), so loading leaves them to us. Not told by its class: as
+            # remote code this file may be run twice, and a class is then not the one that it was.
             shape = (1, -1, 1, 1)
             init.copy_(module.image_mean, torch.tensor(self.config.image_mean).view(shape))
             init.copy_(module.image_std, torch.tensor(self.config.image_std).view(shape))

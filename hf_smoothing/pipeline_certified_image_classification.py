@@ -4,7 +4,6 @@ from collections.abc import Iterable, Iterator, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from PIL.Image import Image
@@ -82,12 +81,13 @@ class CertifiedImageClassificationPipeline(Pipeline):
     def __call__(self, inputs: Any, **kwargs: Any) -> Any:
         if isinstance(inputs, (str, Path, Image, np.ndarray, torch.Tensor)):
             return super().__call__([inputs], **kwargs)[0]
-        if isinstance(inputs, (Sequence, datasets.Column)):
+        if isinstance(inputs, Sequence):  # a column of a stored dataset is one
             # transformers looks at the first input, which an empty list does not have
             return super().__call__(list(inputs), **kwargs) if len(inputs) else []
         if isinstance(inputs, torch.utils.data.Dataset):
             return super().__call__(inputs, **kwargs)
-        if not isinstance(inputs, Iterable) or isinstance(inputs, (dict, datasets.Dataset)):
+        # by its attribute, since `datasets` need not be installed where this file is remote code
+        if not isinstance(inputs, Iterable) or isinstance(inputs, dict) or hasattr(inputs, "column_names"):
             raise TypeError(
                 f"A {type(inputs).__name__} is no image: pass a picture, a list of them or a column of a dataset."
             )

@@ -14,6 +14,7 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
 from hf_smoothing.classifier_training import EvaluationSettings, load_to_finetune, train_classifier
+from hf_smoothing.hub import HubSettings
 from hf_smoothing.training import TrainingSettings
 from hf_smoothing.training_images import ImageSettings, names_of_classes
 
@@ -31,11 +32,14 @@ class BaseSettings:
 
 
 def main() -> None:
-    parser = HfArgumentParser((BaseSettings, ImageSettings, TrainingSettings, EvaluationSettings), description=__doc__)
+    parser = HfArgumentParser(
+        (BaseSettings, ImageSettings, TrainingSettings, EvaluationSettings, HubSettings), description=__doc__
+    )
     parser.set_defaults(learning_rate=5e-4, layer_decay=0.75)
     try:
-        base, image_settings, settings, evaluation = parser.parse_args_into_dataclasses()
+        base, image_settings, settings, evaluation, hub = parser.parse_args_into_dataclasses()
         accelerator = settings.start()
+        hub.prepare(settings.output_dir, accelerator)
         with accelerator.main_process_first():  # one downloads, the others find it there
             images = image_settings.open()
             torch.manual_seed(settings.seed)  # of the head
@@ -47,6 +51,7 @@ def main() -> None:
             )
         model.mixed_noise_vit.requires_grad_(not base.freeze_backbone)
         train_classifier(model, images, image_settings, settings, evaluation, accelerator, base.model_name_or_path)
+        hub.publish(settings.output_dir, accelerator)
     except (OSError, ValueError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     accelerator.end_training()

@@ -15,6 +15,7 @@ from transformers.hf_argparser import HfArg
 
 from hf_smoothing import MixedNoiseViTConfig, MixedNoiseViTForImageClassification
 from hf_smoothing.classifier_training import EvaluationSettings, train_classifier
+from hf_smoothing.hub import HubSettings
 from hf_smoothing.labelled_images import LabelledImages
 from hf_smoothing.training import TrainingSettings
 from hf_smoothing.training_images import ImageSettings, names_of_classes
@@ -59,11 +60,12 @@ def normalisation(images: LabelledImages, samples: int = 1000) -> tuple[list[flo
 
 def main() -> None:
     parser = HfArgumentParser(
-        (ModelSettings, MixtureSettings, TrainingSettings, EvaluationSettings), description=__doc__
+        (ModelSettings, MixtureSettings, TrainingSettings, EvaluationSettings, HubSettings), description=__doc__
     )
     try:
-        model_settings, image_settings, settings, evaluation = parser.parse_args_into_dataclasses()
+        model_settings, image_settings, settings, evaluation, hub = parser.parse_args_into_dataclasses()
         accelerator = settings.start()
+        hub.prepare(settings.output_dir, accelerator)
         with accelerator.main_process_first():  # one downloads, the others find it there
             images = image_settings.open()
         names = names_of_classes(images)
@@ -78,6 +80,7 @@ def main() -> None:
         )
         model = MixedNoiseViTForImageClassification(config)
         train_classifier(model, images, image_settings, settings, evaluation, accelerator)
+        hub.publish(settings.output_dir, accelerator)
     except (OSError, ValueError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     accelerator.end_training()

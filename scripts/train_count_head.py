@@ -16,6 +16,7 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
 from hf_smoothing.count_training import build_count_model, train_count_head
+from hf_smoothing.hub import HubSettings
 from hf_smoothing.measured_counts import read_counts
 from hf_smoothing.modeling_count_prediction import LOSSES
 from hf_smoothing.training import TrainingSettings
@@ -41,11 +42,12 @@ class CountHeadSettings:
 
 
 def main() -> None:
-    parser = HfArgumentParser((CountHeadSettings, TrainingSettings), description=__doc__)
+    parser = HfArgumentParser((CountHeadSettings, TrainingSettings, HubSettings), description=__doc__)
     parser.set_defaults(learning_rate=1e-3, per_device_train_batch_size=512)
     try:
-        head, settings = parser.parse_args_into_dataclasses()
+        head, settings, hub = parser.parse_args_into_dataclasses()
         accelerator = settings.start()
+        hub.prepare(settings.output_dir, accelerator)
         counts = read_counts(Path(head.counts))
         torch.manual_seed(settings.seed)
         model = build_count_model(head.model_name_or_path, counts, head.own_backbone)
@@ -59,6 +61,7 @@ def main() -> None:
             own_backbone=head.own_backbone,
             eval_share=head.eval_share,
         )
+        hub.publish(settings.output_dir, accelerator)
     except (OSError, ValueError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     accelerator.end_training()

@@ -1,4 +1,4 @@
-"""Write the measured figures into README.md and the model cards.
+"""Write the measured figures into README.md (model cards are written by `hf-smoothing card`).
 
 A block `<!-- figures:KIND PATH -->` ... `<!-- /figures -->` holds what KIND makes of the results file at PATH (from the
 root of the repository). Nothing between the two lines is written by hand.
@@ -11,174 +11,12 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from hf_smoothing.reports import markdown_table
+from hf_smoothing.figures import KINDS
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"(<!-- figures:(\w+) (\S+) -->\n)(?:(?!<!-- figures:).)*?(<!-- /figures -->)", re.DOTALL)
-
-
-def demo(results: dict[str, Any]) -> str:
-    settings, (session,) = results["settings"], results["sessions"]
-    lines = [
-        f"Certified accuracy at sigma = {settings['sigmas'][0]:g}, alpha = {settings['alpha']:g}, over all "
-        f"{results['num_records']} images (abstentions count as wrong; exact 95 % interval):",
-        "",
-        "| radius (l2, [0, 1] pixels) | certified accuracy | interval |",
-        "|---|---|---|",
-    ]
-    for row in results["certified_accuracy"]:
-        low, high = row["interval_95"]
-        lines.append(f"| {row['radius']:g} | {row['share']:.1%} | {low:.1%} to {high:.1%} |")
-    lines += [
-        "",
-        f"Forward passes an image, on average: {results['mean_draws']:.0f}, where the usual protocol takes 100,100. "
-        f"Time for everything, loading included: {results['seconds']:.0f} s ({session['device']}, "
-        f"{session['num_threads']} threads, {settings['dtype']}). Guarantee: `{results['guarantee']}`. "
-        f"Command: `{results['command']}` (seed {settings['seed']}, "
-        + ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-        + ").",
-    ]
-    return "\n".join(lines)
-
-
-def training(results: dict[str, Any]) -> str:
-    before = training(results["continues"]) + "\n\nthen\n\n" if "continues" in results else ""
-    after = (
-        f"\n\nthen the mean of the last weights\n\n```bash\npython {results['averaged']}\n```"
-        if "averaged" in results
-        else ""
-    )
-    looked = results.get("evaluation")
-    evaluation = (
-        f" Accuracy on {results['settings']['eval_samples']} images of `{results['settings']['eval_split']}` by the "
-        f"majority of {results['settings']['eval_draws']} noisy copies (an estimate, no certificate): "
-        + ", ".join(f"{share:.1%} at sigma {name.rpartition('_')[2]}" for name, share in looked.items())
-        + "."
-        if looked
-        else ""
-    )
-    return before + (
-        f"{results['parameters']:,} parameters; {results['steps']:,} steps ({results['images_seen']:,} images) in "
-        f"{results['seconds'] / 60:.0f} minutes on {results['device']} with {results['num_threads']} threads; final "
-        f"training loss {results['final_loss']:.3f}; seed {results['settings']['seed']}; "
-        + ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-        + f".{evaluation}\n\n```bash\naccelerate launch {results['command']}\n```{after}"
-    )
-
-
-def benchmark(results: dict[str, Any]) -> str:
-    def draws(value: float | None) -> str:
-        return "-" if value is None else f"{value:,.0f}"
-
-    rows = results["draws_to_decide"]
-    lines = [
-        f"Mean draws to decide a radius at sigma = {results['sigma']:g}, alpha = {results['alpha']:g}, for the "
-        f"{rows[0]['images']} shipped images (budget {results['budget']:,} an image; simulated from class frequencies "
-        f"measured with {results['measured_draws_an_image']:,} draws each):",
-        "",
-        "| radius | images that clear it | Wald's bound | sequential | over Wald's | uncut prior, n0 = 100 | "
-        "Clopper-Pearson in stages | usual | sequential, all images |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        ratio = f"{row['ours_clearing'] / row['wald']:.2f}" if row["wald"] else "-"
-        wald, ours, uncut, staged, everything = (
-            draws(row[name]) for name in ("wald", "ours_clearing", "uncut_clearing", "staged_clearing", "ours_all")
-        )
-        lines.append(
-            f"| {row['radius']:g} | {row['of_them_decidable']} of {row['images_that_clear']} | {wald} | {ours} | {ratio} | "
-            f"{uncut} | {staged} | {row['fixed']:,} | {everything} |"
-        )
-    engine = results["engine"]
-    lines += [
-        "",
-        "Means are over the images that a quarter of the budget can decide by Wald's bound (the second column says how many "
-        "of those that clear the radius); the last column is over all images, hopeless ones included. "
-        "Wald's bound is that of a test which sees no more of a draw than whether it hit the top class; the sequential rule "
-        "bounds the runner-up too, and can pass below it. "
-        f"The engine makes {engine['engine_draws_per_second']:,.0f} draws/s, {engine['ratio']:.3f} of the bare forward pass "
-        f"(median of {len(engine['ratios'])}); exact lattice noise changes its time by "
-        f"{engine['seconds_with_lattice_over_floats'] - 1:+.1%}. {results['device']}, {results['num_threads']} threads, "
-        f"{results['dtype']}. Command: `{results['command']}`"
-        + (f", then `{engine['command']}`" if "command" in engine else "")
-        + f" (seed {results['seed']}, "
-        + ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-        + ").",
-    ]
-    return "\n".join(lines)
-
-
-def study(results: dict[str, Any]) -> str:
-    def shown(one: dict[str, Any]) -> str:
-        low, high = one["interval_95"]
-        return f"{one['share']:.1%} ({low:.0%} to {high:.0%})"
-
-    settings, arms = results["settings"], results["arms"]
-    levels, certified = list(arms[0]["accuracy"]), list(arms[0]["certified_accuracy"])
-    names = {"layernorm": "LayerNorm", "batchnorm": "BatchNorm"}
-    lines = [
-        f"Accuracy by the majority of {settings['eval_draws']} noisy copies on {settings['eval_samples']} test images "
-        f"(exact 95 % interval), and certified accuracy at radius sigma/2 on {settings['certify_samples']} of them (alpha = "
-        f"{settings['alpha']:g}, at most {settings['max_draws']} draws an image):",
-        "",
-        "| pretrained on | norm | finetuned on | "
-        + " | ".join([*(f"sigma {level}" for level in levels), *(f"certified, sigma {level}" for level in certified)])
-        + " |",
-        "|---" * (3 + len(levels) + len(certified)) + "|",
-    ]
-    for arm in arms:
-        cells = [arm["pretraining"], names[arm["norm"]], arm["finetuning"]]
-        cells += [shown(arm["accuracy"][level]) for level in levels]
-        cells += [f"{arm['certified_accuracy'][level][f'{float(level) / 2:g}']['share']:.0%}" for level in certified]
-        lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "Differences on the same images, with 95 % intervals of the paired differences:", ""]
-    for name, one in results["comparisons"].items():
-        low, high = one["interval_95"]
-        lines.append(f"- {name}: {one['difference']:+.1%} ({low:+.1%} to {high:+.1%})")
-    lines += [
-        "",
-        f"{results['parameters']:,} parameters; {settings['pretrain_steps']:,} steps of {settings['batch_size']} images of "
-        f"pretraining and {settings['finetune_steps']:,} of finetuning for each arm, {results['training_seconds'] / 60:.0f} "
-        f"minutes of training in all on {results['device']} with {results['num_threads']} threads. Command: "
-        f"`{results['command']}` (seed {settings['seed']}, "
-        + ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-        + ").",
-    ]
-    return "\n".join(lines)
-
-
-def training_speed(results: dict[str, Any]) -> str:
-    return (
-        f"The training loop makes {results['images_per_second']:.0f} images/s, {results['ratio']:.3f} of a bare loop over "
-        f"the same model and batches (median of {len(results['ratios'])}; {results['parameters']:,} parameters, "
-        f"{results['device']}, {results['num_threads']} threads). Command: `{results['command']}` ("
-        + ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-        + ")."
-    )
-
-
-def report(results: dict[str, Any]) -> str:
-    made = {
-        f"{by['command']}` ({', '.join(f'{name} {version}' for name, version in by.get('versions', {}).items())})"
-        for by in (entry["made_by"] for entry in results["results"])
-        if "command" in by
-    }
-    commands = [f"Made with `{command}." for command in sorted(made)]
-    return "\n\n".join([markdown_table(results), *commands, f"Read with `{results['command']}`."])
-
-
-KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "demo": demo,
-    "training": training,
-    "benchmark": benchmark,
-    "report": report,
-    "study": study,
-    "training_speed": training_speed,
-}
 
 
 def fill(text: str) -> str:
@@ -200,17 +38,15 @@ def main() -> None:
         "--check", action="store_true", help="change nothing; exit with 1 where a figure is out of date"
     )
     check = parser.parse_args().check
-    stale = []
-    for path in (ROOT / "README.md", *sorted(ROOT.glob("model_cards/*/README.md"))):
-        text = path.read_text()
-        filled = fill(text)
-        if filled != text:
-            stale.append(path.relative_to(ROOT))
-            if not check:
-                path.write_text(filled)
-    for path in stale:
-        print(f"{path}: {'figures differ from their results files: run `make figures`' if check else 'updated'}")
-    sys.exit(1 if check and stale else 0)
+    path = ROOT / "README.md"
+    text = path.read_text()
+    filled = fill(text)
+    if filled == text:
+        return
+    if check:
+        sys.exit("README.md: figures differ from their results files: run `make figures`")
+    path.write_text(filled)
+    print("README.md: updated")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@ import csv
 import io
 import json
 import os
+import re
+import runpy
 import socket
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import evaluate
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import metadata_load
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -159,6 +162,21 @@ def test_the_metric_of_evaluate(metric):
     for image in zip(*HAND.values()):
         metric.add(**{names.get(name, name): value for name, value in zip(HAND, image)})
     assert metric.compute(thresholds=thresholds) == wanted
+
+
+def test_the_folder_is_a_space(monkeypatch):
+    """The page's function; the page itself takes gradio."""
+    facts = metadata_load(Path(FOLDER) / "README.md")
+    assert facts["sdk"] == "gradio"
+    assert {"evaluate", "metric"} <= set(facts["tags"])
+    needed = (Path(FOLDER) / "requirements.txt").read_text().split()
+    assert {re.split("[>=]", one)[0] for one in needed} == {"datasets", "evaluate", "numpy", "scipy"}
+    monkeypatch.syspath_prepend(FOLDER)
+    compute = runpy.run_path(str(Path(FOLDER) / facts["app_file"]))["compute"]
+    rows = [["0", "0", "0.6"], [0, 0, 0.25], [-1, 1, 0.0], ["", "", ""]]
+    assert compute(rows, "0, 0.5") == certified_accuracy([0, 0, -1], [0, 0, 1], [0.6, 0.25, 0.0], [0, 0.5])
+    with pytest.raises(ValueError, match="whole number"):
+        compute([[0.5, 0, 0.1]], "0")
 
 
 def test_tensors_and_arrays_keep_full_precision(metric):

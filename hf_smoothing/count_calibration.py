@@ -1,0 +1,99 @@
+"""Calibrating a count head against a run of Monte-Carlo certificates."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoImageProcessor
+
+from .bounds import FloatArray
+from .calibration import CALIBRATION_FILE, Calibration, conformal_scores
+from .count_predictor import CountPredictor
+from .measured_counts import Counts, read_counts
+from .preparation import Preparation
+
+
+def calibrate_count_head(count_head: str | Path, run_dir: str | Path) -> Calibration:
+    """
+    Compare a count head's estimates with Monte-Carlo certificates, and save what comes of it in the head's folder.
+
+    Args:
+        count_head: folder of a count head.
+        run_dir: a finished run of method `fixed`, on images that neither head nor classifier was trained on.
+
+    Raises:
+        ValueError: for a head or run that cannot be read, a run of another method or other classes, images that the head was
+            trained on or that are no longer those certified.
+        OSError: where the folder cannot be written to.
+    """
+    run = Path(run_dir)
+    measured = read_counts(run)
+    settings = measured.settings
+    if settings["method"] != "fixed":
+        raise ValueError(
+            f"{run} is of method {settings['method']!r}: a calibration takes certificates of method 'fixed'."
+        )
+    folder = Path(count_head)
+    if not folder.is_dir():
+        raise ValueError(f"{str(count_head)!r} is no folder: the calibration is written beside the count head.")
+    predictor = CountPredictor.from_pretrained(folder, class_names=settings["label_names"])
+    _refuse_training_images(folder, settings)
+    probabilities = predict_counts(predictor, measured, folder)
+    n = int(measured.counts[0].sum())
+    scores = conformal_scores(probabilities, measured.predictions, measured.p_lower, n, settings["alpha"])
+    images = len(np.unique(measured.indices))
+    calibration = Calibration(
+        {float(sigma): tuple(scores[measured.sigmas == sigma].tolist()) for sigma in np.unique(measured.sigmas)},
+        n=n,
+        alpha=settings["alpha"],
+        dataset=f"{settings['dataset_name']}, split {settings['split']}: {images} images, index "
+        f"{measured.indices.min()} to {measured.indices.max()}, every {settings['every']}",
+        model=settings["model_name_or_path"],
+    )
+    calibration.save(folder / CALIBRATION_FILE)
+    return calibration
+
+
+def predict_counts(
+    predictor: CountPredictor, measured: Counts, folder: str | Path, batch_size: int = 256
+) -> FloatArray:
+    """
+    What a count head says of images that were counted.
+
+    Args:
+        predictor: the count head.
+        measured: which images, and at which noise levels.
+        folder: a model whose image processor prepares the images.
+        batch_size: images in one forward pass.
+
+    Returns:
+        Predicted class frequencies `(rows, classes)`.
+
+    Raises:
+        ValueError: for images that are no longer those counted.
+    """
+    images = measured.open()
+    images.meet(predictor.class_names, Preparation.of(AutoImageProcessor.from_pretrained(folder)))
+    wanted, rows = np.unique(measured.indices, return_inverse=True)
+    found = np.empty((len(rows), len(predictor.class_names)))
+    for first in tqdm(range(0, len(wanted), batch_size), "asking the count head", leave=False):
+        pixels = torch.stack(
+            [images.pixels(images.source[int(index)]) for index in wanted[first : first + batch_size]]
+        )
+        for sigma in np.unique(measured.sigmas):
+            here = (rows >= first) & (rows < first + batch_size) & (measured.sigmas == sigma)
+            found[here] = predictor(pixels, float(sigma)).double().cpu().numpy()[rows[here] - first]
+    return found
+
+
+def _refuse_training_images(folder: Path, settings: dict[str, Any]) -> None:
+    training = folder / "results" / "training.json"
+    trained_on = json.loads(training.read_text())["counts"] if training.exists() else {}
+    if (trained_on.get("dataset_name"), trained_on.get("split")) == (settings["dataset_name"], settings["split"]):
+        raise ValueError(
+            f"The count head was trained on the split {settings['split']!r} of {settings['dataset_name']!r}: calibrate "
+            "it on images that it has not seen, or its errors there say nothing of others."
+        )
