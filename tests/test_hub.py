@@ -17,6 +17,7 @@ from hub_server import READ_TOKEN, TOKEN, HubServer
 from transformers import AutoConfig, AutoModelForImageClassification, ViTImageProcessor, pipeline
 
 from hf_smoothing import MixedNoiseViTForCountPrediction
+from hf_smoothing.hub import HubError, pull, push
 from hf_smoothing.publication import publication_of
 from hf_smoothing.records import SCHEMA
 
@@ -347,6 +348,15 @@ def test_what_cannot_be_done_is_said_before_anything_is_written(
     assert said in line
     assert "Traceback" not in ended.err
     assert (contents(client.folder), len(hub.repos)) == (before, repos)
+
+
+def test_offline_says_so(head, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with pytest.raises(HubError, match=r"user/x cannot be pushed: HF_HUB_OFFLINE is set\. Unset it\.$"):
+        push(head, "user/x")
+    with pytest.raises(HubError, match=r"user/x cannot be pulled: HF_HUB_OFFLINE is set\. Unset it\.$"):
+        pull("user/x", tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_token_of_hf_auth_login_serves_as_well(hub, client, head):
