@@ -18,7 +18,6 @@ from transformers import AutoConfig, AutoModelForImageClassification, ViTImagePr
 
 from hf_smoothing import MixedNoiseViTForCountPrediction
 from hf_smoothing.hub import HubError, pull, push
-from hf_smoothing.publication import publication_of
 from hf_smoothing.records import SCHEMA
 
 RUN = SHIPPED_MODEL / "results" / "cifar10"
@@ -194,23 +193,6 @@ def test_with_the_package_names_load_without_remote_code_and_a_run_is_a_dataset(
         contents(client.folder / "run").items()
         >= {name: content for name, content in contents(RUN).items() if name != "README.md"}.items()
     )
-
-
-def test_a_run_keeps_the_card_that_it_has(trained, tmp_path):
-    for name in ("certificates.parquet", "run.json"):
-        (tmp_path / name).write_bytes((RUN / name).read_bytes())
-    (tmp_path / "README.md").write_text("---\nlicense: cc0-1.0\n---\n# Mine\n")
-    (tmp_path / "shards").mkdir()
-    (tmp_path / "shards" / "records-rank00000.jsonl").write_text("{}\n")
-    stage = tmp_path / "stage"
-    stage.mkdir()
-    publication = publication_of(tmp_path)
-    publication.stage(stage)
-    assert publication.left_out == ["shards/", "stage/"]
-    card = (stage / "README.md").read_text()
-    assert card.startswith("---\nlicense: cc0-1.0\nconfigs:\n")
-    assert card.endswith("# Mine\n")
-    assert (tmp_path / "README.md").read_text() == "---\nlicense: cc0-1.0\n---\n# Mine\n"
 
 
 def test_revisions_are_branches_to_push_to_and_branches_and_commits_to_pull(hub, client, trained, head):
