@@ -18,7 +18,7 @@ from .pipeline_certified_image_classification import CertifiedImageClassificatio
 Json = dict[str, Any]
 
 _MODEL_FILES = (
-    "README.md", "LICENSE*", "config.json", "preprocessor_config.json", "model*.safetensors",
+    "README.md", "card.yaml", "LICENSE*", "config.json", "preprocessor_config.json", "model*.safetensors",
     "model.safetensors.index.json", "calibration.json", "*.png", "*.svg", "results/*", ".eval_results/*.yaml",
 )  # fmt: skip
 _RUN_FILES = (

@@ -17,7 +17,7 @@ from hub_server import READ_TOKEN, TOKEN, HubServer
 from transformers import AutoConfig, AutoModelForImageClassification, ViTImageProcessor, pipeline
 
 from hf_smoothing import MixedNoiseViTForCountPrediction
-from hf_smoothing.publication import publication_of
+from hf_smoothing.hub import HubError, pull, push
 from hf_smoothing.records import SCHEMA
 
 RUN = SHIPPED_MODEL / "results" / "cifar10"
@@ -195,23 +195,6 @@ def test_with_the_package_names_load_without_remote_code_and_a_run_is_a_dataset(
     )
 
 
-def test_a_run_keeps_the_card_that_it_has(trained, tmp_path):
-    for name in ("certificates.parquet", "run.json"):
-        (tmp_path / name).write_bytes((RUN / name).read_bytes())
-    (tmp_path / "README.md").write_text("---\nlicense: cc0-1.0\n---\n# Mine\n")
-    (tmp_path / "shards").mkdir()
-    (tmp_path / "shards" / "records-rank00000.jsonl").write_text("{}\n")
-    stage = tmp_path / "stage"
-    stage.mkdir()
-    publication = publication_of(tmp_path)
-    publication.stage(stage)
-    assert publication.left_out == ["shards/", "stage/"]
-    card = (stage / "README.md").read_text()
-    assert card.startswith("---\nlicense: cc0-1.0\nconfigs:\n")
-    assert card.endswith("# Mine\n")
-    assert (tmp_path / "README.md").read_text() == "---\nlicense: cc0-1.0\n---\n# Mine\n"
-
-
 def test_revisions_are_branches_to_push_to_and_branches_and_commits_to_pull(hub, client, trained, head):
     assert client("push", trained, "user/revised").code == 0
     first = hub.repos["model", "user/revised"].branches["main"]
@@ -347,6 +330,15 @@ def test_what_cannot_be_done_is_said_before_anything_is_written(
     assert said in line
     assert "Traceback" not in ended.err
     assert (contents(client.folder), len(hub.repos)) == (before, repos)
+
+
+def test_offline_says_so(head, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with pytest.raises(HubError, match=r"user/x cannot be pushed: HF_HUB_OFFLINE is set\. Unset it\.$"):
+        push(head, "user/x")
+    with pytest.raises(HubError, match=r"user/x cannot be pulled: HF_HUB_OFFLINE is set\. Unset it\.$"):
+        pull("user/x", tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_token_of_hf_auth_login_serves_as_well(hub, client, head):
