@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -73,8 +74,14 @@ class Preparation:
         """What the network takes of pixels in `[0, 1]` at its size, noise included."""
         if self.mean is None or self.std is None:
             return pixels
-        mean, std = (pixels.new_tensor(one).view(-1, 1, 1) for one in (self.mean, self.std))
-        return (pixels - mean) / std
+        return (pixels - _column(self.mean, pixels.device)) / _column(self.std, pixels.device)
+
+
+@lru_cache
+def _column(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """Once for each device: a copy to a GPU in every forward pass would make it wait."""
+    with torch.inference_mode(False):  # what is made in that mode takes no part in an attack's gradients later
+        return torch.tensor(values, device=device).view(-1, 1, 1)
 
 
 def _refuse_other_steps(processor: Any, parted: "Preparation") -> None:

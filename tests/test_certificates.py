@@ -18,7 +18,7 @@ from hf_smoothing.sequential import class_weights
 from hf_smoothing.simulation import simulate
 
 NOISE = GaussianNoise(1.0)
-RUNS = 20_000
+RUNS = 8_000
 
 
 def sample(rule, probabilities, generator, scores=None, noise=NOISE):

@@ -23,8 +23,9 @@ from hf_smoothing.records import SCHEMA
 RUN = SHIPPED_MODEL / "results" / "cifar10"
 CODE = {
     "active_images.py", "bounds.py", "calibration.py", "certificates.py", "configuration_mixed_noise_vit.py",
-    "count_predictor.py", "data.py", "loading.py", "modeling_count_prediction.py", "modeling_mixed_noise_vit.py",
-    "noise.py", "pipeline_certified_image_classification.py", "rules.py", "sequential.py", "smoothing.py",
+    "count_predictor.py", "data.py", "forward_pass.py", "loading.py", "modeling_count_prediction.py",
+    "modeling_mixed_noise_vit.py", "noise.py", "pipeline_certified_image_classification.py", "preparation.py", "rules.py",
+    "sequential.py", "smoothing.py",
 }  # fmt: skip
 
 

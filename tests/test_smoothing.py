@@ -12,6 +12,7 @@ from transformers import ViTImageProcessor
 from hf_smoothing import ABSTAIN, FixedRule, GaussianNoise, SequentialRule, SmoothedClassifier
 from hf_smoothing.bounds import clopper_pearson_lower
 from hf_smoothing.data import to_pixels
+from hf_smoothing.preparation import Preparation
 
 
 def answers(certificates):
@@ -265,20 +266,19 @@ def test_one_path_is_no_list_of_images(linear, noise):
         SmoothedClassifier(linear, noise).certify("frog.png")
 
 
-def test_processors_that_do_not_give_pixels(linear, noise):
+def test_processors_of_other_units_give_pixels_and_their_units_behind_the_noise(linear, noise):
     picture = Image.new("RGB", (4, 4), (255, 128, 0))
-    raw = ViTImageProcessor(size={"height": 4, "width": 4}, do_rescale=False, do_normalize=False)
-    assert to_pixels(picture, raw)[:, 0, 0].tolist() == pytest.approx(
-        [1, 128 / 255, 0]
-    )  # 8-bit levels are told by their type
-    wide = ViTImageProcessor(size={"height": 4, "width": 4}, rescale_factor=0.01, do_normalize=False)
-    with pytest.raises(ValueError, match=r"values from 0 to 2\.55"):
-        to_pixels(picture, wide)
+    for settings, units in (({"do_rescale": False}, 255.0), ({"rescale_factor": 0.01}, 2.55)):
+        processor = ViTImageProcessor(size={"height": 4, "width": 4}, do_normalize=False, **settings)
+        preparation = Preparation.of(processor)
+        pixels = to_pixels(picture, preparation)
+        assert pixels[:, 0, 0].tolist() == pytest.approx([1, 128 / 255, 0])
+        assert preparation.normalize(pixels)[:, 0, 0].tolist() == pytest.approx([units, units * 128 / 255, 0])
 
     class Opaque:
         pass
 
-    with pytest.raises(ValueError, match="Opaque does not say how it normalises"):
+    with pytest.raises(ValueError, match="Opaque does not say how it rescales"):
         SmoothedClassifier(linear, noise, image_processor=Opaque())
 
 

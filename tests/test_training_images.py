@@ -7,12 +7,13 @@ from PIL import Image
 from transformers import ViTImageProcessor
 
 from hf_smoothing.labelled_images import LabelledImages
+from hf_smoothing.preparation import Preparation
 from hf_smoothing.training_images import ImageSettings, TrainingBatches, names_of_classes
 
 
 def opened(path, size=8, **kwargs):
     images = LabelledImages(str(path), split="train", **kwargs)
-    images.meet(names_of_classes(images), ViTImageProcessor(size={"height": size, "width": size}))
+    images.meet(names_of_classes(images), Preparation.of(ViTImageProcessor(size={"height": size, "width": size})))
     return images
 
 
