@@ -147,7 +147,7 @@ def study(results: dict[str, Any]) -> str:
         "",
         f"{results['parameters']:,} parameters; {settings['pretrain_steps']:,} steps of {settings['batch_size']} images of "
         f"pretraining and {settings['finetune_steps']:,} of finetuning for each arm, {results['training_seconds'] / 60:.0f} "
-        f"minutes of training in all on {results['device']} with {results['num_threads']} threads. Command: "
+        f"minutes of training in all on {results['device']} with {_workers(results)} a start. Command: "
         f"`{results['command']}` (seed {settings['seed']}, "
         + ", ".join(f"{name} {version}" for name, version in results["versions"].items())
         + ").",
