@@ -12,9 +12,9 @@ import torch
 from tqdm.auto import tqdm
 
 from .attacks import AttackSettings, Attempt, Success, attack
-from .dataset_runs import DTYPES, weights_digest
+from .dataset_runs import DTYPES
 from .labelled_images import LabelledImages
-from .loading import loading
+from .loading import loading, weights_digest
 from .noise import GaussianNoise
 from .provenance import command_line, package_versions
 from .records import write_json
@@ -83,6 +83,8 @@ def audit(
     if not (run_dir / "certificates.parquet").is_file():
         raise ValueError(f"{run_dir} holds no finished run.")
     run = json.loads((run_dir / "run.json").read_text())["settings"]
+    if "model_weights" not in run:
+        raise ValueError(f"{run_dir} does not say which weights were certified: audit a run of certify-dataset.")
     rows = pq.read_table(run_dir / "certificates.parquet").to_pylist()
     rows = [row for row in rows if row["error"] is None and row["prediction"] >= 0 and row["radius"] > 0]
     if kinds := {row["guarantee"] for row in rows} - {"per_input"}:
@@ -105,7 +107,12 @@ def audit(
             f"{run['dataset_name']!r} is not what was certified: its files were changed, copied or touched."
         )
     source.meet(run["label_names"], smoothed.preparation)
-    identity = {**asdict(settings), "images": images, "model_weights": run["model_weights"], "run": str(run_dir)}
+    identity = {
+        **asdict(settings),
+        "images": images,
+        "model_weights": run["model_weights"],
+        "run": str(run_dir.resolve()),
+    }
     found = list(_finished(output_dir, identity))
     done = {(row["sigma"], row["index"]) for row in found}
     neighbours = [(row["prediction"], source.pixels(source.source[row["index"]])) for row in chosen[:_NEIGHBOURS]]
@@ -115,7 +122,7 @@ def audit(
                 continue
             smoothed.noise = GaussianNoise(row["sigma"])
             pixels = source.pixels(source.source[row["index"]])
-            others = [one for answer, one in neighbours if answer != row["prediction"]]
+            others = [one for answer, one in neighbours if answer != row["prediction"] and one.shape == pixels.shape]
             attempt = attack(
                 smoothed, pixels, row["prediction"], row["radius"], settings, torch.stack(others) if others else None
             )
@@ -155,6 +162,8 @@ def _load(run: dict[str, Any], device: str, batch_size: int) -> SmoothedClassifi
             batch_size=batch_size,
             device=device,
             autocast=DTYPES[run["dtype"]],
+            noise_resolution=run.get("noise_resolution", "input"),
+            denoiser=run.get("denoiser"),
             **at,
         )
     if weights_digest(smoothed.base.classifier) != run["model_weights"]:
@@ -173,8 +182,11 @@ def _finished(output_dir: Path, identity: dict[str, Any]) -> Iterator[dict[str, 
             )
     else:
         write_json(identity, settings)
-    for line in lines.read_text().splitlines() if lines.exists() else ():
-        yield json.loads(line)
+    whole = [
+        line for line in (lines.read_text() if lines.exists() else "").splitlines(keepends=True) if line.endswith("\n")
+    ]
+    lines.write_text("".join(whole))  # a line that a kill cut off is done again
+    yield from map(json.loads, whole)
 
 
 def _plain(attempt: Attempt) -> dict[str, Any]:

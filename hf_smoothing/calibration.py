@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class Calibration:
         alpha: level of either.
         dataset: what the images are, in words: dataset, split, and which of it.
         model: the base classifier that was certified.
+        conditions: what else must be as it was, such as the weights of classifier and head; by name.
 
     Raises:
         ValueError: for no scores.
@@ -45,6 +46,7 @@ class Calibration:
     alpha: float
     dataset: str
     model: str
+    conditions: Mapping[str, str | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.scores or not all(self.scores.values()):
@@ -78,13 +80,30 @@ class Calibration:
             )
         return max(0.0, sorted(scores)[rank - 1])  # it is not raised: the estimate is the most that is ever claimed
 
+    def check(self, conditions: Mapping[str, str | None]) -> None:
+        """
+        Raise a `ValueError` unless everything is as it was when the head was calibrated.
+
+        Args:
+            conditions: as they are now.
+        """
+        changed = [name for name, value in self.conditions.items() if conditions.get(name) != value]
+        if changed:
+            raise ValueError(
+                f"The count head was calibrated under another {', '.join(changed)} (with {self.model}): what it says is no "
+                "claim here. Calibrate it anew, or leave delta out."
+            )
+
     def lowered(self, p_lower: float, sigma: float, delta: float) -> float:
         """The estimate's lower bound `p_lower` of p_A, lowered by [`shift`]."""
         return float(special.expit(special.logit(p_lower) - self.shift(sigma, delta)))
 
     def save(self, path: Path) -> None:
         """Write it as JSON."""
-        scores = {f"{sigma:g}": list(found) for sigma, found in self.scores.items()}
+        # JSON knows no infinity
+        scores = {
+            repr(sigma): [None if one == -math.inf else one for one in found] for sigma, found in self.scores.items()
+        }
         path.write_text(json.dumps({**asdict(self), "scores": scores}, indent=1) + "\n")
 
     @classmethod
@@ -98,7 +117,10 @@ class Calibration:
         """
         try:
             found: dict[str, Any] = json.loads(path.read_text())
-            scores = {float(sigma): tuple(one) for sigma, one in found.pop("scores").items()}
+            scores = {
+                float(sigma): tuple(-math.inf if one is None else one for one in values)
+                for sigma, values in found.pop("scores").items()
+            }
             return cls(scores, **found)
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} holds no calibration: hf-smoothing calibrate makes one.") from error

@@ -218,6 +218,8 @@ def _certified(folder: Path, description: Description) -> Iterator[tuple[dict[st
         for entry in _results(folder, section.results)["results"]:
             if entry["model"] is None or Path(entry["model"]).name != folder.resolve().name:
                 continue  # beside this model a card may show another
+            if entry["guarantee"] not in ("per_input", "marginal"):
+                continue  # an estimate is no certificate
             yield from ((entry, share) for share in entry["certified_accuracy"] if share["standing"] == "counted")
 
 
@@ -233,6 +235,8 @@ def _arguments(entry: dict[str, Any], share: dict[str, Any]) -> dict[str, Any]:
         "n": settings["n"] or settings["max_draws"],
         "every": settings["every"],
         "dtype": settings["dtype"],
+        "noise_resolution": str(settings.get("noise_resolution", "input")),
+        **{name: settings[name] for name in ("delta", "denoiser") if settings.get(name) is not None},
     }
 
 

@@ -12,7 +12,9 @@ from transformers import AutoImageProcessor
 from .bounds import FloatArray
 from .calibration import CALIBRATION_FILE, Calibration, conformal_scores
 from .count_predictor import CountPredictor
+from .loading import weights_digest
 from .measured_counts import Counts, read_counts
+from .noise import GaussianNoise
 from .preparation import Preparation
 
 
@@ -52,6 +54,14 @@ def calibrate_count_head(count_head: str | Path, run_dir: str | Path) -> Calibra
         dataset=f"{settings['dataset_name']}, split {settings['split']}: {images} images, index "
         f"{measured.indices.min()} to {measured.indices.max()}, every {settings['every']}",
         model=settings["model_name_or_path"],
+        conditions={
+            "model_weights": settings["model_weights"],
+            "head_weights": weights_digest(predictor.model),
+            "noise": GaussianNoise.name,
+            "noise_resolution": str(settings.get("noise_resolution", "input")),
+            "denoiser": settings.get("denoiser"),
+            "dtype": settings["dtype"] if settings["dtype"] == "float32" else f"{settings['dtype']} autocast",
+        },
     )
     calibration.save(folder / CALIBRATION_FILE)
     return calibration
@@ -92,7 +102,9 @@ def predict_counts(
 def _refuse_training_images(folder: Path, settings: dict[str, Any]) -> None:
     training = folder / "results" / "training.json"
     trained_on = json.loads(training.read_text())["counts"] if training.exists() else {}
-    if (trained_on.get("dataset_name"), trained_on.get("split")) == (settings["dataset_name"], settings["split"]):
+    # a slice such as train[45000:] may hold images of the split's other slices too: nobody knows
+    splits = {one.get("split", "").split("[")[0] for one in (trained_on, settings)}
+    if trained_on.get("dataset_name") == settings["dataset_name"] and len(splits) == 1:
         raise ValueError(
             f"The count head was trained on the split {settings['split']!r} of {settings['dataset_name']!r}: calibrate "
             "it on images that it has not seen, or its errors there say nothing of others."

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import AutoImageProcessor, PreTrainedConfig
 from transformers.utils import cached_file
 
 from .calibration import CALIBRATION_FILE, Calibration
 from .loading import loading
 from .modeling_count_prediction import MixedNoiseViTForCountPrediction
+from .preparation import same_pixels
 
 
 class CountPredictor:
@@ -45,6 +46,7 @@ class CountPredictor:
         *,
         device: torch.device | str | None = None,
         class_names: Sequence[str] | None = None,
+        image_processor: Any = None,
         **model_kwargs: Any,
     ) -> "CountPredictor":
         """
@@ -54,10 +56,11 @@ class CountPredictor:
             model_name_or_path: what `scripts/train_count_head.py` wrote.
             device: where to put it; by default the CPU.
             class_names: those of the base classifier.
+            image_processor: that of the base classifier: the head is shown the pixels that the classifier is.
             model_kwargs: passed on to `from_pretrained`, such as `revision`.
 
         Raises:
-            ValueError: for a model that cannot be loaded, that has no count head, or other classes.
+            ValueError: for a model that cannot be loaded, that has no count head, other classes, or another image processor.
         """
         name = str(model_name_or_path)
         with loading(name):
@@ -70,6 +73,14 @@ class CountPredictor:
             raise ValueError(
                 f"The count head {name!r} has the classes {predictor.class_names}, the classifier {list(class_names)}."
             )
+        if image_processor is not None:
+            with loading(name):
+                own = AutoImageProcessor.from_pretrained(name, **model_kwargs)
+            if not same_pixels(own, image_processor):
+                raise ValueError(
+                    f"The count head {name!r} was trained on pixels prepared otherwise than the classifier's (size, crop or "
+                    "interpolation): train it with the classifier's image processor."
+                )
         return predictor
 
     @torch.inference_mode()

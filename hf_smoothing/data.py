@@ -103,6 +103,9 @@ def to_pixels(image: Any, preparation: Preparation | None = None) -> torch.Tenso
         image = preparation.before(load_image(image))
     if image.ndim != 3:
         raise ValueError(f"An image has shape {tuple(image.shape)}; it takes (channels, height, width).")
+    side = preparation.noise_resolution if preparation is not None else None
+    if isinstance(side, int) and tuple(image.shape[1:]) != (side, side):
+        raise ValueError(f"A tensor of shape {tuple(image.shape)} is not {side} pixels a side: pass a picture.")
     image = image.detach().to("cpu")
     image = snap_to_8_bits(image.float() / 255 if image.dtype == torch.uint8 else image.float())
     low, high = float(image.min()), float(image.max())

@@ -5,7 +5,6 @@ the images differ in cost. Every image's noise depends on the seed and its pixel
 process takes it, when, or beside which others.
 """
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -20,7 +19,7 @@ from .certificates import Rule, check_count
 from .count_predictor import CountPredictor, read_calibration
 from .crew import Crew, Progress, on_main_first
 from .labelled_images import LabelledImages
-from .loading import loading
+from .loading import loading, weights_digest
 from .noise import GaussianNoise
 from .preparation import NoiseResolution
 from .records import (
@@ -218,6 +217,8 @@ def certify_dataset(
                 denoiser=settings.denoiser,
                 **at,
             )
+    if settings.delta is not None:
+        smoothed.check_calibration()
     names = list(smoothed.class_names or ())
     images.meet(names, smoothed.preparation)
 
@@ -304,15 +305,6 @@ def _calibration(settings: RunSettings, smoothed: SmoothedClassifier) -> Record 
         return None
     shifts = {f"{sigma:g}": found.shift(sigma, settings.delta) for sigma in settings.sigmas}
     return {"dataset": found.dataset, "model": found.model, "n": found.n, "alpha": found.alpha, "shifts": shifts}
-
-
-def weights_digest(model: Any) -> str:
-    """A hash of a module's names, shapes, types and weights."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _identity(settings: RunSettings, images: LabelledImages, smoothed: SmoothedClassifier) -> Record:

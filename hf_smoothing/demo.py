@@ -12,7 +12,7 @@ from .certificates import Certificate, format_radius
 from .data import to_pixels
 from .dataset_runs import RunSettings
 from .demo_images import load_demo_images
-from .loading import loading
+from .loading import loading, weights_digest
 from .metrics.certified_accuracy import certified_accuracy
 from .noise import GaussianNoise
 from .plots import picture_of_certificates, require_matplotlib
@@ -89,6 +89,7 @@ def run_demo(
             **asdict(settings),
             "dataset_fingerprint": None,
             "dataset_label_names": names,
+            "model_weights": weights_digest(smoothed.base.classifier),
             "label_names": names,
         },
         "image_shape": list(to_pixels(pictures[0], smoothed.preparation).shape),

@@ -1,9 +1,12 @@
 """Loading models by name, and a look at what was loaded."""
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -24,3 +27,12 @@ def check_weights(module: nn.Module) -> None:
             raise ValueError(
                 f"The weights of {name!r} are not all finite: the checkpoint is broken or was not loaded."
             )
+
+
+def weights_digest(model: Any) -> str:
+    """A hash of a module's names, shapes, types and weights."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

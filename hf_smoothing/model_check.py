@@ -132,9 +132,10 @@ def _pictures(
     names = list(smoothed.class_names or ())
     if images is not None:
         images.meet(names, smoothed.preparation)
-        rows = [(index, read()) for index, read in images.chosen()]
-        order = np.random.default_rng(0).permutation(len(rows))[:count]
-        return [images.pixels(rows[one][1]) for one in order], [images.label(*rows[one]) for one in order]
+        there = list(images.chosen())
+        chosen_rows = [there[one] for one in np.random.default_rng(0).permutation(len(there))[:count]]
+        rows = [(index, read()) for index, read in chosen_rows]
+        return [images.pixels(row) for _, row in rows], [images.label(index, row) for index, row in rows]
     shipped = load_demo_images()
     try:
         to_class = match_labels(shipped.features["label"].names, names)

@@ -152,7 +152,11 @@ class CertifiedImageClassificationPipeline(Pipeline):
         """The count head of that name, once for all calls."""
         if name not in self._count_heads:
             names = [self.model.config.id2label[index] for index in range(self.model.config.num_labels)]
-            self._count_heads = {name: CountPredictor.from_pretrained(name, device=self.device, class_names=names)}
+            self._count_heads = {
+                name: CountPredictor.from_pretrained(
+                    name, device=self.device, class_names=names, image_processor=self.image_processor
+                )
+            }
         return self._count_heads[name]
 
     def postprocess(self, certificate: Certificate) -> dict[str, Any]:

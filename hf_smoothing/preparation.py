@@ -67,7 +67,7 @@ class Preparation:
             steps, mean, std = _transformers_steps(image_processor)
         before = steps if at_input else _keep if noise_resolution == "native" else _Square(noise_resolution)
         found = cls(before, None if at_input else _behind(image_processor), mean, std, noise_resolution)
-        _refuse_other_steps(image_processor, cls(steps, None, mean, std, "input"))
+        _refuse_other_steps(image_processor, cls(steps, None, mean, std, "input"), found)
         return found
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -84,16 +84,39 @@ def _column(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
         return torch.tensor(values, device=device).view(-1, 1, 1)
 
 
-def _refuse_other_steps(processor: Any, parted: "Preparation") -> None:
-    """Compare with the processor itself, on a picture of chance: it may do more than its settings say."""
-    noise = torch.randint(0, 256, (3, 61, 83), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    picture = functional.to_pil_image(noise)
+def _picture(smooth: bool = False) -> Image.Image:
+    generator = torch.Generator().manual_seed(0)
+    if smooth:
+        coarse = torch.rand((3, 6, 8), generator=generator)
+        return functional.to_pil_image(functional.resize(coarse, [610, 830], antialias=True))
+    return functional.to_pil_image(torch.randint(0, 256, (3, 61, 83), generator=generator, dtype=torch.uint8))
+
+
+def same_pixels(one: Any, other: Any) -> bool:
+    """Whether two image processors make the same pixels of a picture, before normalisation."""
+    pixels = [Preparation.of(processor).before(_picture()) for processor in (one, other)]
+    return pixels[0].shape == pixels[1].shape and torch.allclose(pixels[0], pixels[1], atol=1e-6)
+
+
+def _refuse_other_steps(processor: Any, parted: "Preparation", found: "Preparation") -> None:
+    """Compare with the processor itself, on pictures of chance: it may do more than its settings say."""
+    picture = _picture()
     whole = processor(picture, return_tensors="pt")["pixel_values"]
-    found = parted.normalize(parted.before(picture)[None])
-    if whole.shape != found.shape or not torch.allclose(whole.float(), found, atol=1e-4):
+    again = parted.normalize(parted.before(picture)[None])
+    if whole.shape != again.shape or not torch.allclose(whole.float(), again, atol=1e-4):
         raise ValueError(
             f"{type(processor).__name__} does more than resize, crop, rescale and normalise, so its steps cannot be parted "
             "at the noise. Pass tensors in [0, 1] and a base classifier that does the rest itself."
+        )
+    if found.resize is None:
+        return
+    picture = _picture(smooth=True)  # on which interpolations hardly differ, but sizes and crops do
+    input_pixels = parted.before(picture)
+    resized = found.resize(functional.pil_to_tensor(picture)[None].float() / 255)[0]
+    if resized.shape != input_pixels.shape or float((resized - input_pixels).abs().mean()) > 0.01:
+        raise ValueError(
+            f"{type(processor).__name__} resizes or crops in a way that is not done behind the noise here: use "
+            "noise_resolution='input'."
         )
 
 
@@ -183,7 +206,8 @@ def _behind(processor: Any) -> Step:
         (edge,) = size
         # below 384 pixels it resizes to a little more than it takes, and crops; from there on to a square
         size, crop = ([int(edge / share)], [edge, edge]) if edge < 384 else ([edge, edge], None)
-    return _Behind(size, int(getattr(processor, "resample", None) or 2), crop)
+    resample = getattr(processor, "resample", None)
+    return _Behind(size, 2 if resample is None else int(resample), crop)
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,9 @@ def _entry(result: Result, radii: Sequence[float]) -> dict[str, Any]:
         "model": result.settings.get("model_name_or_path"),
         "sigma": result.sigma,
         "alpha": result.alpha,
+        "delta": result.delta,
+        "calibration": sorted({one for one in result.column("calibration") if one}),
+        "noise_resolution": result.noise_resolution,
         "decided_radii": result.decided_radii,
         "radii_out_of_reach": result.radii_out_of_reach,
         **figures,
@@ -168,6 +171,14 @@ def notes(report: dict[str, Any]) -> list[str]:
         "(*) Wrong images count 0; rounded down. A weak measure: a useless classifier can make it as large as it likes, and "
         "it rewards easy images (arXiv 2410.06895). Compare the shares and the distribution of p_A instead.",
     ]
+    for entry in entries:
+        if entry.get("delta") is not None:
+            said.append(
+                f"{entry['title']}: true of most images only. For at most a share delta = {entry['delta']:g} of images like "
+                f"those calibrated on ({'; '.join(entry['calibration'])}) the radius exceeds what Monte-Carlo proves."
+            )
+    if (resolution := entries[0].get("noise_resolution", "input")) != "input":
+        said.append(f"Noise was added at resolution {resolution}, to whose pixels the radii belong.")
     said += _early_stops(entries)
     if logs := [entry["run"] for entry in entries if entry["is_log"]]:
         said.append(

@@ -104,6 +104,15 @@ class Result:
         return self._only("alpha")
 
     @cached_property
+    def noise_resolution(self) -> str:
+        """To whose pixels the radii belong; runs of before there was a choice do not say."""
+        return self._only("noise_resolution") or "input"
+
+    @cached_property
+    def delta(self) -> float | None:
+        return self._only("delta")
+
+    @cached_property
     def norm(self) -> str | None:
         return self._only("norm")
 
@@ -262,8 +271,8 @@ def shared_guarantee_and_norm(results: Sequence[Result]) -> tuple[str | None, st
         ValueError: where they have different ones, and so make no figure.
     """
     certified = [result for result in results if result.guarantee != NO_CERTIFICATE] or list(results)
-    for what in ("guarantee", "norm"):
-        kinds = {getattr(result, what) or "unknown" for result in certified}
+    for what in ("guarantee", "norm", "noise_resolution", "delta"):
+        kinds = {str(getattr(result, what) or "unknown") for result in certified}
         if len(kinds) > 1:
             each = "; ".join(f"{result.title}: {getattr(result, what) or 'unknown'}" for result in certified)
             hint = (

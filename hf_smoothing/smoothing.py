@@ -10,6 +10,7 @@ from typing import Any, overload
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from .active_images import ActiveImage, ProgressBar, in_order
@@ -18,6 +19,7 @@ from .certificates import ABSTAIN, Certificate, CleanPass, Rule, check_count
 from .count_predictor import CountPredictor
 from .data import to_pixels
 from .forward_pass import Classifier, Denoiser, ForwardPass
+from .loading import weights_digest
 from .noise import SmoothingNoise, image_key
 from .preparation import NoiseResolution, Preparation
 from .rules import PredictRule, make_rule
@@ -80,13 +82,17 @@ class SmoothedClassifier:
     ):
         check_count("batch_size", batch_size)
         self.count_head = count_head
-        self.calibration = calibration
+        self.calibration = calibration or getattr(count_head, "calibration", None)
         self.noise = noise
         self.batch_size = batch_size
         self.image_processor = image_processor
         self.preparation = None if image_processor is None else Preparation.of(image_processor, noise_resolution)
         self.base = ForwardPass(base_classifier, self.preparation, denoiser, device, autocast, compile)
         self.device = self.base.device
+        if self.preparation is None and noise_resolution != "input":
+            raise ValueError(
+                f"noise_resolution={noise_resolution!r} takes an image processor, which says how to resize."
+            )
         self.noise_resolution = str(noise_resolution)
         self.class_names = class_names
         self._num_classes: int | None = None
@@ -129,11 +135,11 @@ class SmoothedClassifier:
         if device is not None:
             model = model.to(device)
         names = [name for _, name in sorted(model.config.id2label.items())]
-        head = (
-            None
-            if count_head is None
-            else CountPredictor.from_pretrained(count_head, device=device, class_names=names)
-        )
+        head = None
+        if count_head is not None:
+            head = CountPredictor.from_pretrained(
+                count_head, device=device, class_names=names, image_processor=processor
+            )
         return cls(
             model,
             noise,
@@ -196,7 +202,25 @@ class SmoothedClassifier:
             if self.count_head is None:
                 raise ValueError("method='surrogate' takes a count head: pass count_head.")
             settings["calibration"] = self.calibration
+            if settings.get("delta") is not None:
+                self.check_calibration()
         return make_rule(method, **settings)
+
+    def check_calibration(self) -> None:
+        """Raise a `ValueError` where the count head was calibrated with other weights, noise or steps than are here."""
+        if self.calibration is None:
+            return
+        modules = {"model_weights": self.base.classifier, "head_weights": getattr(self.count_head, "model", None)}
+        denoiser = self.base.denoiser
+        self.calibration.check(
+            {
+                **{name: weights_digest(one) for name, one in modules.items() if isinstance(one, nn.Module)},
+                "noise": self.noise.name,
+                "noise_resolution": self.noise_resolution,
+                "denoiser": None if denoiser is None else getattr(denoiser, "__name__", "unknown"),
+                "dtype": self.base.precision,
+            }
+        )
 
     @overload
     def predict(

@@ -297,7 +297,7 @@ def main() -> None:
         "training_seconds": sum(one["seconds"] for one in trained.values()),
         "seconds_of_last_start": time.monotonic() - started,
         "device": trained[base.name]["device"],
-        "num_threads": torch.get_num_threads(),
+        "num_threads": trained[base.name]["num_threads"],
         "versions": package_versions(),
     }
     write_json(results, output_dir / "results.json")

@@ -101,6 +101,23 @@ def test_an_audit_of_a_run(certify, tmp_path):
         audit(tmp_path / "run", folder, AttackSettings(steps=13, draws=2, n=200), images=3)
 
 
+def test_an_audit_attacks_what_was_certified(certify, tmp_path):
+    """Denoiser and resolution included: neighbours of another size are no way to go."""
+    certify(tmp_path / "run", split="train", every=20, max_draws=100, denoiser="wiener", noise_resolution="native")
+    seen = []
+    real = SmoothedClassifier.from_pretrained.__func__
+
+    def spy(cls, *args, **kwargs):
+        seen.append((kwargs["denoiser"], kwargs["noise_resolution"]))
+        return real(cls, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SmoothedClassifier, "from_pretrained", classmethod(spy))
+        found = audit(tmp_path / "run", tmp_path / "audit", AttackSettings(steps=6, draws=2, n=100), images=2)
+    assert seen == [("wiener", "native")]
+    assert not found.violations
+
+
 def test_a_planted_wrong_certificate_is_found_and_kept(certify, tmp_path):
     certify(tmp_path / "run", split="train", every=10, max_draws=200)
     plant(tmp_path / "run", 100.0)

@@ -116,6 +116,17 @@ def test_a_card_is_written_from_its_results(folder):
     assert call(folder).output == ""  # nothing to change
 
 
+def test_estimates_are_no_certificates_in_the_metadata(folder):
+    path = folder / "results" / "report.json"
+    report = json.loads(path.read_text())
+    report["results"][0]["guarantee"] = report["guarantee"] = "none"
+    path.write_text(json.dumps(report))
+    call(folder)
+    text = (folder / "README.md").read_text()
+    assert ModelCard(text).data.eval_results is None
+    assert "Estimated accuracy (not certified)" in text
+
+
 @pytest.mark.parametrize("digit", ["61.2%", "0.612"])
 def test_a_changed_digit_is_found_in_text_and_metadata(folder, digit):
     call(folder)

@@ -1,5 +1,7 @@
 """Count heads in the engine: what they may steer, and what they must not be able to break."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -106,6 +108,17 @@ def test_a_calibrated_surrogate_says_what_it_rests_on(linear, small_images):
         assert (one.guarantee, one.delta, one.calibration) == ("marginal", 0.05, "nineteen images")
         assert (estimate.guarantee, estimate.delta, estimate.calibration) == ("none", None, None)
         assert one.radius < estimate.radius or estimate.radius == 0
+    # of another noise, resolution or model it says nothing
+    for conditions, named in (
+        ({"noise": "laplace"}, "noise"),
+        ({"noise_resolution": "native", "denoiser": "wiener"}, "noise_resolution, denoiser"),
+        ({"model_weights": "others"}, "model_weights"),
+    ):
+        other = replace(calibration, conditions=conditions)
+        smoothed = SmoothedClassifier(linear, NOISE, count_head=right_head(linear), calibration=other)
+        with pytest.raises(ValueError, match=f"calibrated under another {named}"):
+            smoothed.certify(small_images, method="surrogate", delta=0.05)
+        assert smoothed.certify(small_images, method="surrogate")[0].guarantee == "none"
     with pytest.raises(ValueError, match="takes a count head"):
         SmoothedClassifier(linear, NOISE).certify(small_images, method="surrogate")
 

@@ -14,6 +14,7 @@ from transformers import (
     ConvNextForImageClassification,
     ConvNextImageProcessor,
     EfficientNetImageProcessor,
+    LevitImageProcessor,
     ResNetConfig,
     ResNetForImageClassification,
     SwinConfig,
@@ -191,6 +192,7 @@ def test_processors_whose_steps_cannot_be_parted_are_refused_with_the_reason():
         (Inverting(size=SQUARE), {}, "does more than resize"),
         (object(), {}, "does not say how it rescales"),
         (ViTImageProcessor(size=SQUARE), {"noise_resolution": "big"}, "noise_resolution='big'"),
+        (LevitImageProcessor(), {"noise_resolution": "native"}, "resizes or crops in a way"),
         (ViTImageProcessor(size=SQUARE), {"noise_resolution": -3}, "noise_resolution=-3"),
     ):
         with pytest.raises(ValueError, match=message):
