@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--patch_size", type=int, default=4, help="pixels a side of a token (default: 4)")
     parser.add_argument("--output", type=Path, help="write the figures to this file")
     args = parser.parse_args()
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     ratios, speeds = [], []
     with tempfile.TemporaryDirectory() as folder:
         images_file = Path(folder) / "images.parquet"
