@@ -35,6 +35,7 @@ class ModelCheck:
             clean picture; `accuracy`, their share that is right, or `None` where the labels are unknown; and
             `largest_radius`, the most that `n` draws can show there.
         images: pictures looked at.
+        answers: different answers to them without noise.
         draws_per_second: noisy copies a second, in batches of `batch_size`.
         n: draws of the usual protocol.
         batch_size: as above.
@@ -45,6 +46,7 @@ class ModelCheck:
     batch_statistics: list[str]
     levels: list[dict[str, Any]]
     images: int
+    answers: int
     draws_per_second: float
     n: int
     batch_size: int
@@ -59,6 +61,9 @@ class ModelCheck:
                 "for noisy ones, and robustness learned at one noise level does not carry over (arXiv 2312.09020). Prefer a "
                 "model with LayerNorm or GroupNorm."
             )
+        if self.answers == 1 and self.images > 1:
+            said.append("It answers all of these pictures alike, so keeping its answers says nothing: is it trained?")
+            return said
         noisy = [level for level in self.levels if level["sigma"] > 0]
         kept = [level["sigma"] for level in noisy if level["same_answer"] >= _SHARE_KEPT]
         if kept:
@@ -119,6 +124,7 @@ def check_model(
         sorted(kind for kind in kinds if "batchnorm" in kind.lower()),
         [_level(smoothed, pixels, clean, labels, sigma, draws, n, alpha) for sigma in sorted(sigmas)],
         len(pixels),
+        len(set(clean.tolist())),
         rate,
         n,
         smoothed.batch_size,

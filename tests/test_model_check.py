@@ -44,6 +44,8 @@ def test_batch_statistics_are_warned_of(resnet):
     assert "Prefer a model with LayerNorm" in said
     assert "unknown" in said  # three classes of its own: nobody knows what is right
     assert "draws/s" in said
+    assert "is it trained?" in said  # chance weights answer everything alike, which is no robustness
+    assert "worth smoothing there" not in said
 
 
 def test_a_model_that_is_not_there():
