@@ -118,8 +118,9 @@ def attack(
     if not radius > 0:
         raise ValueError(f"radius={radius} must be above 0: there is nothing to attack.")
     pixels = pixels.to(smoothed.device)
-    tried, smallest, violation = 0, None, None
-    for name, direction in _candidates(smoothed, pixels, prediction, radius, settings, others):
+    tried, steps, smallest, violation = 0, 0, None, None
+    for name, direction, taken in _candidates(smoothed, pixels, prediction, radius, settings, others):
+        steps += taken
         for part in (_INSIDE, 1.25, 1.5, 2.0, 2.5, 3.0):
             norm = part * radius
             if part > settings.reach or (smallest is not None and norm >= smallest.norm):
@@ -137,7 +138,7 @@ def attack(
             break
         if violation is not None:
             break
-    return Attempt(tried, settings.steps, violation, smallest)
+    return Attempt(tried, steps, violation, smallest)
 
 
 def judge(smoothed: SmoothedClassifier, pixels: torch.Tensor, settings: AttackSettings) -> int:
@@ -155,14 +156,14 @@ def _candidates(
     radius: float,
     settings: AttackSettings,
     others: torch.Tensor | None,
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and directions, the cheapest first."""
+) -> Iterator[tuple[str, torch.Tensor, int]]:
+    """Names, directions, and the gradient steps that each took; the cheapest first."""
     generator = torch.Generator(pixels.device).manual_seed(settings.seed)
     if others is not None and len(others):
         apart = others.to(pixels.device) - pixels
-        yield "nearest other class", apart[apart.flatten(1).norm(dim=1).argmin()]
+        yield "nearest other class", apart[apart.flatten(1).norm(dim=1).argmin()], 0
     for _ in range(settings.directions):
-        yield "random direction", _normal(pixels, generator)
+        yield "random direction", _normal(pixels, generator), 0
     runs = [(size, start) for start in range(settings.restarts) for size in STEP_SIZES]
     for number, (size, start) in enumerate(runs):
         steps = settings.steps // len(runs) + (number < settings.steps % len(runs))
@@ -170,7 +171,7 @@ def _candidates(
         for allowed, share in ((_INSIDE * radius, steps - steps // 2), (settings.reach * radius, steps // 2)):
             if share:
                 found = _ascend(smoothed, pixels, prediction, allowed, size, share, settings, generator, start > 0)
-                yield f"gradient, step {size:g} of the norm, start {start}", found
+                yield f"gradient, step {size:g} of the norm, start {start}", found, share
 
 
 def _ascend(

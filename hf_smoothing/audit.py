@@ -13,11 +13,11 @@ from tqdm.auto import tqdm
 
 from .attacks import AttackSettings, Attempt, Success, attack
 from .dataset_runs import DTYPES
-from .labelled_images import LabelledImages
 from .loading import loading, weights_digest
 from .noise import GaussianNoise
 from .provenance import command_line, package_versions
 from .records import write_json
+from .run_folder import images_of
 from .smoothing import SmoothedClassifier
 
 _NEIGHBOURS = 100
@@ -95,17 +95,7 @@ def audit(
     if not chosen:
         raise ValueError(f"{run_dir} holds no certificate with a radius above 0.")
     smoothed = _load(run, device, batch_size)
-    source = LabelledImages(
-        run["dataset_name"],
-        config_name=run["dataset_config_name"],
-        split=run["split"],
-        image_column=run["image_column"],
-        label_column=run["label_column"],
-    )
-    if run["dataset_fingerprint"] not in (None, source.fingerprint):
-        raise ValueError(
-            f"{run['dataset_name']!r} is not what was certified: its files were changed, copied or touched."
-        )
+    source = images_of(run)
     source.meet(run["label_names"], smoothed.preparation)
     identity = {
         **asdict(settings),

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from .labelled_images import LabelledImages
+from .run_folder import images_of
 
 
 @dataclass(frozen=True)
@@ -41,19 +42,7 @@ class Counts:
         Raises:
             ValueError: where they are no longer those.
         """
-        settings = self.settings
-        images = LabelledImages(
-            settings["dataset_name"],
-            config_name=settings["dataset_config_name"],
-            split=settings["split"],
-            image_column=settings["image_column"],
-            label_column=settings["label_column"],
-        )
-        if settings["dataset_fingerprint"] not in (None, images.fingerprint):
-            raise ValueError(
-                f"{settings['dataset_name']!r} is not what was counted: its files were changed, copied or touched since."
-            )
-        return images
+        return images_of(self.settings)
 
 
 def read_counts(run_dir: Path) -> Counts:

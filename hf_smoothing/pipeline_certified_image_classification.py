@@ -139,7 +139,6 @@ class CertifiedImageClassificationPipeline(Pipeline):
             noise_resolution=noise_resolution,
             denoiser=denoiser,
             count_head=head,
-            calibration=None if head is None else head.calibration,
         )
         rule = smoothed.make_rule(method, **rule_settings)
         rule.check(smoothed.noise)

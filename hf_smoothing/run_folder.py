@@ -58,6 +58,30 @@ class Plan:
     before: dict[float, tuple[int, int]]
 
 
+def images_of(settings: Record) -> LabelledImages:
+    """
+    The images of a run.
+
+    Args:
+        settings: the run's, from its `run.json`.
+
+    Raises:
+        ValueError: where they cannot be loaded, or are no longer those of the run.
+    """
+    images = LabelledImages(
+        settings["dataset_name"],
+        config_name=settings["dataset_config_name"],
+        split=settings["split"],
+        image_column=settings["image_column"],
+        label_column=settings["label_column"],
+    )
+    if settings["dataset_fingerprint"] not in (None, images.fingerprint):
+        raise ValueError(
+            f"{settings['dataset_name']!r} is not what the run is of: its files were changed, copied or touched since."
+        )
+    return images
+
+
 def check_folder(output_dir: Path, resume: bool) -> None:
     """
     What can be said of a folder before dataset and model are loaded; nothing is left in it.

@@ -56,7 +56,7 @@ class SmoothedClassifier:
         compile: run the base classifier through `torch.compile`. Certificates record it.
         count_head: maps clean pixels and sigma to the class frequencies expected under noise, `(batch, classes)` of sum 1,
             such as a [`CountPredictor`]. `sequential` then draws less, and `surrogate` not at all.
-        calibration: of the count head, for `surrogate` with `delta`.
+        calibration: of the count head, for `surrogate` with `delta`; by default the one that it brings.
 
     Raises:
         ValueError: for a batch size below 1 or a module with weights that are not finite.
@@ -151,7 +151,6 @@ class SmoothedClassifier:
             autocast=autocast,
             compile=compile,
             count_head=head,
-            calibration=None if head is None else head.calibration,
         )
 
     @overload

@@ -35,6 +35,8 @@ def test_a_right_certificate_stands_and_a_wrong_one_falls(linear, image):
     assert exact <= right.smallest.norm < 1.8 * exact  # the gradient shows the way straight to the plane
     wrong = attack(smoothed, image, 1, 3 * exact, SETTINGS)
     assert wrong.violation is not None
+    assert right.steps == SETTINGS.steps  # all that was asked for, and no more than it took
+    assert 0 < wrong.steps < SETTINGS.steps
     assert wrong.violation.norm < 3 * exact
     assert wrong.violation.prediction == 0
     moved = image + wrong.violation.change
