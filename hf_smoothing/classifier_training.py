@@ -1,6 +1,7 @@
 """Training a mixed-noise ViT as a classifier on a mixture of clean and noisy images (arXiv 2312.09020)."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -73,6 +74,28 @@ def majority_answers(
         logits = torch.cat([model(batch).logits for batch in noisy])
         votes.append(nn.functional.one_hot(logits.argmax(1), logits.shape[1]))
     return torch.stack(votes).sum(0).argmax(1)
+
+
+def consistency_loss(logits: torch.Tensor, weight: float, entropy_weight: float = 0.5) -> torch.Tensor:
+    """
+    What noisy copies of an image cost where they are not answered alike (Jeong and Shin 2020, arXiv 2006.04062): `weight`
+    times the mean Kullback-Leibler divergence from the copies' mean probabilities to a copy's, plus `entropy_weight` times
+    the entropy of that mean. Radii grow with it: a large one takes a p_A near 1, which is answers that are alike.
+
+    Args:
+        logits: `(copies, batch, classes)`, of copies with noise of the same level.
+        weight: of the divergence, 0 or above.
+        entropy_weight: of the entropy (the paper's default).
+
+    Returns:
+        A scalar, the mean over the batch.
+    """
+    log_p = logits.log_softmax(-1)
+    log_mean = log_p.logsumexp(0) - math.log(len(logits))
+    mean = log_mean.exp()
+    divergence = (mean * (log_mean - log_p)).sum(-1).mean()
+    entropy = -(mean * log_mean).sum(-1).mean()
+    return weight * divergence + entropy_weight * entropy
 
 
 def load_to_finetune(
@@ -161,13 +184,17 @@ def train_classifier(
         shown=accelerator.is_main_process,
     )
     mixture, mixing = image_settings.mixture(), image_settings.mixing(len(names))
+    weight = image_settings.consistency_weight
+    copies = 2 if weight else 1
 
     def compute_loss(model: Any, pixels: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         pixels, smoothing = pixels.float() / 255, image_settings.label_smoothing
         if mixing is not None:
             (pixels, labels), smoothing = mixing(pixels, labels), 0.0  # it smooths the labels itself
         # noise comes last: mixing would change its level
-        return nn.functional.cross_entropy(model(mixture.add_to(pixels)).logits, labels, label_smoothing=smoothing)
+        logits = model(mixture.add_to(pixels, copies)).logits
+        loss = nn.functional.cross_entropy(logits, torch.cat([labels] * copies), label_smoothing=smoothing)
+        return loss + consistency_loss(logits.unflatten(0, (copies, -1)), weight) if weight else loss
 
     output_dir = Path(settings.output_dir)
 

@@ -303,9 +303,19 @@ class NoiseMixture:
         ):
             raise ValueError(f"weights={self.weights} must be {len(self.sigmas)} numbers, 0 or above, not all 0.")
 
-    def add_to(self, images: torch.Tensor) -> torch.Tensor:
-        """Noisy copies of `images`, `(batch, channels, height, width)` in `[0, 1]`; not clipped."""
+    def add_to(self, images: torch.Tensor, copies: int = 1) -> torch.Tensor:
+        """
+        Noisy copies of `images`, `(batch, channels, height, width)` in `[0, 1]`; not clipped.
+
+        Args:
+            images: clean ones.
+            copies: of each; they share its noise level. The first copies of all images come first, then the second ones.
+
+        Returns:
+            Pixels `(copies * batch, channels, height, width)`.
+        """
         weights = torch.tensor(self.weights or [1.0] * len(self.sigmas), dtype=torch.float, device=images.device)
         levels = torch.multinomial(weights, len(images), replacement=True)
-        sigmas = torch.tensor(self.sigmas, device=images.device, dtype=images.dtype)[levels]
+        sigmas = torch.tensor(self.sigmas, device=images.device, dtype=images.dtype)[levels].repeat(copies)
+        images = images.repeat(copies, 1, 1, 1)
         return images + sigmas.view(-1, 1, 1, 1) * torch.randn_like(images)

@@ -1,13 +1,16 @@
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import SHIPPED_MODEL
 from transformers import ViTConfig
 
 from hf_smoothing import MixedNoiseViTForImageClassification
 from hf_smoothing.classifier_training import (
     EvaluationSettings,
+    consistency_loss,
     load_to_finetune,
     majority_answers,
     train_classifier,
@@ -31,6 +34,34 @@ def test_majority_answers():
     assert majority_answers(by_brightness, pixels, 0.5, draws=400, batch_size=3).tolist() == truth
     single = torch.stack([majority_answers(by_brightness, pixels, 0.5, draws=1, seed=seed) for seed in range(50)])
     assert 0.5 < (single[:, 1] == 0).float().mean() < 0.8
+
+
+def test_consistency_is_the_divergence_from_the_mean_answer_and_its_entropy():
+    # by hand: answers .9/.1 and .5/.5, mean .7/.3
+    logits = torch.tensor([[[0.9, 0.1]], [[0.5, 0.5]]]).log() + 3
+    divergence = sum(m * math.log(m / p) for one in ((0.9, 0.1), (0.5, 0.5)) for m, p in zip((0.7, 0.3), one)) / 2
+    entropy = -sum(m * math.log(m) for m in (0.7, 0.3))
+    assert float(consistency_loss(logits, 10.0)) == pytest.approx(10 * divergence + 0.5 * entropy, rel=1e-5)
+    alike = logits[:1].expand(3, 1, 2)
+    assert float(consistency_loss(alike, 10.0, entropy_weight=0.0)) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_training_weighs_how_alike_noisy_copies_are_answered(demo_images, tmp_path):
+    path = tmp_path / "images.parquet"
+    demo_images.select(range(0, 200, 10)).to_parquet(path)
+    losses = []
+    for weight in (10.0, 20.0, 40.0):  # one step each, from the same weights, with the same images and noise
+        images = ImageSettings(str(path), sigmas=[0.5], consistency_weight=weight)
+        opened = images.open()
+        settings = TrainingSettings(
+            str(tmp_path / f"weight-{weight:g}"), max_train_steps=1, per_device_train_batch_size=20
+        )
+        model = load_to_finetune(str(SHIPPED_MODEL), names_of_classes(opened))
+        found = train_classifier(model, opened, images, settings, EvaluationSettings(), settings.start())
+        losses.append(found["final_loss"])
+    divergence = (losses[1] - losses[0]) / 10
+    assert divergence > 0.01  # it answers two copies with different noise differently
+    assert (losses[2] - losses[1]) / 20 == pytest.approx(divergence, rel=1e-4)
 
 
 def test_the_head_is_kept_only_for_the_same_classes(tiny_model_dir):

@@ -171,6 +171,16 @@ def test_the_mixture_draws_a_level_for_each_image():
     np.testing.assert_allclose(shares, [0.5, 0.25, 0.25], atol=0.03)
 
 
+def test_copies_of_an_image_share_its_level_but_not_its_noise():
+    torch.manual_seed(0)
+    images = torch.arange(200.0).view(200, 1, 1, 1).expand(200, 1, 16, 16)
+    first, second = NoiseMixture((0.0, 1.0)).add_to(images, copies=2).split(200)
+    levels = [(one - images).flatten(1).std(1).round(decimals=0) for one in (first, second)]
+    assert torch.equal(*levels)
+    assert set(levels[0].tolist()) == {0.0, 1.0}
+    assert not torch.equal(first[levels[0] == 1], second[levels[0] == 1])
+
+
 @pytest.mark.parametrize(
     ("sigmas", "weights"), [((), None), ((-1.0,), None), ((0.1, float("nan")), None), ((0.1,), (1, 2))]
 )

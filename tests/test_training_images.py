@@ -167,6 +167,8 @@ def test_labels_that_are_none(tmp_path):
         {"hflip": 1.5},
         {"label_smoothing": 1.0},
         {"mixup_alpha": -1.0},
+        {"consistency_weight": -1.0, "sigmas": [0.5]},
+        {"consistency_weight": 10.0},
         {"max_train_samples": 0},
         {"sigmas": [-0.1]},
         {"auto_augment": "nonsense"},
