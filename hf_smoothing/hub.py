@@ -70,7 +70,8 @@ def list_push(folder: str | Path, repo_id: str) -> Listing:
         publication.stage(Path(stage))
         files = sorted(file for file in Path(stage).rglob("*") if file.is_file())
         sizes = {file.relative_to(stage).as_posix(): file.stat().st_size for file in files}
-    return Listing(publication.kind, sizes, publication.left_out)
+    # a folder that has the code already gets the installed package's: that is not left out
+    return Listing(publication.kind, sizes, [name for name in publication.left_out if name not in sizes])
 
 
 def push(folder: str | Path, repo_id: str, *, private: bool = False, revision: str | None = None) -> str:

@@ -15,6 +15,8 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from hub_storage import Blob, Repo
+from huggingface_hub import DatasetCard, ModelCard, SpaceCard
+from yaml import YAMLError
 
 TOKEN = "hf_" + "t" * 34
 """May do everything in the namespace `user`."""
@@ -181,6 +183,12 @@ class _Handler(BaseHTTPRequestHandler):
         raise _Refused(404, f"The server of the tests knows no {self.command} {self.url.path}")
 
     def validate_yaml(self) -> Any:
+        """As far as the client library knows the rules: its strict reading of the metadata."""
+        card = {"model": ModelCard, "dataset": DatasetCard, "space": SpaceCard}[self.sent.get("repoType", "model")]
+        try:
+            card(self.sent["content"], ignore_metadata_errors=False)
+        except (ValueError, YAMLError) as error:
+            return self._json({"errors": [{"message": str(error)}], "warnings": []}, 400)
         return self._json({"errors": [], "warnings": []})
 
     def create(self) -> Any:

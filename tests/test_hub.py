@@ -14,6 +14,7 @@ import torch
 from conftest import ROOT, SHIPPED_MODEL, save_model
 from hub_client import Client
 from hub_server import READ_TOKEN, TOKEN, HubServer
+from huggingface_hub import HfApi
 from transformers import AutoConfig, AutoModelForImageClassification, ViTImageProcessor, pipeline
 
 from hf_smoothing import MixedNoiseViTForCountPrediction
@@ -194,6 +195,43 @@ def test_with_the_package_names_load_without_remote_code_and_a_run_is_a_dataset(
         contents(client.folder / "run").items()
         >= {name: content for name, content in contents(RUN).items() if name != "README.md"}.items()
     )
+
+
+def upload_cards(*cards):
+    """In a process of the client's, whose library has each card's metadata validated before it is uploaded."""
+    api = HfApi()
+    api.create_repo("user/cards")
+    for text in cards:
+        try:
+            api.upload_file(path_or_fileobj=text.encode(), path_in_repo="README.md", repo_id="user/cards")
+            print("valid")
+        except ValueError as error:
+            print(" ".join(str(error).split()))
+
+
+def test_the_hub_takes_the_metadata_of_every_card(hub, client):
+    cards = [path.read_text() for path in sorted(ROOT.glob("model_cards/*/README.md"))]
+    broken = cards[0].replace("value: 0.", "valu: 0.", 1)
+    assert broken != cards[0]
+    said = client.call(upload_cards, *cards, broken, token=TOKEN).out.splitlines()
+    assert said[:-1] == ["valid"] * len(cards)
+    assert said[-1].startswith("Invalid metadata in README.md.")
+    assert "value" in said[-1]
+
+
+def upload_as_it_is(folder, repo_id):
+    """What `hf upload REPO FOLDER` does, in a process of the client's."""
+    api = HfApi()
+    api.create_repo(repo_id)
+    api.upload_folder(repo_id=repo_id, folder_path=folder)
+
+
+def test_a_shipped_folder_uploaded_as_it_is_is_what_push_publishes(hub, client):
+    assert client.call(upload_as_it_is, str(SHIPPED_MODEL), "user/plain", token=TOKEN).code == 0
+    assert client("push", SHIPPED_MODEL, "user/pushed").code == 0
+    plain, pushed = (hub.repos["model", name].files() for name in ("user/plain", "user/pushed"))
+    assert plain.keys() > CODE
+    assert plain == pushed
 
 
 def test_revisions_are_branches_to_push_to_and_branches_and_commits_to_pull(hub, client, trained, head):

@@ -1,0 +1,1 @@
+../../hf_smoothing/active_images.py

@@ -1,0 +1,31 @@
+"""Complete the folders in model_cards/, such that uploading one as it is publishes it.
+
+The code that loads a model where this package is not installed lies in there as links to the package's files, and
+`config.json` names its classes.
+
+    python scripts/link_remote_code.py
+
+For a model that lies elsewhere `hf-smoothing push` adds the same files on the way.
+"""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from hf_smoothing.publication import publication_of
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def main() -> None:
+    for folder in sorted(path.parent for path in ROOT.glob("model_cards/*/config.json")):
+        for link in folder.glob("*.py"):
+            link.unlink()
+        with TemporaryDirectory() as stage:
+            publication_of(folder).stage(Path(stage))
+            for code in Path(stage).glob("*.py"):
+                (folder / code.name).symlink_to(Path("../../hf_smoothing") / code.name)
+            (folder / "config.json").write_text((Path(stage) / "config.json").read_text())
+
+
+if __name__ == "__main__":
+    main()
