@@ -20,6 +20,9 @@ _SCREENING_DRAWS = 64
 _INSIDE = 0.999
 """Candidates keep this part of the radius: a certificate speaks of changes smaller than it."""
 
+_PARTS = (_INSIDE, 1.25, 1.5, 2.0, 2.5, 3.0)
+"""Norms along each way that was found, as parts of the radius."""
+
 
 @dataclass(frozen=True)
 class AttackSettings:
@@ -121,12 +124,16 @@ def attack(
     tried, steps, smallest, violation = 0, 0, None, None
     for name, direction, taken in _candidates(smoothed, pixels, prediction, radius, settings, others):
         steps += taken
-        for part in (_INSIDE, 1.25, 1.5, 2.0, 2.5, 3.0):
-            norm = part * radius
-            if part > settings.reach or (smallest is not None and norm >= smallest.norm):
-                break
+        norms = [part * radius for part in _PARTS if part <= settings.reach]
+        norms = [norm for norm in norms if smallest is None or norm < smallest.norm]
+        changes = [_inside_the_box(pixels, direction * (norm / direction.norm())) for norm in norms]
+        # a way that seems to lead nowhere even at its end is only tried within the radius
+        if len(changes) > 1:
             tried += 1
-            change = _inside_the_box(pixels, direction * (norm / direction.norm()))
+            if not _looks_changed(smoothed, pixels + changes[-1], prediction, settings, tried):
+                changes = changes[:1]
+        for change in changes:
+            tried += 1
             if not _looks_changed(smoothed, pixels + change, prediction, settings, tried):
                 continue
             answer = judge(smoothed, pixels + change, settings)

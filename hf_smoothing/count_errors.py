@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from .bounds import FloatArray
 from .calibration import Calibration, conformal_scores, estimated_lower_bound
 from .certificates import ABSTAIN
+from .measured_counts import Counts
 from .noise import GaussianNoise
 
 
@@ -62,6 +63,29 @@ class Comparison:
     def scores(self) -> FloatArray:
         """Of [`calibration.conformal_scores`]."""
         return conformal_scores(self.probabilities, self.predictions, self.p_lower, self.n, self.alpha)
+
+
+def compare(measured: Counts, probabilities: FloatArray) -> list[Comparison]:
+    """
+    Predictions beside what was measured, one comparison for each noise level.
+
+    Args:
+        measured: of a run of method `fixed`.
+        probabilities: `(rows, classes)`, predicted for its rows.
+    """
+    return [
+        Comparison(
+            float(sigma),
+            probabilities[rows],
+            measured.counts[rows],
+            measured.predictions[rows],
+            measured.p_lower[rows],
+            measured.labels[rows],
+            measured.settings["alpha"],
+        )
+        for sigma in np.unique(measured.sigmas)
+        for rows in [measured.sigmas == sigma]
+    ]
 
 
 def errors(one: Comparison, radii: Sequence[float], bins: int = 10) -> dict[str, Any]:

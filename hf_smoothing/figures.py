@@ -1,5 +1,6 @@
 """Paragraphs of Markdown from results files: nothing in a card or README is typed in by hand that was measured."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -166,6 +167,131 @@ def training_speed(results: dict[str, Any]) -> str:
     )
 
 
+def count_head(results: dict[str, Any]) -> str:
+    """How far a count head is off, and what it is good for."""
+    radii = [row["radius"] for row in results["errors"][0]["accuracy"]["monte_carlo"]]
+    n, images = results["errors"][0]["n"], results["errors"][0]["images"]
+
+    def shares(rows: list[dict[str, float]]) -> list[str]:
+        return [f"{row['share']:.1%}" for row in rows]
+
+    def length(value: float | None) -> str:
+        return "-" if value is None else f"{value:.3f}"
+
+    lines = [
+        f"Over all {images} images, beside Monte-Carlo with n = {n:,} (alpha = {results['alpha']:g}). An estimate is too "
+        "large where it exceeds the radius that Monte-Carlo proves for the same class:",
+        "",
+        "| sigma | another class | too large | by, on average | too small | by, on average |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in results["errors"]:
+        lines.append(
+            f"| {row['sigma']:g} | {row['disagreement']:.1%} | {row['overestimated']:.1%} | {length(row['mean_excess'])} | "
+            f"{row['underestimated']:.1%} | {length(row['mean_shortfall'])} |"
+        )
+    lines += [
+        "",
+        "Accuracy at each radius; only the first row of a noise level holds for each image, the lowered ones for images on "
+        "average (all but a share delta), the estimate not at all:",
+        "",
+        "| sigma | radii from | " + " | ".join(f"r = {radius:g}" for radius in radii) + " |",
+        "|---" * (2 + len(radii)) + "|",
+    ]
+    for row in results["errors"]:
+        kinds = [
+            (f"Monte-Carlo, n = {n:,}", row["accuracy"]["monte_carlo"]),
+            ("estimate", row["accuracy"]["estimate"]),
+        ]
+        kinds += [
+            (f"lowered, delta = {one['delta']:g}", one["accuracy"])
+            for one in results["conformal"]
+            if one["sigma"] == row["sigma"]
+        ]
+        lines += [f"| {row['sigma']:g} | {name} | " + " | ".join(shares(found)) + " |" for name, found in kinds]
+    lines += [
+        "",
+        f"Lowered radii that exceed what Monte-Carlo proves, over {results['conformal'][0]['splits']} random halves to "
+        "calibrate on and to judge (in brackets, the standard error of one half):",
+        "",
+    ]
+    lines += [
+        f"- sigma {one['sigma']:g}, delta {one['delta']:g}: {one['miss_rate']:.1%} ({one['binomial_error']:.1%})"
+        for one in results["conformal"]
+    ]
+    names = {
+        "without": "without",
+        "with": "with the head",
+        "knowing": "p known",
+        "permuted": "classes permuted",
+        "permuted_and_sure": "permuted, p = .999",
+    }
+    lines += [
+        "",
+        "Mean draws of the sequential rule to decide a radius (simulated from the measured frequencies; images that a "
+        "quarter of the budget of 100,000 can decide by Wald's bound), and with heads made wrong on purpose:",
+        "",
+        "| sigma | radius | images | Wald's bound | " + " | ".join(names.values()) + " | with, over Wald's |",
+        "|---" * (5 + len(names)) + "|",
+    ]
+    for row in results["draws_to_decide"]:
+        cells = [f"{row['draws'][name]:,.0f}" for name in names]
+        lines.append(
+            f"| {row['sigma']:g} | {row['radius']:g} | {row['images']} | {row['wald']:,.0f} | "
+            + " | ".join(cells)
+            + f" | {row['draws']['with'] / row['wald']:.2f} |"
+        )
+    times, payback = results["seconds_an_image"], results["payback"]
+    lines += [
+        "",
+        f"An estimate takes {times['estimate'] * 1000:.1f} ms an image in batches, {results['device']}, "
+        f"{results['num_threads']} threads; the usual protocol (100,100 draws, at the rate of {times['timed_draws']:,} "
+        f"timed ones) {times['usual']:,.0f} s with the same model on the same machine: {times['ratio']:,.0f} times as long."
+        + (
+            ""
+            if payback is None
+            else f" Counting and training took {payback['seconds'] / 60:.0f} minutes, paid back after "
+            f"{math.ceil(payback['images'])} image{'' if payback['images'] <= 1 else 's'}."
+        )
+        + f" Command: `{results['command']}` (seed {results['seed']}, "
+        + ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+        + ").",
+    ]
+    return "\n".join(lines)
+
+
+def count_head_arms(results: dict[str, Any]) -> str:
+    """The arms of the study of how to train a count head."""
+    judged = results["judged"]
+    lines = [
+        f"Judged on every {judged['every']}th image of `{judged['dataset_name']}`, {judged['split']}, with Monte-Carlo at "
+        f"n = {judged['n']:,}: Jensen-Shannon divergence (nats; the noise of the measured counts is in it), share of images "
+        "given another class, share of radii too large, and the largest gap to Monte-Carlo's certified accuracy at "
+        + ", ".join(f"{radius:g}" for radius in results["radii"])
+        + ".",
+        "",
+        "| trained | images x draws | steps | sigma | divergence | another class | too large | largest gap |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for arm in results["arms"]:
+        for row in arm["errors"]:
+            lines.append(
+                f"| {arm['arm']} | {arm['images']:,} x {arm['draws_an_image']} | {arm['steps']:,} | {row['sigma']:g} | "
+                f"{row['jensen_shannon']:.4f} | {row['disagreement']:.1%} | {row['overestimated']:.1%} | "
+                f"{row['accuracy_gap'] * 100:.1f} points |"
+            )
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{sum(arm['seconds'] for arm in results['arms']) / 60:.0f} minutes of training in all, "
+            f"{results['num_threads']} threads. Command: `{results['command']}` (seed {results['settings']['seed']}, "
+            + ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+            + ").",
+        ]
+    )
+
+
 def report(results: dict[str, Any]) -> str:
     """The table of a report, and how its runs were made."""
     made = {
@@ -184,4 +310,6 @@ KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "report": report,
     "study": study,
     "training_speed": training_speed,
+    "count_head": count_head,
+    "count_head_arms": count_head_arms,
 }

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from hf_smoothing import GaussianNoise, SequentialRule, SmoothedClassifier
 from hf_smoothing.certificates import CleanPass
 from hf_smoothing.count_calibration import predict_counts
-from hf_smoothing.count_errors import Comparison, errors, random_splits
+from hf_smoothing.count_errors import Comparison, compare, errors, random_splits
 from hf_smoothing.count_predictor import CountPredictor
 from hf_smoothing.measured_counts import Counts, read_counts
 from hf_smoothing.provenance import command_line, package_versions
@@ -37,23 +37,6 @@ RADII = (0.0, 0.25, 0.5, 0.75, 1.0)
 DELTAS = (0.1, 0.05)
 BUDGET = 100_000
 USUAL = 100 + BUDGET
-
-
-def comparisons(measured: Counts, probabilities: np.ndarray) -> list[Comparison]:
-    """One for each noise level."""
-    return [
-        Comparison(
-            float(sigma),
-            probabilities[rows],
-            measured.counts[rows],
-            measured.predictions[rows],
-            measured.p_lower[rows],
-            measured.labels[rows],
-            measured.settings["alpha"],
-        )
-        for sigma in np.unique(measured.sigmas)
-        for rows in [measured.sigmas == sigma]
-    ]
 
 
 def heads(frequencies: np.ndarray, predicted: np.ndarray) -> dict[str, CleanPass]:
@@ -184,7 +167,7 @@ def main() -> None:
         predictor = CountPredictor.from_pretrained(
             args.count_head, device=args.device, class_names=measured.settings["label_names"]
         )
-        all_of_them = comparisons(measured, predict_counts(predictor, measured, args.count_head))
+        all_of_them = compare(measured, predict_counts(predictor, measured, args.count_head))
         counting = None if args.counts is None else float(read_seconds(Path(args.counts)))
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")

@@ -1,0 +1,79 @@
+"""The scripts that say how good a count head is, on a model and a head as small as can be."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from hf_smoothing.count_training import build_count_model, train_count_head
+from hf_smoothing.crew import start_processes
+from hf_smoothing.dataset_runs import RunSettings, certify_dataset
+from hf_smoothing.figures import KINDS
+from hf_smoothing.measured_counts import read_counts
+from hf_smoothing.training import TrainingSettings
+
+SIGMAS = (0.25, 0.5, 1.0)
+
+
+@pytest.fixture(scope="module")
+def folder(model, parquet, tmp_path_factory):
+    """Two runs of counts, a head trained on one of them, and Monte-Carlo certificates."""
+    folder = tmp_path_factory.mktemp("studies")
+    for name, chosen in {
+        "counts": {"method": "counts", "n": 20, "every": 5},
+        "few": {"method": "counts", "n": 40, "every": 20},
+        "fixed": {"method": "fixed", "n0": 10, "n": 60, "every": 5},
+    }.items():
+        certify_dataset(
+            RunSettings(model, parquet, SIGMAS, split="train", **chosen), folder / name, accelerator=start_processes()
+        )
+    counts = read_counts(folder / "counts")
+    settings = TrainingSettings(str(folder / "head"), num_train_epochs=20, per_device_train_batch_size=40)
+    train_count_head(build_count_model(model, counts), counts, settings, settings.start(), base=model)
+    return folder
+
+
+def run(script, model, folder, *more):
+    command = [sys.executable, f"scripts/{script}.py", "--model", model, "--run", folder / "fixed", *more]
+    done = subprocess.run(
+        [*map(str, command), "--counts", str(folder / "counts"), "--output_dir", str(folder / "found")],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_study_of_a_head(model, folder):
+    more = ("--count_head", folder / "head", "--timed_draws", "256", "--splits", "20")
+    out = run("count_head_study", model, folder, *more)
+    found = json.loads((folder / "found" / "study.json").read_text())
+    assert [row["sigma"] for row in found["errors"]] == list(SIGMAS)
+    assert all(row["images"] == 40 and row["n"] == 60 for row in found["errors"])
+    assert [(row["sigma"], row["delta"]) for row in found["conformal"]] == [
+        (s, d) for s in SIGMAS for d in (0.1, 0.05)
+    ]
+    times = found["seconds_an_image"]
+    assert times["ratio"] == pytest.approx(times["usual"] / times["estimate"])
+    assert found["payback"]["images"] > 0
+    assert f"{times['ratio']:,.0f} times that" in out
+    text = KINDS["count_head"](found)
+    assert f"{found['errors'][0]['disagreement']:.1%}" in text
+    assert f"{times['ratio']:,.0f} times as long" in text
+    assert (folder / "found" / "count-head.png").stat().st_size > 10_000
+
+
+def test_the_arms_of_training(model, folder):
+    few = ("--steps", "10", "--own_backbone_steps", "2", "--batch_size", "10")
+    run("count_head_arms", model, folder, "--same_cost", folder / "few", *few)
+    found = json.loads((folder / "found" / "arms.json").read_text())
+    judged = {arm["arm"]: [row["sigma"] for row in arm["errors"]] for arm in found["arms"]}
+    assert judged["jensen_shannon"] == list(SIGMAS)
+    assert judged["without sigma 1"] == judged["for sigma 1 alone"] == [1.0]
+    assert judged["without sigma 0.5"] == [0.5]
+    few = [arm for arm in found["arms"] if arm["arm"] == "few draws in all, cross_entropy"]
+    assert [(arm["images"], arm["draws_an_image"]) for arm in few] == [(20, 20), (10, 40)]
+    assert all(0 <= row["accuracy_gap"] <= 1 for arm in found["arms"] for row in arm["errors"])
+    text = KINDS["count_head_arms"](found)
+    assert text.count("\n| ") == 1 + sum(len(arm["errors"]) for arm in found["arms"])
