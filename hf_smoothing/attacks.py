@@ -16,7 +16,9 @@ from .smoothing import SmoothedClassifier
 STEP_SIZES = (0.05, 0.2, 1.0)
 """Steps of the gradient attack, as parts of the largest norm allowed."""
 
-_SCREENING_DRAWS = 64
+_SCREENING = ((16, 0.8), (64, 0.6))
+"""Draws, and the share of the certified answer in them above which a candidate is not worth judging."""
+
 _INSIDE = 0.999
 """Candidates keep this part of the radius: a certificate speaks of changes smaller than it."""
 
@@ -56,6 +58,8 @@ class AttackSettings:
         for name in ("steps", "draws", "restarts", "directions", "n"):
             check_count(name, getattr(self, name))
         check_share("alpha", self.alpha)
+        if self.n < (fewest := math.ceil(math.log2(2 / self.alpha))):
+            raise ValueError(f"n={self.n} draws can show nothing at alpha={self.alpha:g}: it takes {fewest} at least.")
         if not 1 <= self.reach < math.inf:
             raise ValueError(f"reach={self.reach} must be 1 or more: it is a multiple of the certified radius.")
 
@@ -113,7 +117,7 @@ def attack(
         prediction: the certified answer.
         radius: the certified radius, above 0, in l2.
         settings: how hard to try.
-        others: images of other classes `(images, channels, height, width)`; the nearest is gone towards.
+        others: other images `(images, channels, height, width)`, of other classes; the nearest is gone towards.
 
     Raises:
         ValueError: for a radius that is not above 0.
@@ -124,6 +128,8 @@ def attack(
     tried, steps, smallest, violation = 0, 0, None, None
     for name, direction, taken in _candidates(smoothed, pixels, prediction, radius, settings, others):
         steps += taken
+        if not 0 < direction.norm() < math.inf:  # a gradient that says nothing, or the picture itself
+            continue
         norms = [part * radius for part in _PARTS if part <= settings.reach]
         norms = [norm for norm in norms if smallest is None or norm < smallest.norm]
         changes = [_inside_the_box(pixels, direction * (norm / direction.norm())) for norm in norms]
@@ -226,9 +232,12 @@ def _looks_changed(
 ) -> bool:
     """Whether a few draws leave it open that the answer has changed: only then it is worth judging."""
     generator, sigma = torch.Generator(pixels.device).manual_seed(settings.seed + number), smoothed.noise.sigma
-    noise = torch.randn((_SCREENING_DRAWS, *pixels.shape), generator=generator, device=pixels.device)
-    answers = smoothed.base([pixels + sigma * noise], sigma).argmax(1)
-    return bool((answers == prediction).float().mean() <= 0.6)
+    for draws, share in _SCREENING:
+        noise = torch.randn((draws, *pixels.shape), generator=generator, device=pixels.device)
+        answers = smoothed.base([pixels + sigma * noise], sigma).argmax(1)
+        if float((answers == prediction).float().mean()) > share:
+            return False
+    return True
 
 
 __all__ = ["AttackSettings", "Attempt", "Success", "attack", "judge"]

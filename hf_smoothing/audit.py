@@ -1,7 +1,8 @@
 """Try to break the certificates of a finished run: none may fall to a change smaller than its radius."""
 
+import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,13 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import torch
+from torch import nn
 from tqdm.auto import tqdm
 
 from .attacks import AttackSettings, Attempt, Success, attack
+from .certificates import check_count
 from .dataset_runs import DTYPES
+from .labelled_images import LabelledImages
 from .loading import loading, weights_digest
 from .noise import GaussianNoise
 from .provenance import command_line, package_versions
@@ -20,7 +24,7 @@ from .records import write_json
 from .run_folder import images_of
 from .smoothing import SmoothedClassifier
 
-_NEIGHBOURS = 100
+_NEIGHBOURS = 200
 """Images among which the nearest of another class is looked for."""
 
 
@@ -32,10 +36,12 @@ class AuditSummary:
     Attributes:
         path: where everything is.
         rows: one dict a certificate, as in `audit.jsonl`.
+        alpha: probability with which each certificate may be wrong, by chance.
     """
 
     path: Path
     rows: list[dict[str, Any]]
+    alpha: float
 
     @property
     def violations(self) -> list[dict[str, Any]]:
@@ -45,7 +51,8 @@ class AuditSummary:
         beyond = [row["smallest"]["norm"] / row["radius"] for row in self.rows if row["smallest"] is not None]
         text = (
             f"{len(self.rows)} certificates attacked with {sum(row['steps'] for row in self.rows):,} gradient steps and "
-            f"{sum(row['tried'] for row in self.rows):,} candidates: {len(self.violations)} violations."
+            f"{sum(row['tried'] for row in self.rows):,} candidates: {len(self.violations)} violations (certificates "
+            f"wrong by chance, at alpha = {self.alpha:g}: {len(self.rows) * self.alpha:.2g} at the most, on average)."
         )
         if beyond:
             text += (
@@ -61,6 +68,7 @@ def audit(
     settings: AttackSettings,
     *,
     images: int = 100,
+    sigmas: Sequence[float] = (),
     device: str = "cpu",
     batch_size: int = 128,
 ) -> AuditSummary:
@@ -72,6 +80,7 @@ def audit(
         output_dir: for `audit.jsonl`, `audit.json` and, should there be any, `violations`.
         settings: how hard to try.
         images: certificates to attack at each noise level.
+        sigmas: these noise levels; by default, those of the run.
         device: where to compute.
         batch_size: draws in one forward pass.
 
@@ -80,39 +89,48 @@ def audit(
             audit with other settings in the folder.
         OSError: for a folder that cannot be written to.
     """
+    check_count("images", images)
     if not (run_dir / "certificates.parquet").is_file():
         raise ValueError(f"{run_dir} holds no finished run.")
     run = json.loads((run_dir / "run.json").read_text())["settings"]
     if "model_weights" not in run:
         raise ValueError(f"{run_dir} does not say which weights were certified: audit a run of certify-dataset.")
-    rows = pq.read_table(run_dir / "certificates.parquet").to_pylist()
-    rows = [row for row in rows if row["error"] is None and row["prediction"] >= 0 and row["radius"] > 0]
-    if kinds := {row["guarantee"] for row in rows} - {"per_input"}:
+    rows = [row for row in pq.read_table(run_dir / "certificates.parquet").to_pylist() if row["error"] is None]
+    certified = [row for row in rows if row["prediction"] >= 0 and row["radius"] > 0]
+    if kinds := {row["guarantee"] for row in certified} - {"per_input"}:
         raise ValueError(
             f"{run_dir} holds certificates of guarantee {', '.join(kinds)}: only per_input can be broken."
         )
-    chosen = [row for sigma in run["sigmas"] for row in _sample(rows, sigma, images, settings.seed)]
+    chosen = [row for sigma in sigmas or run["sigmas"] for row in _sample(certified, sigma, images, settings.seed)]
+    if unknown := set(sigmas) - set(run["sigmas"]):
+        raise ValueError(f"{run_dir} holds nothing at sigma {', '.join(f'{one:g}' for one in sorted(unknown))}.")
     if not chosen:
         raise ValueError(f"{run_dir} holds no certificate with a radius above 0.")
     smoothed = _load(run, device, batch_size)
     source = images_of(run)
     source.meet(run["label_names"], smoothed.preparation)
+    certificates = hashlib.sha256((run_dir / "certificates.parquet").read_bytes()).hexdigest()
     identity = {
         **asdict(settings),
         "images": images,
+        "sigmas": list(sigmas),
         "model_weights": run["model_weights"],
-        "run": str(run_dir.resolve()),
+        "certificates": certificates,
     }
     found = list(_finished(output_dir, identity))
     done = {(row["sigma"], row["index"]) for row in found}
-    neighbours = [(row["prediction"], source.pixels(source.source[row["index"]])) for row in chosen[:_NEIGHBOURS]]
+    neighbours = list(_neighbours(rows, source, settings.seed))
     with (output_dir / "audit.jsonl").open("a") as lines:
         for row in tqdm(chosen, "attacking"):
             if (row["sigma"], row["index"]) in done:
                 continue
             smoothed.noise = GaussianNoise(row["sigma"])
             pixels = source.pixels(source.source[row["index"]])
-            others = [one for answer, one in neighbours if answer != row["prediction"] and one.shape == pixels.shape]
+            others = [
+                _as_large(one, pixels)
+                for index, label, one in neighbours
+                if label != row["prediction"] and index != row["index"]
+            ]
             attempt = attack(
                 smoothed, pixels, row["prediction"], row["radius"], settings, torch.stack(others) if others else None
             )
@@ -121,11 +139,12 @@ def audit(
             found.append({name: row[name] for name in ("index", "sigma", "prediction", "radius")} | _plain(attempt))
             lines.write(json.dumps(found[-1]) + "\n")
             lines.flush()
-    summary = AuditSummary(output_dir, found)
+    summary = AuditSummary(output_dir, found, run["alpha"])
     write_json(
         {
             "command": command_line(),
             "settings": identity,
+            "alpha": run["alpha"],
             "certificates": len(found),
             "violations": len(summary.violations),
             "by_sigma": [_by_sigma(found, sigma) for sigma in sorted({row["sigma"] for row in found})],
@@ -142,9 +161,24 @@ def _sample(rows: list[dict[str, Any]], sigma: float, images: int, seed: int) ->
     return [there[index] for index in sorted(order)]
 
 
+def _neighbours(
+    rows: list[dict[str, Any]], source: LabelledImages, seed: int
+) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """Index, true class and pixels of some images of the run, whatever came of them."""
+    labels = {row["index"]: row["label"] for row in rows}
+    for index in np.random.default_rng(seed).permutation(sorted(labels))[:_NEIGHBOURS]:
+        yield int(index), labels[index], source.pixels(source.source[int(index)])
+
+
+def _as_large(pixels: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    if pixels.shape == other.shape:
+        return pixels
+    return nn.functional.interpolate(pixels[None], other.shape[1:], mode="bilinear", antialias=True)[0]
+
+
 def _load(run: dict[str, Any], device: str, batch_size: int) -> SmoothedClassifier:
     name = run["model_name_or_path"]
-    at: dict[str, Any] = {} if run["revision"] is None else {"revision": run["revision"]}
+    at = {name: run[name] for name in ("revision", "attn_implementation") if run.get(name) is not None}
     with loading(name):
         smoothed = SmoothedClassifier.from_pretrained(
             name,

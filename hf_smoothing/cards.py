@@ -17,8 +17,11 @@ from .figures import KINDS
 
 DESCRIPTION = "card.yaml"
 EVAL_RESULTS = Path(".eval_results") / "certified-accuracy.yaml"
-MEASURED = re.compile(r"\d[\d.,]*\s?%")
-"""What looks like a measured figure; words have none."""
+MEASURED = re.compile(
+    r"\d[\d.,]*\s?(%|percent\b|points?\b|m?s\b|seconds?\b|minutes?\b|hours?\b)|(?<![\d.])0?\.(?!25\b|5\b|75\b|12\b)\d\d+\b",
+    re.IGNORECASE,
+)
+"""What looks like a measured figure: shares, times, decimals other than usual noise levels and radii. Words have none."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,7 @@ def render(folder: Path) -> dict[Path, str]:
         library_name="transformers",
         pipeline_tag="image-classification",
         tags=["randomized-smoothing", "certified-robustness", "mixed-noise-vit"],
-        datasets=description.datasets,
+        datasets=description.datasets or None,
         base_model=description.base_model,
         model_name=folder.resolve().name,
         eval_results=[_eval_result(*entry) for entry in entries] or None,
@@ -171,9 +174,13 @@ def render(folder: Path) -> dict[Path, str]:
 
 
 def write(folder: Path) -> list[Path]:
-    """Write a card's files, as [`render`] would have them; those that changed."""
+    """Write a card's files, as [`render`] would have them, and take away what has nothing behind it; those that changed."""
     changed = []
-    for name, text in render(folder).items():
+    found = render(folder)
+    if EVAL_RESULTS not in found and (folder / EVAL_RESULTS).is_file():
+        (folder / EVAL_RESULTS).unlink()
+        changed.append(folder / EVAL_RESULTS)
+    for name, text in found.items():
         path = folder / name
         if not path.is_file() or path.read_text() != text:
             path.parent.mkdir(exist_ok=True)
@@ -182,10 +189,43 @@ def write(folder: Path) -> list[Path]:
     return changed
 
 
+def begin(folder: Path, *, summary: str, dataset: str, base_model: str | None = None) -> None:
+    """
+    Give a model just trained a card to go on from; one that is there keeps its words.
+
+    Args:
+        folder: the model's, with `results/training.json`.
+        summary: what it is, in a sentence.
+        dataset: what it was trained on. The metadata name it if it is one of the Hub.
+        base_model: what it was trained from, likewise.
+    """
+    if not (folder / DESCRIPTION).is_file():
+        words: dict[str, Any] = {
+            "summary": summary,
+            "datasets": [dataset] if _on_the_hub(dataset) else [],
+            "sections": [],
+            "sources": [
+                "Exploring Transferability for Randomized Smoothing (arXiv 2312.09020)",
+                "Certified Adversarial Robustness via Randomized Smoothing (arXiv 1902.02918)",
+            ],
+        }
+        if base_model is not None and _on_the_hub(base_model):
+            words["base_model"] = base_model
+        (folder / DESCRIPTION).write_text(yaml.safe_dump(words, sort_keys=False, width=140))
+    write(folder)
+
+
+def _on_the_hub(name: str) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
+
+
 def check(folder: Path) -> list[str]:
     """What in a card's files is not what the results files say, a line each."""
+    found = render(folder)
     problems = []
-    for name, text in render(folder).items():
+    if EVAL_RESULTS not in found and (folder / EVAL_RESULTS).is_file():
+        problems.append(f"{folder / EVAL_RESULTS}: no certificate is behind any of it.")
+    for name, text in found.items():
         path = folder / name
         there = path.read_text().splitlines() if path.is_file() else []
         matcher = difflib.SequenceMatcher(None, there, text.splitlines(), autojunk=False)

@@ -109,26 +109,41 @@ def check_model(
         ValueError: for images whose classes are not the model's.
     """
     module = smoothed.base.classifier
-    kinds = Counter(
-        type(layer).__name__
-        for layer in (module.modules() if isinstance(module, nn.Module) else ())
-        if "norm" in type(layer).__name__.lower() and not list(layer.children())
-    )
+    layers = [layer for layer in (module.modules() if isinstance(module, nn.Module) else ()) if _is_norm(layer)]
+    kinds = Counter(type(layer).__name__ for layer in layers)
+    by_batch = {type(layer).__name__ for layer in layers if _normalises_by_batch(layer)}
     pixels, labels = _pictures(smoothed, images, count)
     rate = _draws_per_second(smoothed, pixels[:1], seconds / 3)
     fits = max(2, int(rate * 2 * seconds / 3 / (draws * len(sigmas))))
     pixels, labels = pixels[:fits], labels[:fits]
     clean = _answers(smoothed, pixels)
+    noise = smoothed.noise
+    levels = [_level(smoothed, pixels, clean, labels, sigma, draws, n, alpha) for sigma in sorted(sigmas)]
+    smoothed.noise = noise  # the caller's
     return ModelCheck(
         dict(kinds),
-        sorted(kind for kind in kinds if "batchnorm" in kind.lower()),
-        [_level(smoothed, pixels, clean, labels, sigma, draws, n, alpha) for sigma in sorted(sigmas)],
+        sorted(by_batch),
+        levels,
         len(pixels),
         len(set(clean.tolist())),
         rate,
         n,
         smoothed.batch_size,
         str(smoothed.device),
+    )
+
+
+def _is_norm(layer: nn.Module) -> bool:
+    """Whether a layer normalises: by what it keeps for that, since some (timm's) have an activation inside."""
+    return "norm" in type(layer).__name__.lower() and (
+        not list(layer.children()) or bool(list(layer.parameters(recurse=False))) or _normalises_by_batch(layer)
+    )
+
+
+def _normalises_by_batch(layer: nn.Module) -> bool:
+    # some models bring frozen ones of their own, which are of no common class
+    return isinstance(layer, nn.modules.batchnorm._BatchNorm) or (
+        "batchnorm" in type(layer).__name__.lower() and hasattr(layer, "running_mean")
     )
 
 

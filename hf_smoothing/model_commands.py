@@ -85,7 +85,7 @@ def card(
             if check:
                 problems += cards.check(folder)
             for path in [] if check else cards.write(folder):
-                typer.echo(f"Wrote {path}.")
+                typer.echo(f"{'Wrote' if path.exists() else 'Removed'} {path}.")
     except (OSError, ValueError) as error:
         fail(error)
     for problem in problems:
@@ -131,11 +131,12 @@ def check(
         for level in found.levels
     ]
     console = Console()
+    many = 500 if images is None or images.total is None else images.total
     norms = ", ".join(f"{count} {kind}" for kind, count in found.norm_layers.items()) or "none"
     print_table(console, f"Noisy copies of {found.images} pictures", rows)
     console.print(
         f"Norms: {norms}. {found.draws_per_second:.0f} draws/s on {found.device} in batches of {found.batch_size}: "
-        f"500 images take {found.seconds(500) / 3600:,.1f} h with {n:,} draws each (`sequential` takes far fewer).",
+        f"{many:,} images take {found.seconds(many) / 3600:,.1f} h with {n:,} draws each (`sequential` takes far fewer).",
         highlight=False,
     )
     for advice in found.advice():
@@ -149,8 +150,13 @@ def audit(
         Path | None, typer.Option(help="Where to write. Without it: `audit` in the run's folder.")
     ] = None,
     images: Annotated[int, typer.Option(help="Certificates to attack at each noise level.")] = 100,
+    sigma: Annotated[
+        list[float] | None, typer.Option(help="Noise level of the run; may be given several times.")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Gradient steps an image.")] = 1000,
     draws: Annotated[int, typer.Option(help="Noisy copies in each of them.")] = 8,
+    directions: Annotated[int, typer.Option(help="Random directions an image.")] = 20,
+    reach: Annotated[float, typer.Option(help="How far to look, as a multiple of the radius.")] = 3.0,
     n: Annotated[int, typer.Option(help="Fresh draws that judge a candidate.")] = 2000,
     seed: Annotated[int, typer.Option(help="Of everything that is random.")] = 0,
     device: Annotated[str, typer.Option(help="Where to compute, such as `cuda`.")] = "cpu",
@@ -160,15 +166,19 @@ def audit(
     Attack the certificates of a run: look for a change smaller than the radius that changes the answer.
 
     Tries gradients of the smoothed classifier, random directions and the way to the nearest image of another class;
-    fresh draws judge what they find. Says too how far beyond the radius answers do change. A violation is an error, kept
-    with everything needed to see it again. Interrupt it when you like: the same command goes on.
+    fresh draws judge what they find. Says too how far beyond the radius answers do change: at most that far, since changes
+    that fresh draws leave in doubt do not count. A violation is an error, kept with everything needed to see it again; of
+    many certificates a share of at most alpha may be wrong by chance. An image takes some STEPS x DRAWS x 3 forward passes,
+    and about as many again to judge. Interrupt it when you like: the same command goes on.
 
     Example: `hf-smoothing audit runs/cifar10 --images 100`
     """
     try:
-        settings = AttackSettings(steps=steps, draws=draws, n=n, seed=seed)
+        settings = AttackSettings(steps=steps, draws=draws, directions=directions, reach=reach, n=n, seed=seed)
         folder = output_dir or run / "audit"
-        found = audits.audit(run, folder, settings, images=images, device=device, batch_size=batch_size)
+        found = audits.audit(
+            run, folder, settings, images=images, sigmas=sigma or (), device=device, batch_size=batch_size
+        )
     except (OSError, ValueError) as error:
         fail(error)
     for row in found.violations:

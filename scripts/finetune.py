@@ -8,11 +8,13 @@ On CPUs, several processes take `torchrun --nproc_per_node 2 scripts/finetune.py
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
+from hf_smoothing.cards import begin as begin_card
 from hf_smoothing.classifier_training import EvaluationSettings, load_to_finetune, train_classifier
 from hf_smoothing.hub import HubSettings
 from hf_smoothing.training import TrainingSettings
@@ -51,6 +53,13 @@ def main() -> None:
             )
         model.mixed_noise_vit.requires_grad_(not base.freeze_backbone)
         train_classifier(model, images, image_settings, settings, evaluation, accelerator, base.model_name_or_path)
+        if accelerator.is_main_process:
+            begin_card(
+                Path(settings.output_dir),
+                summary="A mixed-noise vision transformer, finetuned.",
+                dataset=image_settings.dataset_name,
+                base_model=base.model_name_or_path,
+            )
         hub.publish(settings.output_dir, accelerator)
     except (OSError, ValueError, FloatingPointError) as error:
         sys.exit(f"error: {error}")

@@ -8,12 +8,14 @@ On CPUs, several processes take `torchrun --nproc_per_node 2 scripts/pretrain.py
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
 from hf_smoothing import MixedNoiseViTConfig, MixedNoiseViTForImageClassification
+from hf_smoothing.cards import begin as begin_card
 from hf_smoothing.classifier_training import EvaluationSettings, train_classifier
 from hf_smoothing.hub import HubSettings
 from hf_smoothing.labelled_images import LabelledImages
@@ -80,6 +82,12 @@ def main() -> None:
         )
         model = MixedNoiseViTForImageClassification(config)
         train_classifier(model, images, image_settings, settings, evaluation, accelerator)
+        if accelerator.is_main_process:
+            begin_card(
+                Path(settings.output_dir),
+                summary="A mixed-noise vision transformer, pretrained on a mixture of noise levels.",
+                dataset=image_settings.dataset_name,
+            )
         hub.publish(settings.output_dir, accelerator)
     except (OSError, ValueError, FloatingPointError) as error:
         sys.exit(f"error: {error}")

@@ -15,6 +15,7 @@ import torch
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
+from hf_smoothing.cards import begin as begin_card
 from hf_smoothing.count_training import build_count_model, train_count_head
 from hf_smoothing.hub import HubSettings
 from hf_smoothing.measured_counts import read_counts
@@ -61,6 +62,13 @@ def main() -> None:
             own_backbone=head.own_backbone,
             eval_share=head.eval_share,
         )
+        if accelerator.is_main_process:
+            begin_card(
+                Path(settings.output_dir),
+                summary="A count head: what noisy copies of an image would be taken for, from one clean pass.",
+                dataset=counts.settings["dataset_name"],
+                base_model=head.model_name_or_path,
+            )
         hub.publish(settings.output_dir, accelerator)
     except (OSError, ValueError, FloatingPointError) as error:
         sys.exit(f"error: {error}")

@@ -68,8 +68,26 @@ def test_the_nearest_other_image_shows_a_way_where_the_gradient_says_nothing(ima
     assert attack(smoothed, grey, 1, 0.19, SETTINGS, others).violation is None
 
 
+def test_ways_that_lead_nowhere_are_passed_over(linear, image):
+    """The picture itself among the others, which is no way at all, and a classifier without any gradient."""
+    smoothed = SmoothedClassifier(linear, GaussianNoise(0.25))
+    assert attack(smoothed, image, 1, 0.19, SETTINGS, image[None]).violation is None
+
+    def same(images):
+        return torch.zeros(len(images), 2) + torch.tensor([0.0, 1.0]) + 0 * images.sum()
+
+    found = attack(SmoothedClassifier(same, GaussianNoise(0.25)), image, 1, 0.19, SETTINGS)
+    assert found.violation is found.smallest is None
+    assert found.steps == SETTINGS.steps
+
+
 def test_settings_out_of_range(linear, image):
-    for settings, message in (({"steps": 0}, "steps=0"), ({"alpha": 2.0}, "alpha=2"), ({"reach": 0.5}, "reach=0.5")):
+    for settings, message in (
+        ({"n": 20}, "can show nothing"),
+        ({"steps": 0}, "steps=0"),
+        ({"alpha": 2.0}, "alpha=2"),
+        ({"reach": 0.5}, "reach=0.5"),
+    ):
         with pytest.raises(ValueError, match=message):
             AttackSettings(**settings)
     with pytest.raises(ValueError, match="nothing to attack"):
@@ -86,7 +104,20 @@ def plant(run_dir, factor):
 
 def test_an_audit_of_a_run(certify, tmp_path):
     certify(tmp_path / "run", split="train", every=10, sigmas=(0.25, 0.5), max_draws=200)
-    command = ["audit", str(tmp_path / "run"), "--images", "3", "--steps", "12", "--draws", "2", "--n", "200"]
+    command = [
+        "audit",
+        str(tmp_path / "run"),
+        "--images",
+        "3",
+        "--steps",
+        "12",
+        "--draws",
+        "2",
+        "--n",
+        "200",
+        "--directions",
+        "2",
+    ]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output
     assert "6 certificates attacked" in done.output
@@ -97,14 +128,21 @@ def test_an_audit_of_a_run(certify, tmp_path):
     # cut short, it goes on
     lines = (folder / "audit.jsonl").read_text().splitlines()
     (folder / "audit.jsonl").write_text("\n".join(lines[:2]) + "\n")
-    again = audit(tmp_path / "run", folder, AttackSettings(steps=12, draws=2, n=200), images=3)
+    again = audit(tmp_path / "run", folder, AttackSettings(steps=12, draws=2, n=200, directions=2), images=3)
     assert [json.loads(line) for line in lines] == again.rows
     with pytest.raises(ValueError, match="other settings"):
         audit(tmp_path / "run", folder, AttackSettings(steps=13, draws=2, n=200), images=3)
+    with pytest.raises(ValueError, match=r"nothing at sigma 0\.7"):
+        audit(tmp_path / "run", folder, SETTINGS, sigmas=[0.25, 0.7])
+    with pytest.raises(ValueError, match="images=0"):
+        audit(tmp_path / "run", folder, SETTINGS, images=0)
+    plant(tmp_path / "run", 1.01)
+    with pytest.raises(ValueError, match="other settings"):  # of other certificates
+        audit(tmp_path / "run", folder, AttackSettings(steps=12, draws=2, n=200, directions=2), images=3)
 
 
 def test_an_audit_attacks_what_was_certified(certify, tmp_path):
-    """Denoiser and resolution included: neighbours of another size are no way to go."""
+    """Denoiser and resolution included."""
     certify(tmp_path / "run", split="train", every=20, max_draws=100, denoiser="wiener", noise_resolution="native")
     seen = []
     real = SmoothedClassifier.from_pretrained.__func__
@@ -115,23 +153,46 @@ def test_an_audit_attacks_what_was_certified(certify, tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SmoothedClassifier, "from_pretrained", classmethod(spy))
-        found = audit(tmp_path / "run", tmp_path / "audit", AttackSettings(steps=6, draws=2, n=100), images=2)
+        found = audit(
+            tmp_path / "run", tmp_path / "audit", AttackSettings(steps=6, draws=2, n=100, directions=2), images=2
+        )
     assert seen == [("wiener", "native")]
     assert not found.violations
 
 
-def test_a_planted_wrong_certificate_is_found_and_kept(certify, tmp_path):
+def test_a_planted_wrong_certificate_is_found_and_kept(certify, model, tmp_path):
     certify(tmp_path / "run", split="train", every=10, max_draws=200)
     plant(tmp_path / "run", 100.0)
-    command = ["audit", str(tmp_path / "run"), "--images", "3", "--steps", "60", "--draws", "4", "--n", "200"]
+    command = [
+        "audit",
+        str(tmp_path / "run"),
+        "--images",
+        "3",
+        "--steps",
+        "60",
+        "--draws",
+        "4",
+        "--n",
+        "200",
+        "--directions",
+        "2",
+    ]
     done = CliRunner().invoke(app, [*command, "--output-dir", str(tmp_path / "audit")])
     assert done.exit_code == 1
     assert "VIOLATED" in done.output
     kept = sorted((tmp_path / "audit" / "violations").iterdir())
     assert len(kept) >= 2
     with np.load(next(path for path in kept if path.suffix == ".npz")) as found:
-        assert found["pixels"].shape == found["change"].shape == (3, 8, 8)
-        assert np.linalg.norm(found["change"]) > 0
+        pixels, change = (torch.from_numpy(found[name]) for name in ("pixels", "change"))
+    assert pixels.shape == (3, 8, 8)
+    said = json.loads(next(path for path in kept if path.suffix == ".json").read_text())
+    assert float(change.norm()) == pytest.approx(said["norm"])
+    # all that it takes to see it again
+    smoothed = SmoothedClassifier.from_pretrained(model, GaussianNoise(said["certificate"]["sigma"]))
+    assert smoothed.predict(torch.stack([pixels, pixels + change]), 400, 1e-3, seed=5) == [
+        said["certificate"]["prediction"],
+        said["prediction"],
+    ]
 
 
 def test_runs_that_cannot_be_audited(certify, tmp_path):

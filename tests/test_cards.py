@@ -9,6 +9,7 @@ from conftest import ROOT
 from huggingface_hub import ModelCard
 from typer.testing import CliRunner
 
+from hf_smoothing.cards import begin
 from hf_smoothing.cli import app
 
 CARDS = sorted(path.parent for path in ROOT.glob("model_cards/*/card.yaml"))
@@ -117,11 +118,16 @@ def test_a_card_is_written_from_its_results(folder):
 
 
 def test_estimates_are_no_certificates_in_the_metadata(folder):
+    call(folder)
+    entries = folder / ".eval_results" / "certified-accuracy.yaml"
+    assert entries.is_file()
     path = folder / "results" / "report.json"
     report = json.loads(path.read_text())
     report["results"][0]["guarantee"] = report["guarantee"] = "none"
     path.write_text(json.dumps(report))
+    assert "no certificate is behind any of it" in call("--check", folder).stderr
     call(folder)
+    assert not entries.exists()
     text = (folder / "README.md").read_text()
     assert ModelCard(text).data.eval_results is None
     assert "Estimated accuracy (not certified)" in text
@@ -151,6 +157,9 @@ def test_a_card_without_its_results_fails(folder):
     ("change", "message"),
     [
         ({"summary": "It reaches 61.2 % at r = 0."}, "the figure '61.2 %' has no results file behind it"),
+        ({"summary": "It reaches 61 percent."}, "the figure '61 percent' has no"),
+        ({"summary": "An accuracy of 0.91."}, "the figure '0.91' has no"),
+        ({"summary": "It takes 158 s."}, "the figure '158 s' has no"),
         ({"unknown": 1}, "unknown"),
         ({"sections": [{"title": "A", "figure": "report"}]}, "takes both figure and results"),
         ({"sections": [{"title": "A", "figure": "guess", "results": "a.json"}]}, "figure='guess' is none of"),
@@ -163,6 +172,22 @@ def test_words_that_make_no_card(folder, change, message):
     done = call(folder)
     assert done.exit_code == 2
     assert "".join(message.split()) in "".join(done.stderr.split())
+
+
+def test_a_model_just_trained_gets_a_card_to_go_on_from(folder):
+    (folder / "card.yaml").unlink()
+    begin(folder, summary="A model.", dataset="uoft-cs/cifar10", base_model="someone/foundation")
+    data = ModelCard((folder / "README.md").read_text()).data
+    assert (data.datasets, data.base_model, data.eval_results) == (["uoft-cs/cifar10"], "someone/foundation", None)
+    (folder / "card.yaml").write_text((folder / "card.yaml").read_text().replace("A model.", "My model."))
+    begin(folder, summary="A model.", dataset=str(folder), base_model=str(folder))  # trained on
+    assert "My model." in (folder / "README.md").read_text()
+    (folder / "card.yaml").unlink()
+    begin(
+        folder, summary="A model.", dataset=str(folder), base_model=str(folder)
+    )  # names of folders mean nothing elsewhere
+    data = ModelCard((folder / "README.md").read_text()).data
+    assert data.datasets is data.base_model is None
 
 
 def test_a_folder_without_words(folder):

@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT, SHIPPED_MODEL, save_model
 from hub_client import Client
 from hub_server import READ_TOKEN, TOKEN, HubServer
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard
 from transformers import AutoConfig, AutoModelForImageClassification, ViTImageProcessor, pipeline
 
 from hf_smoothing import MixedNoiseViTForCountPrediction
@@ -421,7 +421,10 @@ def test_a_training_publishes_its_model(hub, client, trained, parquet, tmp_path)
     assert done.code == 0, done.err
     published = hub.repos["model", "user/mine"]
     assert published.private
-    assert {"model.safetensors", "results/training.json", "smoothing.py"} < published.files().keys()
+    assert {"model.safetensors", "results/training.json", "smoothing.py", "card.yaml"} < published.files().keys()
+    card = ModelCard(published.files()["README.md"].content.decode())
+    assert (card.data.license, card.data.pipeline_tag) == ("apache-2.0", "image-classification")
+    assert "final training loss" in card.text
     assert not any(path.startswith(("step_", "training_log")) for path in published.files())
     hub.fail("POST", "/preupload/", 403)
     later = client(*training, "--push_to_hub", "--resume_from_checkpoint", "latest")

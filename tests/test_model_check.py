@@ -1,9 +1,10 @@
 """The look at a model before anything is certified."""
 
 import pytest
+import timm
 import torch
 from conftest import SHIPPED_MODEL
-from transformers import ConvNextImageProcessor, ResNetConfig, ResNetForImageClassification
+from transformers import ConvNextImageProcessor, ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 from typer.testing import CliRunner
 
 from hf_smoothing import GaussianNoise, SmoothedClassifier, clopper_pearson_lower
@@ -46,6 +47,19 @@ def test_batch_statistics_are_warned_of(resnet):
     assert "draws/s" in said
     assert "is it trained?" in said  # chance weights answer everything alike, which is no robustness
     assert "worth smoothing there" not in said
+
+
+def test_norms_of_timm_have_an_activation_inside():
+    """And are of a class of their own."""
+    network = timm.create_model("test_efficientnet", num_classes=4)
+    processor = ViTImageProcessor(size={"height": 32, "width": 32})
+    smoothed = SmoothedClassifier(network, GaussianNoise(0.25), image_processor=processor, batch_size=8)
+    found = check_model(smoothed, sigmas=(0.25,), count=2, draws=1, seconds=1)
+    assert found.batch_statistics == ["BatchNormAct2d"]
+    assert found.norm_layers["BatchNormAct2d"] == sum(
+        isinstance(layer, torch.nn.BatchNorm2d) for layer in network.modules()
+    )
+    assert smoothed.noise.sigma == 0.25
 
 
 def test_a_model_that_is_not_there():
