@@ -292,6 +292,40 @@ def count_head_arms(results: dict[str, Any]) -> str:
     )
 
 
+def audit(results: dict[str, Any]) -> str:
+    """What attacks on certificates came to."""
+    settings = results["settings"]
+    lines = [
+        "| sigma | certificates | gradient steps | candidates | violations | changed beyond the radius | at times it: "
+        "least, median |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in results["by_sigma"]:
+        beyond = (
+            "-"
+            if row["least_norm_over_radius"] is None
+            else f"{row['least_norm_over_radius']:.2f}, {row['median_norm_over_radius']:.2f}"
+        )
+        lines.append(
+            f"| {row['sigma']:g} | {row['certificates']} | {row['gradient_steps']:,} | {row['candidates']:,} | "
+            f"{row['violations']} | {row['changed_beyond']} | {beyond} |"
+        )
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"At most {settings['steps']:,} gradient steps an image of {settings['draws']} noisy copies each, over "
+            f"{settings['restarts']} starts and three step sizes; {settings['directions']} random directions; the nearest "
+            f"image of another class; up to {settings['reach']:g} times the radius. {settings['n']:,} fresh draws judge a "
+            f"candidate, at {settings['alpha']:g}; changes that they leave in doubt do not count. Of the certificates "
+            f"themselves a share of at most {results['alpha']:g} may be wrong by chance. Command: `{results['command']}` "
+            f"(seed {settings['seed']}, "
+            + ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+            + ").",
+        ]
+    )
+
+
 def report(results: dict[str, Any]) -> str:
     """The table of a report, and how its runs were made."""
     made = {
@@ -310,6 +344,7 @@ KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "report": report,
     "study": study,
     "training_speed": training_speed,
+    "audit": audit,
     "count_head": count_head,
     "count_head_arms": count_head_arms,
 }
