@@ -298,7 +298,7 @@ def _entry(entry: dict[str, Any], share: dict[str, Any]) -> EvalResultEntry:
     arguments = _arguments(entry, share)
     return EvalResultEntry(
         dataset_id=entry["made_by"]["settings"]["dataset_name"],
-        task_id=f"certified_accuracy_r{share['radius']:g}_sigma{entry['sigma']:g}",
+        task_id=f"certified_accuracy_r{share['radius']:g}_sigma{entry['sigma']:g}_n{arguments['n']}",
         value=share["share"],
         notes=", ".join(f"{name}: {value}" for name, value in arguments.items()),
     )

@@ -83,7 +83,7 @@ def consistency_loss(logits: torch.Tensor, weight: float, entropy_weight: float 
     the entropy of that mean. Radii grow with it: a large one takes a p_A near 1, which is answers that are alike.
 
     Args:
-        logits: `(copies, batch, classes)`, of copies with noise of the same level.
+        logits: `(copies, batch, classes)`, of copies with noise of the same level; of clean ones only the entropy counts.
         weight: of the divergence, 0 or above.
         entropy_weight: of the entropy (the paper's default).
 
@@ -184,6 +184,11 @@ def train_classifier(
         shown=accelerator.is_main_process,
     )
     mixture, mixing = image_settings.mixture(), image_settings.mixing(len(names))
+    if mixing is not None and settings.per_device_train_batch_size % 2:
+        raise ValueError(
+            f"per_device_train_batch_size={settings.per_device_train_batch_size}: mixup and cutmix pair images: take an "
+            "even number of them."
+        )
     weight = image_settings.consistency_weight
     copies = 2 if weight else 1
 

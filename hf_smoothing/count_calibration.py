@@ -11,6 +11,7 @@ from transformers import AutoImageProcessor
 
 from .bounds import FloatArray
 from .calibration import CALIBRATION_FILE, Calibration, conformal_scores
+from .count_errors import Comparison
 from .count_predictor import CountPredictor
 from .loading import weights_digest
 from .measured_counts import Counts, read_counts
@@ -97,6 +98,29 @@ def predict_counts(
             here = (rows >= first) & (rows < first + batch_size) & (measured.sigmas == sigma)
             found[here] = predictor(pixels, float(sigma)).double().cpu().numpy()[rows[here] - first]
     return found
+
+
+def compare(measured: Counts, probabilities: FloatArray) -> list[Comparison]:
+    """
+    Predictions beside what was measured, one comparison for each noise level.
+
+    Args:
+        measured: of a run of method `fixed`.
+        probabilities: `(rows, classes)`, predicted for its rows.
+    """
+    return [
+        Comparison(
+            float(sigma),
+            probabilities[rows],
+            measured.counts[rows],
+            measured.predictions[rows],
+            measured.p_lower[rows],
+            measured.labels[rows],
+            measured.settings["alpha"],
+        )
+        for sigma in np.unique(measured.sigmas)
+        for rows in [measured.sigmas == sigma]
+    ]
 
 
 def _refuse_training_images(folder: Path, settings: dict[str, Any]) -> None:

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from .bounds import FloatArray
 from .calibration import Calibration, conformal_scores, estimated_lower_bound
 from .certificates import ABSTAIN
-from .measured_counts import Counts
 from .noise import GaussianNoise
 
 
@@ -65,35 +64,13 @@ class Comparison:
         return conformal_scores(self.probabilities, self.predictions, self.p_lower, self.n, self.alpha)
 
 
-def compare(measured: Counts, probabilities: FloatArray) -> list[Comparison]:
-    """
-    Predictions beside what was measured, one comparison for each noise level.
-
-    Args:
-        measured: of a run of method `fixed`.
-        probabilities: `(rows, classes)`, predicted for its rows.
-    """
-    return [
-        Comparison(
-            float(sigma),
-            probabilities[rows],
-            measured.counts[rows],
-            measured.predictions[rows],
-            measured.p_lower[rows],
-            measured.labels[rows],
-            measured.settings["alpha"],
-        )
-        for sigma in np.unique(measured.sigmas)
-        for rows in [measured.sigmas == sigma]
-    ]
-
-
 def errors(one: Comparison, radii: Sequence[float], bins: int = 10) -> dict[str, Any]:
     """
     Disagreement, over- and underestimation, the calibration of the predicted p_A, and what both certify.
 
     An estimate is too large where it exceeds the radius that Monte-Carlo proves for the *same* class; where Monte-Carlo
-    abstains or answers otherwise, that radius is 0.
+    abstains or answers otherwise, that radius is 0. It is too small where it claims less than Monte-Carlo does, of whatever
+    class, and is not too large.
 
     Args:
         one: estimates and certificates.
@@ -104,7 +81,10 @@ def errors(one: Comparison, radii: Sequence[float], bins: int = 10) -> dict[str,
     same = one.top == one.predictions
     proved = np.where(same, one.measured, 0.0)
     error = estimated - proved
-    over, under = error > 0, error < 0
+    over = error > 0
+    # where the head names another class, what Monte-Carlo proves is missed too, unless the head claims more than nothing
+    error = np.where(~over & ~same, estimated - one.measured, error)
+    under = error < 0
     share = np.take_along_axis(one.counts, one.top[:, None], 1)[:, 0] / one.n
     predicted = one.probabilities.max(1)
     edges = [-np.inf, 0.0, *(radius for radius in radii if radius > 0), np.inf]

@@ -130,7 +130,9 @@ class LabelledImages:
         image_column: column of the images; found if it has a usual name.
         label_column: column of the labels; found if it has a usual name.
         every: take the images whose index in the split is a multiple of this.
-        max_samples: take at most this many images.
+        max_samples: take at most this many images, the first ones.
+        spread: with `max_samples`, take them from the whole split instead, by chance but always the same ones: splits are
+            often sorted by class. Of a stream the first ones are taken all the same.
         streaming: read them as a stream, without storing them.
 
     Attributes:
@@ -153,6 +155,7 @@ class LabelledImages:
         label_column: str | None = None,
         every: int = 1,
         max_samples: int | None = None,
+        spread: bool = False,
         streaming: bool = False,
     ):
         source = _load(name, config_name, split, streaming)
@@ -166,6 +169,11 @@ class LabelledImages:
         # undecoded: a broken file must cost its image, not the run
         source = source.select_columns([self.image_column, self.label_column])
         self.source = source.cast_column(self.image_column, datasets.Image(decode=False))
+        self._indices = [] if streaming else list(range(0, len(self.source), self.every))
+        if spread and max_samples is not None:
+            order = np.random.default_rng(0).permutation(len(self._indices))[:max_samples]
+            self._indices = [self._indices[place] for place in sorted(order)]
+        self._indices = self._indices[:max_samples]
         self.total = None if streaming else len(self._indices)
         if self.total == 0 or next(iter(self.source), None) is None:
             raise ValueError(f"The split {split!r} of {name!r} is empty.")
@@ -179,10 +187,6 @@ class LabelledImages:
             labels = self.source.select_columns(self.label_column).select(self._indices)
             for index, row in zip(self._indices, labels):
                 self.label(index, row)
-
-    @property
-    def _indices(self) -> range:
-        return range(0, len(self.source), self.every)[: self.max_samples]
 
     def chosen(self) -> Iterator[tuple[int, Callable[[], Row]]]:
         """The index of each image, and a call that reads its row, in order."""

@@ -1,5 +1,6 @@
 """The count head: class frequencies under noise, predicted from one pass over the clean image (arXiv 2402.07498)."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,12 +30,16 @@ def jensen_shannon(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """
     Mean Jensen-Shannon divergence between predicted and measured frequencies, in nats (at most ln 2).
 
+    Measured frequencies of few draws pull what it learns towards 0 and 1: from 16 draws of p = .97 a perfect head learns
+    about .985, from 1,000 about .97. [`soft_cross_entropy`], which is linear in the frequencies, has no such bias.
+
     Args:
         logits: `(batch, classes)`.
         targets: `(batch, classes)`, of sum 1.
     """
     log_predicted = logits.log_softmax(1)
-    log_middle = torch.log((log_predicted.exp() + targets) / 2)
+    # by logarithms: a share that underflows must not make the gradient of another NaN
+    log_middle = torch.logaddexp(log_predicted, targets.log()) - math.log(2)
     to_middle = torch.xlogy(targets, targets) - targets * log_middle
     from_predicted = log_predicted.exp() * (log_predicted - log_middle)
     return (to_middle + from_predicted).sum(1).mean() / 2

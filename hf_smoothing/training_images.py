@@ -47,7 +47,9 @@ class ImageSettings:
     train_split: str = HfArg(default="train", help="split to train on")
     image_column: str | None = HfArg(default=None, help="default: img or image")
     label_column: str | None = HfArg(default=None, help="default: label, labels or fine_label")
-    max_train_samples: int | None = HfArg(default=None, help="train on no more images than this")
+    max_train_samples: int | None = HfArg(
+        default=None, help="train on no more images than this, taken from all of the split"
+    )
     streaming: bool = HfArg(
         default=False, help="read the dataset as a stream, without storing it (small buffer shuffle)"
     )
@@ -76,6 +78,10 @@ class ImageSettings:
             raise ValueError(f"label_smoothing={self.label_smoothing:g} must be 0 or above, and below 1.")
         if not 0 <= self.consistency_weight < math.inf:
             raise ValueError(f"consistency_weight={self.consistency_weight:g} must be 0 or above.")
+        if self.consistency_weight and (self.mixup_alpha or self.cutmix_alpha or self.label_smoothing):
+            raise ValueError(
+                "consistency_weight sharpens answers, mixup, cutmix and label_smoothing soften them: choose one."
+            )
         if self.consistency_weight and not any(self.sigmas):
             raise ValueError(
                 "consistency_weight compares noisy copies of an image: give a noise level above 0 in sigmas."
@@ -114,6 +120,7 @@ class ImageSettings:
             image_column=self.image_column,
             label_column=self.label_column,
             max_samples=self.max_train_samples,
+            spread=True,
             streaming=self.streaming,
         )
 

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_smoothing.count_calibration import predict_counts
-from hf_smoothing.count_errors import compare, errors
+from hf_smoothing.count_calibration import compare, predict_counts
+from hf_smoothing.count_errors import errors
 from hf_smoothing.count_predictor import CountPredictor
 from hf_smoothing.count_training import build_count_model, train_count_head
 from hf_smoothing.measured_counts import Counts, read_counts

@@ -25,8 +25,8 @@ from tqdm.auto import tqdm
 
 from hf_smoothing import GaussianNoise, SequentialRule, SmoothedClassifier
 from hf_smoothing.certificates import CleanPass
-from hf_smoothing.count_calibration import predict_counts
-from hf_smoothing.count_errors import Comparison, compare, errors, random_splits
+from hf_smoothing.count_calibration import compare, predict_counts
+from hf_smoothing.count_errors import Comparison, errors, random_splits
 from hf_smoothing.count_predictor import CountPredictor
 from hf_smoothing.measured_counts import Counts, read_counts
 from hf_smoothing.provenance import command_line, package_versions

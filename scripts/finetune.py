@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
+from hf_smoothing.arguments import argument_parser
 from hf_smoothing.cards import begin as begin_card
 from hf_smoothing.classifier_training import EvaluationSettings, load_to_finetune, train_classifier
 from hf_smoothing.hub import HubSettings
@@ -34,9 +34,7 @@ class BaseSettings:
 
 
 def main() -> None:
-    parser = HfArgumentParser(
-        (BaseSettings, ImageSettings, TrainingSettings, EvaluationSettings, HubSettings), description=__doc__
-    )
+    parser = argument_parser((BaseSettings, ImageSettings, TrainingSettings, EvaluationSettings, HubSettings), __doc__)
     parser.set_defaults(learning_rate=5e-4, layer_decay=0.75)
     try:
         base, image_settings, settings, evaluation, hub = parser.parse_args_into_dataclasses()

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
 from hf_smoothing import MixedNoiseViTConfig, MixedNoiseViTForImageClassification
+from hf_smoothing.arguments import argument_parser
 from hf_smoothing.cards import begin as begin_card
 from hf_smoothing.classifier_training import EvaluationSettings, train_classifier
 from hf_smoothing.hub import HubSettings
@@ -61,8 +61,8 @@ def normalisation(images: LabelledImages, samples: int = 1000) -> tuple[list[flo
 
 
 def main() -> None:
-    parser = HfArgumentParser(
-        (ModelSettings, MixtureSettings, TrainingSettings, EvaluationSettings, HubSettings), description=__doc__
+    parser = argument_parser(
+        (ModelSettings, MixtureSettings, TrainingSettings, EvaluationSettings, HubSettings), __doc__
     )
     try:
         model_settings, image_settings, settings, evaluation, hub = parser.parse_args_into_dataclasses()

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
+from hf_smoothing.arguments import argument_parser
 from hf_smoothing.cards import begin as begin_card
 from hf_smoothing.count_training import build_count_model, train_count_head
 from hf_smoothing.hub import HubSettings
@@ -43,7 +43,7 @@ class CountHeadSettings:
 
 
 def main() -> None:
-    parser = HfArgumentParser((CountHeadSettings, TrainingSettings, HubSettings), description=__doc__)
+    parser = argument_parser((CountHeadSettings, TrainingSettings, HubSettings), __doc__)
     parser.set_defaults(learning_rate=1e-3, per_device_train_batch_size=512)
     try:
         head, settings, hub = parser.parse_args_into_dataclasses()

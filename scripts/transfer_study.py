@@ -22,10 +22,11 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from scipy.stats import binomtest
-from transformers import AutoImageProcessor, HfArgumentParser
+from transformers import AutoImageProcessor
 from transformers.hf_argparser import HfArg
 
 from hf_smoothing import GaussianNoise, MixedNoiseViTConfig, MixedNoiseViTForImageClassification, SmoothedClassifier
+from hf_smoothing.arguments import argument_parser
 from hf_smoothing.certificates import Certificate
 from hf_smoothing.classifier_training import EvaluationSettings, load_to_finetune, majority_answers, train_classifier
 from hf_smoothing.labelled_images import LabelledImages
@@ -250,7 +251,7 @@ def draw(settings: StudySettings, arms: list[dict[str, Any]], path: Path) -> Non
 
 def main() -> None:
     try:
-        (settings,) = HfArgumentParser(StudySettings, description=__doc__).parse_args_into_dataclasses()
+        (settings,) = argument_parser((StudySettings,), __doc__).parse_args_into_dataclasses()
     except ValueError as error:
         sys.exit(f"error: {error}")
     output_dir, started = Path(settings.output_dir), time.monotonic()

@@ -17,7 +17,13 @@ counts = st.integers(1, 5000).flatmap(lambda n: st.tuples(st.integers(0, n), st.
 probabilities = st.floats(0.001, 0.999)
 beta_priors = st.tuples(st.floats(0.1, 50), st.floats(0.1, 50))
 odds_priors = st.lists(st.floats(0.01, 10), min_size=1, max_size=12).map(lambda steps: OddsPrior(tuple(steps)))
-priors = beta_priors | odds_priors
+headed_priors = st.builds(
+    lambda prior, distances, floor: prior.expecting(distances, floor),
+    odds_priors,
+    st.lists(st.floats(-1, 12), max_size=3),
+    st.floats(0.01, 0.5),
+)
+priors = beta_priors | odds_priors | headed_priors
 ODDS = OddsPrior.for_budget(1000, 0.05)
 
 

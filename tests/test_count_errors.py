@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy import special
@@ -48,6 +50,9 @@ def test_errors_by_hand():
     assert found["mean_excess"] == pytest.approx(np.mean([radius[4] - radius[0], radius[5], radius[6]]))
     assert found["underestimated"] == 0.25
     assert found["mean_shortfall"] == pytest.approx(radius[3] - radius[7])
+    # the head names another class, and claims less than Monte-Carlo proves for its own
+    missed = replace(one, probabilities=np.array([[0.3, 0.7], [0.3, 0.7], [0.55, 0.45], [0.49, 0.51]]))
+    assert errors(missed, (0.0,))["underestimated"] == 0.25
     accuracy = {name: {row["radius"]: row["share"] for row in rows} for name, rows in found["accuracy"].items()}
     assert accuracy["monte_carlo"] == {0.0: 0.75, 0.25: 0.5, 0.5: 0.5}
     assert accuracy["estimate"][0.0] == 0.5

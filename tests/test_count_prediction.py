@@ -15,6 +15,14 @@ def model(tiny_model_dir):
     return MixedNoiseViTForCountPrediction.from_pretrained(tiny_model_dir, count_sigmas=[0.25, 1.0]).eval()
 
 
+def test_a_share_that_underflows_leaves_a_gradient():
+    logits = torch.tensor([[120.0, 0.0, 0.0]], requires_grad=True)
+    loss = LOSSES["jensen_shannon"](logits, torch.tensor([[0.5, 0.5, 0.0]]))
+    loss.backward()
+    assert loss.isfinite()
+    assert logits.grad.isfinite().all()
+
+
 def test_losses_are_what_scipy_says():
     generator = np.random.default_rng(0)
     predicted, measured = generator.dirichlet(np.ones(5), (2, 7))

@@ -169,6 +169,7 @@ def test_labels_that_are_none(tmp_path):
         {"mixup_alpha": -1.0},
         {"consistency_weight": -1.0, "sigmas": [0.5]},
         {"consistency_weight": 10.0},
+        {"consistency_weight": 10.0, "sigmas": [0.5], "cutmix_alpha": 1.0},
         {"max_train_samples": 0},
         {"sigmas": [-0.1]},
         {"auto_augment": "nonsense"},
@@ -177,6 +178,20 @@ def test_labels_that_are_none(tmp_path):
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         ImageSettings("somewhere", **wrong)
+
+
+def test_fewer_images_are_taken_from_the_whole_split(tmp_path):
+    """Many splits are sorted by class."""
+    path = tmp_path / "sorted.parquet"
+    rows = {"image": [Image.new("RGB", (8, 8))] * 40, "label": sorted([0, 1, 2, 3] * 10)}
+    datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()).to_parquet(path)
+    images = ImageSettings(str(path), max_train_samples=20).open()
+    chosen = [index for index, _ in images.chosen()]
+    assert images.total == len(set(chosen)) == 20
+    assert chosen == sorted(chosen)
+    assert {index // 10 for index in chosen} == {0, 1, 2, 3}
+    assert chosen == [index for index, _ in ImageSettings(str(path), max_train_samples=20).open().chosen()]
+    assert [index for index, _ in LabelledImages(str(path), split="train", max_samples=5).chosen()] == list(range(5))
 
 
 def test_mixing_keeps_labels_a_distribution():

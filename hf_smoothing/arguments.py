@@ -1,0 +1,26 @@
+"""The command line of the training scripts."""
+
+import argparse
+from typing import Any
+
+from transformers import HfArgumentParser
+
+
+class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Examples stay as they are written, and defaults are shown where there are any."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or "default" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
+
+
+def argument_parser(settings: tuple[Any, ...], description: str | None) -> HfArgumentParser:
+    """
+    A parser of dataclasses.
+
+    Args:
+        settings: the dataclasses, of which each field is a flag.
+        description: what the script does, with examples; shown as it is.
+    """
+    return HfArgumentParser(settings, description=description, formatter_class=_Help)  # type: ignore[arg-type]
