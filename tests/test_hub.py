@@ -69,16 +69,20 @@ def trained(tmp_path_factory):
     return folder
 
 
+def save_head(base, folder):
+    """A count head on a model, untrained."""
+    torch.manual_seed(1)
+    model = MixedNoiseViTForCountPrediction.from_pretrained(base, count_sigmas=[0.25, 0.5])
+    model.config.image_mean = [0.3, 0.4, 0.5]  # what is not in the checkpoint must come from the config
+    model.save_pretrained(folder)
+    ViTImageProcessor.from_pretrained(base).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def head(trained, tmp_path_factory):
     """The folder of a count head on that model."""
-    folder = tmp_path_factory.mktemp("heads") / "head"
-    torch.manual_seed(1)
-    model = MixedNoiseViTForCountPrediction.from_pretrained(trained, count_sigmas=[0.25, 0.5])
-    model.config.image_mean = [0.3, 0.4, 0.5]  # what is not in the checkpoint must come from the config
-    model.save_pretrained(folder)
-    ViTImageProcessor.from_pretrained(trained).save_pretrained(folder)
-    return folder
+    return save_head(trained, tmp_path_factory.mktemp("heads") / "head")
 
 
 @pytest.fixture(scope="module")
@@ -141,8 +145,10 @@ def test_a_pushed_model_needs_no_remote_code_where_the_package_is(client, traine
     assert local(pictures, max_samples=60) == there(pictures, max_samples=60)
 
 
-def test_without_the_package_remote_code_gives_the_same_certificates(hub, client, trained, head, pictures, tmp_path):
-    assert client("push", trained, "user/remote").code == client("push", head, "user/head").code == 0
+def test_without_the_package_remote_code_gives_the_same_certificates(hub, client, pictures, tmp_path):
+    """The reference model, in a process with an empty cache and no package."""
+    head = save_head(SHIPPED_MODEL, tmp_path / "head")
+    assert client("push", SHIPPED_MODEL, "user/remote").code == client("push", head, "user/head").code == 0
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHONPATH"))}
     environment |= {**client.environment, "HF_HOME": str(tmp_path), "PYTHONPATH": ""}
     script = Path(__file__).parent / "remote_code.py"
@@ -154,7 +160,8 @@ def test_without_the_package_remote_code_gives_the_same_certificates(hub, client
     found = json.loads(done.stdout)
     assert found["task"] == "certified-image-classification"
     assert found["module"].startswith("transformers_modules.user.remote.")
-    certify = pipeline("certified-image-classification", model=str(trained), sigma=0.25)
+    certify = pipeline("certified-image-classification", model=str(SHIPPED_MODEL), sigma=0.25)
+    assert {one["label"] for one in found["certificates"]} <= set(certify.model.config.id2label.values())
     assert found["certificates"] == certify(pictures, max_samples=60, radius=0.1)
     assert found["with_count_head"] == certify(pictures, max_samples=60, radius=0.1, count_head=str(head))
     size = certify.model.config.image_size

@@ -1,5 +1,7 @@
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import SHIPPED_MODEL
 from safetensors.torch import load_file
 from torch import nn
 
@@ -318,3 +321,20 @@ def test_pretrain_kill_resume_and_finetune_with_two_processes(tmp_path):
     assert results["continues"]["settings"]["sigmas"] == [0, 0.25, 0.5, 1]
     model = MixedNoiseViTForImageClassification.from_pretrained(fine)
     assert model.config.id2label[6] == "frog"
+
+
+def test_the_two_minutes_of_the_readme(tmp_path):
+    """The command as it is written there, from the root of the repository."""
+    readme = (ROOT / "README.md").read_text()
+    (command,) = re.findall(r"accelerate launch (scripts/finetune\.py (?:.*\\\n)*.* runs/tiny)\n", readme)
+    words = shlex.split(command.replace("\\\n", " ").replace("runs/tiny", str(tmp_path / "tiny")))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(launch, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "tiny" / "results" / "training.json").read_text())
+    assert results["images_seen"] == 600
+    assert (tmp_path / "tiny" / "README.md").is_file()
+    before, after = weights(SHIPPED_MODEL), weights(tmp_path / "tiny")
+    assert before.keys() == after.keys()
+    assert not same(before, after)
