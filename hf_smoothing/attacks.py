@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from .certificates import ABSTAIN, check_count, check_share
@@ -16,8 +17,11 @@ from .smoothing import SmoothedClassifier
 STEP_SIZES = (0.05, 0.2, 1.0)
 """Steps of the gradient attack, as parts of the largest norm allowed."""
 
-_SCREENING = ((16, 0.8), (64, 0.6))
-"""Draws, and the share of the certified answer in them above which a candidate is not worth judging."""
+Screening = tuple[tuple[int, float], ...]
+"""Numbers of draws, and the share of the certified answer in them above which a candidate is not worth judging."""
+
+_IN_DOUBT: Screening = ((16, 0.8), (64, 0.6))
+_CLEARLY: Screening = ((16, 0.6), (64, 0.4))
 
 _INSIDE = 0.999
 """Candidates keep this part of the radius: a certificate speaks of changes smaller than it."""
@@ -37,7 +41,7 @@ class AttackSettings:
         restarts: random beginnings of the gradient attack for each step size; the first of all begins at the picture.
         directions: random directions.
         reach: how far beyond the radius to look, as a multiple of it.
-        n: draws that judge a candidate.
+        n: draws that judge a candidate, after half as many that say whether it is worth it.
         alpha: probability that a candidate is wrongly judged to have succeeded.
         seed: of everything that is random.
 
@@ -126,40 +130,48 @@ def attack(
         raise ValueError(f"radius={radius} must be above 0: there is nothing to attack.")
     pixels = pixels.to(smoothed.device)
     tried, steps, smallest, violation = 0, 0, None, None
+
+    def changed(change: torch.Tensor, screening: Screening) -> bool:
+        nonlocal tried
+        tried += 1
+        return _looks_changed(smoothed, pixels + change, prediction, settings.seed + tried, screening)
+
     for name, direction, taken in _candidates(smoothed, pixels, prediction, radius, settings, others):
         steps += taken
         if not 0 < direction.norm() < math.inf:  # a gradient that says nothing, or the picture itself
             continue
         norms = [part * radius for part in _PARTS if part <= settings.reach]
         norms = [norm for norm in norms if smallest is None or norm < smallest.norm]
-        changes = [_inside_the_box(pixels, direction * (norm / direction.norm())) for norm in norms]
-        # a way that seems to lead nowhere even at its end is only tried within the radius
-        if len(changes) > 1:
-            tried += 1
-            if not _looks_changed(smoothed, pixels + changes[-1], prediction, settings, tried):
-                changes = changes[:1]
-        for change in changes:
-            tried += 1
-            if not _looks_changed(smoothed, pixels + change, prediction, settings, tried):
-                continue
-            answer = judge(smoothed, pixels + change, settings)
-            if answer in (prediction, ABSTAIN):
-                continue
-            smallest = Success(name, float(change.norm()), answer, change.cpu())
-            if smallest.norm < radius:
-                violation = smallest
-            break
-        if violation is not None:
+        within, *beyond = [_inside_the_box(pixels, direction * (norm / direction.norm())) for norm in norms]
+        worth_judging = [within] if changed(within, _IN_DOUBT) else []
+        # beyond the radius from the far end, where a way that leads anywhere shows it, as near as it still shows
+        place = len(beyond)
+        while place and changed(beyond[place - 1], _CLEARLY):
+            place -= 1
+        for change in worth_judging + beyond[place:]:
+            if (answer := judge(smoothed, pixels + change, prediction, settings)) is not None:
+                smallest = Success(name, float(change.norm()), answer, change.cpu())
+                break
+        if smallest is not None and smallest.norm < radius:
+            violation = smallest
             break
     return Attempt(tried, steps, violation, smallest)
 
 
-def judge(smoothed: SmoothedClassifier, pixels: torch.Tensor, settings: AttackSettings) -> int:
-    """The smoothed answer to one image by `settings.n` fresh draws, or -1 where they leave doubt."""
+def judge(smoothed: SmoothedClassifier, pixels: torch.Tensor, prediction: int, settings: AttackSettings) -> int | None:
+    """
+    The smoothed answer to one image by fresh draws, where it is another than the certified one, and beyond doubt.
+
+    Half of `settings.n` draws come first: where they speak for the certified answer, the other half is saved. The judgement
+    itself rests on `settings.n` further ones (algorithm PREDICT of Cohen et al. 2019, at `settings.alpha`).
+    """
+    image = pixels[None].cpu()
     # far from every seed of a run, so that no draw is one that the certificate rests on
-    seed = 2**62 + settings.seed
-    (answer,) = smoothed.predict(pixels[None].cpu(), settings.n, settings.alpha, seed=seed)
-    return answer
+    (first,) = smoothed.certify(image, method="counts", n=settings.n // 2, seed=2**62 - 1 - settings.seed)
+    if int(np.argmax(first.counts)) == prediction:
+        return None
+    (answer,) = smoothed.predict(image, settings.n, settings.alpha, seed=2**62 + settings.seed)
+    return None if answer in (prediction, ABSTAIN) else answer
 
 
 def _candidates(
@@ -228,11 +240,11 @@ def _normal(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 @torch.inference_mode()
 def _looks_changed(
-    smoothed: SmoothedClassifier, pixels: torch.Tensor, prediction: int, settings: AttackSettings, number: int
+    smoothed: SmoothedClassifier, pixels: torch.Tensor, prediction: int, seed: int, screening: Screening
 ) -> bool:
     """Whether a few draws leave it open that the answer has changed: only then it is worth judging."""
-    generator, sigma = torch.Generator(pixels.device).manual_seed(settings.seed + number), smoothed.noise.sigma
-    for draws, share in _SCREENING:
+    generator, sigma = torch.Generator(pixels.device).manual_seed(seed), smoothed.noise.sigma
+    for draws, share in screening:
         noise = torch.randn((draws, *pixels.shape), generator=generator, device=pixels.device)
         answers = smoothed.base([pixels + sigma * noise], sigma).argmax(1)
         if float((answers == prediction).float().mean()) > share:

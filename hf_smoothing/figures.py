@@ -160,7 +160,8 @@ def training_speed(results: dict[str, Any]) -> str:
     """The speed of the training loop."""
     return (
         f"The training loop makes {results['images_per_second']:.0f} images/s, {results['ratio']:.3f} of a bare loop over "
-        f"the same model and batches (median of {len(results['ratios'])}; {results['parameters']:,} parameters, "
+        f"the same model and batches (median of {len(results['ratios'])}, which go from {min(results['ratios']):.2f} to "
+        f"{max(results['ratios']):.2f} on this machine; {results['parameters']:,} parameters, "
         f"{results['device']}, {results['num_threads']} threads). Command: `{results['command']}` ("
         + ", ".join(f"{name} {version}" for name, version in results["versions"].items())
         + ")."
