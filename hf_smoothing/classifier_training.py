@@ -234,7 +234,9 @@ def train_classifier(
     }
     before = Path(base or "") / "results" / "training.json"
     if base is not None and before.exists():
-        results["continues"] = json.loads(before.read_text())
+        earlier = json.loads(before.read_text())
+        if found.keys() <= earlier.keys():  # one of ours, and not what somebody else keeps by that name
+            results["continues"] = earlier
     if accelerator.is_main_process:
         (output_dir / "results").mkdir(exist_ok=True)
         write_json(results, output_dir / "results" / "training.json")
