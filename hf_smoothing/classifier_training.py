@@ -235,7 +235,7 @@ def train_classifier(
     before = Path(base or "") / "results" / "training.json"
     if base is not None and before.exists():
         earlier = json.loads(before.read_text())
-        if found.keys() <= earlier.keys():  # one of ours, and not what somebody else keeps by that name
+        if {"command", "parameters", "steps"} <= earlier.keys():  # one of ours, not what somebody else keeps there
             results["continues"] = earlier
     if accelerator.is_main_process:
         (output_dir / "results").mkdir(exist_ok=True)
