@@ -4,9 +4,10 @@
         --max_samples 5000 --sigma 0.25 0.5 1 --method counts --n 16 --output_dir counts
     python scripts/count_head_arms.py --model my-model --counts counts --run runs/fixed --output_dir my-counts/results
 
-Arms: the loss (Jensen-Shannon, cross-entropy, Kullback-Leibler); the classifier's frozen backbone or an own one, which has steps of its own; one head
-for all noise levels or one for each; noise levels between and beyond those trained on; and, with `--same_cost`, few draws of
-many images or many of few. Writes OUTPUT_DIR/arms.json. `--run` is of --method fixed, on test images.
+Arms: the loss (Jensen-Shannon, cross-entropy, Kullback-Leibler); the classifier's frozen backbone or an own one, which has
+steps of its own; one head for all noise levels or one for each; noise levels between and beyond those trained on; and, with
+`--same_cost`, few draws of many images or many of few. Writes OUTPUT_DIR/arms.json. `--run` is of --method fixed, on test
+images.
 """
 
 import argparse

@@ -102,9 +102,14 @@ def plant(run_dir, factor):
     pq.write_table(table.set_column(table.schema.get_field_index("radius"), "radius", radii), path)
 
 
+def asked(run_dir, **options):
+    """The command line of an audit."""
+    return ["audit", str(run_dir), *(f"--{name}={value}" for name, value in options.items())]
+
+
 def test_an_audit_of_a_run(certify, tmp_path):
     certify(tmp_path / "run", split="train", every=10, sigmas=(0.25, 0.5), max_draws=200)
-    command = ["audit", str(tmp_path / "run"), *"--images 3 --steps 12 --draws 2 --n 200 --directions 2".split()]
+    command = asked(tmp_path / "run", images=3, steps=12, draws=2, n=200, directions=2)
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output
     assert "6 certificates attacked" in done.output
@@ -150,7 +155,7 @@ def test_an_audit_attacks_what_was_certified(certify, tmp_path):
 def test_a_planted_wrong_certificate_is_found_and_kept(certify, model, tmp_path):
     certify(tmp_path / "run", split="train", every=10, max_draws=200)
     plant(tmp_path / "run", 100.0)
-    command = ["audit", str(tmp_path / "run"), *"--images 3 --steps 60 --draws 4 --n 200 --directions 2".split()]
+    command = asked(tmp_path / "run", images=3, steps=60, draws=4, n=200, directions=2)
     done = CliRunner().invoke(app, [*command, "--output-dir", str(tmp_path / "audit")])
     assert done.exit_code == 1
     assert "VIOLATED" in done.output
