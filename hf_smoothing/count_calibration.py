@@ -43,7 +43,7 @@ def calibrate_count_head(count_head: str | Path, run_dir: str | Path) -> Calibra
     if not folder.is_dir():
         raise ValueError(f"{str(count_head)!r} is no folder: the calibration is written beside the count head.")
     predictor = CountPredictor.from_pretrained(folder, class_names=settings["label_names"])
-    _refuse_training_images(folder, settings)
+    refuse_training_images(folder, settings)
     probabilities = predict_counts(predictor, measured, folder)
     n = int(measured.counts[0].sum())
     scores = conformal_scores(probabilities, measured.predictions, measured.p_lower, n, settings["alpha"])
@@ -123,13 +123,20 @@ def compare(measured: Counts, probabilities: FloatArray) -> list[Comparison]:
     ]
 
 
-def _refuse_training_images(folder: Path, settings: dict[str, Any]) -> None:
+def refuse_training_images(folder: Path, settings: dict[str, Any]) -> None:
+    """
+    Raise a `ValueError` where a run is on images that a count head may have been trained on.
+
+    Args:
+        folder: of the count head.
+        settings: of the run.
+    """
     training = folder / "results" / "training.json"
     trained_on = json.loads(training.read_text())["counts"] if training.exists() else {}
     # a slice such as train[45000:] may hold images of the split's other slices too: nobody knows
     splits = {one.get("split", "").split("[")[0] for one in (trained_on, settings)}
     if trained_on.get("dataset_name") == settings["dataset_name"] and len(splits) == 1:
         raise ValueError(
-            f"The count head was trained on the split {settings['split']!r} of {settings['dataset_name']!r}: calibrate "
-            "it on images that it has not seen, or its errors there say nothing of others."
+            f"The count head was trained on the split {settings['split']!r} of {settings['dataset_name']!r}: use "
+            "images that it has not seen, or its errors there say nothing of others."
         )

@@ -1,7 +1,7 @@
 """How far a count head's estimates are off, over all images: those it gets wrong are in every figure."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -58,6 +58,11 @@ class Comparison:
     @property
     def measured(self) -> FloatArray:
         return np.where(self.predictions == ABSTAIN, 0.0, self.radii(self.p_lower))
+
+    def rows(self, chosen: NDArray[np.int64]) -> "Comparison":
+        """Some of the images."""
+        columns = ("probabilities", "counts", "predictions", "p_lower", "labels")
+        return replace(self, **{name: getattr(self, name)[chosen] for name in columns})
 
     def scores(self) -> FloatArray:
         """Of [`calibration.conformal_scores`]."""
@@ -138,26 +143,47 @@ def random_splits(
         `binomial_error`, the standard error that one half of so many images has; and the accuracy of the lowered estimates.
     """
     generator = np.random.default_rng(seed)
-    scores, bounds = one.scores(), estimated_lower_bound(one.probabilities.max(1), one.n, one.alpha)
-    right = one.top == one.labels
-    missed, shares = [], []
+    scores = one.scores()
+    found = []
     for _ in range(splits):
         order = generator.permutation(len(scores))
         half, rest = order[: len(order) // 2], order[len(order) // 2 :]
         calibration = Calibration({one.sigma: tuple(scores[half])}, one.n, one.alpha, "a random half", "")
-        lowered = np.array([calibration.lowered(float(p), one.sigma, delta) for p in bounds[rest]])
-        claimed = one.radii(lowered)
-        proved = np.where(one.top[rest] == one.predictions[rest], one.measured[rest], 0.0)
-        missed.append(float((claimed > proved).mean()))
-        shares.append([float((right[rest] & (claimed > 0) & (claimed >= radius)).mean()) for radius in radii])
+        found.append(lowered(one.rows(rest), calibration, delta, radii))
+    shares = [[share["share"] for share in split["accuracy"]] for split in found]
     return {
         "delta": delta,
         "splits": splits,
-        "miss_rate": float(np.mean(missed)),
+        "miss_rate": float(np.mean([split["miss_rate"] for split in found])),
         "binomial_error": float(np.sqrt(delta * (1 - delta) / (len(scores) - len(scores) // 2))),
         "accuracy": [
             {"radius": radius, "share": float(share)} for radius, share in zip(radii, np.mean(shares, axis=0))
         ],
+    }
+
+
+def lowered(one: Comparison, calibration: Calibration, delta: float, radii: Sequence[float]) -> dict[str, Any]:
+    """
+    What becomes of the estimates once a calibration has lowered them.
+
+    Args:
+        one: estimates and certificates, of images that it was not made with.
+        calibration: of the same noise level, draws and alpha.
+        delta: share of images about which the claim may be wrong.
+        radii: to count at.
+
+    Returns:
+        `miss_rate`, the share of images whose lowered estimate exceeds what Monte-Carlo proves, and `accuracy` at the radii.
+
+    Raises:
+        ValueError: see [`Calibration.shift`].
+    """
+    bounds = estimated_lower_bound(one.probabilities.max(1), one.n, one.alpha)
+    claimed = one.radii(np.array([calibration.lowered(float(p), one.sigma, delta) for p in bounds]))
+    proved = np.where(one.top == one.predictions, one.measured, 0.0)
+    return {
+        "miss_rate": float((claimed > proved).mean()),
+        "accuracy": _accuracy((one.top == one.labels) & (claimed > 0), claimed, radii),
     }
 
 

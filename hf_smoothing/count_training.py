@@ -1,5 +1,6 @@
 """Training a count head on the measured class counts of a run (arXiv 2402.07498)."""
 
+import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -179,6 +180,7 @@ def train_count_head(
     Raises:
         ValueError: see [`train`]; where images cannot be read or are no longer those counted.
     """
+    started = time.perf_counter()
     processor = AutoImageProcessor.from_pretrained(base)
     images = counts.open()
     images.meet(counts.settings["label_names"], Preparation.of(processor))
@@ -202,6 +204,8 @@ def train_count_head(
         accelerator.process_index,
         accelerator.num_processes,
     )
+
+    preparation_seconds = time.perf_counter() - started
 
     def compute_loss(model: Any, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return model(**_as_inputs(inputs), sigma=targets[:, 0], counts=targets[:, 1:], loss=loss).loss
@@ -229,6 +233,7 @@ def train_count_head(
         "settings": {**asdict(settings), **chosen},
         "counts": {name: counts.settings[name] for name in ("dataset_name", "split", "sigmas", "method", "n", "seed")},
         "images_counted": len(wanted),
+        "preparation_seconds": preparation_seconds,  # reading the images, and one pass over each if the backbone is frozen
         **found,
         "versions": package_versions("accelerate", "datasets"),
     }

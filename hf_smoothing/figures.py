@@ -193,8 +193,8 @@ def count_head(results: dict[str, Any]) -> str:
         )
     lines += [
         "",
-        "Accuracy at each radius; only the first row of a noise level holds for each image, the lowered ones for images on "
-        "average (all but a share delta), the estimate not at all:",
+        "Accuracy at each radius; Monte-Carlo's and the sequential rule's hold for each image, the lowered ones for images "
+        "on average (all but a share delta), the estimate not at all:",
         "",
         "| sigma | radii from | " + " | ".join(f"r = {radius:g}" for radius in radii) + " |",
         "|---" * (2 + len(radii)) + "|",
@@ -205,8 +205,14 @@ def count_head(results: dict[str, Any]) -> str:
             ("estimate", row["accuracy"]["estimate"]),
         ]
         kinds += [
-            (f"lowered, delta = {one['delta']:g}", one["accuracy"])
-            for one in results["conformal"]
+            (f"lowered by {by}, delta = {one['delta']:g}", one["accuracy"])
+            for by, ones in (("random halves", results["conformal"]), ("its calibration", results["calibrated"]))
+            for one in ones
+            if one["sigma"] == row["sigma"]
+        ]
+        kinds += [
+            (f"sequential, {one['draws']:,.0f} draws an image, at most {one['budget']:,}", one["accuracy"])
+            for one in results["sequential"]
             if one["sigma"] == row["sigma"]
         ]
         lines += [f"| {row['sigma']:g} | {name} | " + " | ".join(shares(found)) + " |" for name, found in kinds]
@@ -220,6 +226,11 @@ def count_head(results: dict[str, Any]) -> str:
         f"- sigma {one['sigma']:g}, delta {one['delta']:g}: {one['miss_rate']:.1%} ({one['binomial_error']:.1%})"
         for one in results["conformal"]
     ]
+    for one in results["calibrated"]:
+        lines.append(
+            f"- sigma {one['sigma']:g}, delta {one['delta']:g}, by the head's calibration ({one['calibrated_on']}): "
+            f"{one['miss_rate']:.1%}"
+        )
     names = {
         "without": "without",
         "with": "with the head",
@@ -252,16 +263,27 @@ def count_head(results: dict[str, Any]) -> str:
         f"{results['num_threads']} threads; the usual protocol (100,100 draws, at the rate of {times['timed_draws']:,} "
         f"timed ones) {times['usual']:,.0f} s with the same model on the same machine: {times['ratio']:,.0f} times as long."
         + (
-            ""
-            if payback is None
-            else f" Counting and training took {payback['seconds'] / 60:.0f} minutes, paid back after "
-            f"{math.ceil(payback['images'])} image{'' if payback['images'] <= 1 else 's'}."
+            f" The sequential rule, with the draws above: {times['sequential']:,.1f} s, "
+            f"{times['ratio_of_sequential']:,.0f} times as long."
+            if "sequential" in times
+            else ""
         )
+        + ("" if payback is None else _payback(payback))
         + f" Command: `{results['command']}` (seed {results['seed']}, "
         + ", ".join(f"{name} {version}" for name, version in results["versions"].items())
         + ").",
     ]
     return "\n".join(lines)
+
+
+def _payback(payback: dict[str, float]) -> str:
+    def images(count: float) -> str:
+        return f"{math.ceil(count):,} image{'' if count <= 1 else 's'}"
+
+    text = f" Counting and training took {payback['seconds'] / 60:.0f} minutes, paid back after {images(payback['images'])}"
+    if "images_of_sequential" in payback:
+        text += f" of the usual protocol, or {images(payback['images_of_sequential'])} of the sequential rule"
+    return text + "."
 
 
 def count_head_arms(results: dict[str, Any]) -> str:

@@ -301,7 +301,7 @@ def make_rule(
         n: draws that bound its probability (`fixed`), are counted (`counts`), or that the head stands for (`surrogate`).
         tolerance: relative tolerance of the radius, `sequential` without a radius only.
         delta: the share of images about which a calibrated count head may be wrong, `surrogate` only.
-        calibration: the count head's.
+        calibration: the count head's; used where `delta` is given, and then `n` is by default the calibration's.
 
     Raises:
         ValueError: for an unknown method, a setting out of range, or one that the method does not take.
@@ -329,8 +329,9 @@ def make_rule(
     elif method == "surrogate":
         rule, refused = SurrogateRule, {"radius": radius, "radii": radii, "max_samples": max_samples}
         refused |= {"n0": n0, "tolerance": tolerance}
-        settings = {"n": n if n is not None or calibration is None else calibration.n, "delta": delta}
-        settings["calibration"] = calibration
+        # without delta a calibration that happens to lie beside the head changes nothing
+        used = None if delta is None else calibration
+        settings = {"n": n if n is not None or used is None else used.n, "delta": delta, "calibration": used}
     elif method == "counts":
         rule = lambda alpha, **chosen: CountRule(**chosen)  # noqa: E731
         refused = {"radius": radius, "radii": radii, "n0": n0, "tolerance": tolerance}

@@ -3,7 +3,8 @@
     accelerate launch scripts/certify.py --model_name_or_path user/repo --dataset_name uoft-cs/cifar10 --every 20 \\
         --sigma 0.25 0.5 1 --output_dir runs/cifar10
 
-On CPUs, several processes take `torchrun --nproc_per_node 2 scripts/certify.py ...` (`accelerate launch --cpu` starts one).
+On CPUs, several processes take `torchrun --nproc_per_node 2 -- scripts/certify.py ...`: `accelerate launch --cpu` starts one
+process, and without the `--` torchrun takes `--n` for an option of its own.
 Writes OUTPUT_DIR/certificates.parquet, one row an image and sigma, and OUTPUT_DIR/run.json. Run again, it goes on.
 """
 

@@ -3,11 +3,12 @@
     accelerate launch scripts/certify.py --model_name_or_path my-model --dataset_name uoft-cs/cifar10 --every 20 \\
         --sigma 0.25 0.5 1 --method fixed --n 10000 --output_dir runs/fixed
     python scripts/count_head_study.py --model my-model --count_head my-counts --run runs/fixed \\
-        --output_dir my-counts/results
+        --sequential runs/sequential --output_dir my-counts/results
 
 Writes OUTPUT_DIR/study.json and a picture: disagreement, over- and underestimation, the calibration of the predicted p_A,
 the accuracy of estimate and conformal radius beside Monte-Carlo, the draws of the sequential rule with and without the
-head, seconds an image, and after how many images the training is paid back.
+head, seconds an image, and after how many images the training is paid back. A head that `hf-smoothing calibrate` has
+calibrated, on other images, is judged as it is; besides, random halves of these are used to calibrate and to judge.
 """
 
 import argparse
@@ -25,12 +26,14 @@ from tqdm.auto import tqdm
 
 from hf_smoothing import GaussianNoise, SequentialRule, SmoothedClassifier
 from hf_smoothing.certificates import CleanPass
-from hf_smoothing.count_calibration import compare, predict_counts
-from hf_smoothing.count_errors import Comparison, errors, random_splits
+from hf_smoothing.count_calibration import compare, predict_counts, refuse_training_images
+from hf_smoothing.count_errors import Comparison, errors, lowered, random_splits
 from hf_smoothing.count_predictor import CountPredictor
 from hf_smoothing.measured_counts import Counts, read_counts
 from hf_smoothing.provenance import command_line, package_versions
 from hf_smoothing.records import write_json
+from hf_smoothing.reports import summarize
+from hf_smoothing.results import read_results
 from hf_smoothing.simulation import simulate, wald_draws
 
 RADII = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -84,8 +87,10 @@ def draws_to_decide(one: Comparison, radius: float, seed: int) -> dict[str, Any]
     }
 
 
-def seconds_an_image(args: argparse.Namespace, predictor: CountPredictor, measured: Counts) -> dict[str, float]:
-    """Of the estimate, in batches, and of the usual protocol, from the rate at which the same model is drawn from."""
+def seconds_an_image(
+    args: argparse.Namespace, predictor: CountPredictor, measured: Counts, sequential: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Of the estimate, in batches, and of the sampling rules, from the rate at which the same model is drawn from."""
     images = measured.open()
     smoothed = SmoothedClassifier.from_pretrained(
         args.model, GaussianNoise(0.5), batch_size=args.batch_size, device=args.device
@@ -111,7 +116,11 @@ def seconds_an_image(args: argparse.Namespace, predictor: CountPredictor, measur
         np.median([seconds(lambda: smoothed.certify(batch[:1], method="counts", n=drawn)) for _ in range(3)])
     )
     usual = drawing / drawn * USUAL
-    return {"estimate": asked, "usual": usual, "timed_draws": drawn, "ratio": usual / asked}
+    found = {"estimate": asked, "usual": usual, "timed_draws": drawn, "ratio": usual / asked}
+    if sequential:
+        spent = drawing / drawn * float(np.mean([row["draws"] for row in sequential]))
+        found |= {"sequential": spent, "ratio_of_sequential": spent / asked}
+    return found
 
 
 def draw(all_of_them: list[Comparison], found: list[dict[str, Any]], path: Path) -> None:
@@ -136,13 +145,57 @@ def draw(all_of_them: list[Comparison], found: list[dict[str, Any]], path: Path)
     figure.savefig(path, dpi=130)
 
 
-def payback(folder: Path, counting: float | None, times: dict[str, float]) -> dict[str, float] | None:
-    """After how many images counting and training have cost less than the usual protocol would have."""
+def as_calibrated(one: Comparison, predictor: CountPredictor) -> list[dict[str, Any]]:
+    """What the head's own calibration makes of its estimates, at each delta that it has images enough for."""
+    calibration = predictor.calibration
+    if calibration is None:
+        return []
+    if (calibration.n, calibration.alpha) != (one.n, one.alpha):
+        raise ValueError(
+            f"The head was calibrated with n={calibration.n} and alpha={calibration.alpha:g}, the run has {one.n} and "
+            f"{one.alpha:g}."
+        )
+    return [
+        {"delta": delta, "calibrated_on": calibration.dataset, **lowered(one, calibration, delta, RADII)}
+        for delta in DELTAS
+        if delta * (len(calibration.scores[one.sigma]) + 1) >= 1
+    ]
+
+
+def read_sequential(run: Path, measured: Counts) -> list[dict[str, Any]]:
+    """Draws an image and accuracy of the sequential rule on the same images."""
+    found = []
+    for result in read_results([run]):
+        same = ("dataset_name", "split", "every", "max_samples", "alpha", "model_weights")
+        other = [name for name in same if result.settings.get(name) != measured.settings[name]]
+        if other:
+            raise ValueError(f"{run} is of another {', '.join(other)} than the run of --method fixed.")
+        accuracy = [
+            {"radius": row["radius"], "share": row["share"], "standing": row["standing"]}
+            for row in summarize([result], RADII)["results"][0]["certified_accuracy"]
+        ]
+        found.append(
+            {
+                "sigma": result.sigma,
+                "draws": float(np.mean(result.column("num_samples"))),
+                "budget": result.settings["max_draws"],
+                "accuracy": accuracy,
+            }
+        )
+    return found
+
+
+def payback(folder: Path, counting: float | None, times: dict[str, Any]) -> dict[str, float] | None:
+    """After how many images counting and training have cost less than certifying in another way would have."""
     training = folder / "results" / "training.json"
     if counting is None or not training.exists():
         return None
-    spent = counting + json.loads(training.read_text())["seconds"]
-    return {"seconds": spent, "images": spent / (times["usual"] - times["estimate"])}
+    trained = json.loads(training.read_text())
+    spent = counting + trained["preparation_seconds"] + trained["seconds"]
+    others = {"images": times["usual"]}
+    if "sequential" in times:
+        others["images_of_sequential"] = times["sequential"]
+    return {"seconds": spent, **{name: spent / (cost - times["estimate"]) for name, cost in others.items()}}
 
 
 def main() -> None:
@@ -150,6 +203,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="the base classifier")
     parser.add_argument("--count_head", required=True, help="the count head")
     parser.add_argument("--run", required=True, help="finished run of --method fixed on images that neither has seen")
+    parser.add_argument("--sequential", help="finished run of --method sequential on the same images, to show beside")
     parser.add_argument("--counts", help="the run that the head was trained on, for what it cost")
     parser.add_argument("--output_dir", required=True, help="where study.json and the picture go")
     parser.add_argument("--batch_size", type=int, default=256, help="images in one pass (default: 256)")
@@ -164,15 +218,18 @@ def main() -> None:
             raise ValueError(
                 f"{args.run} is of method {measured.settings['method']!r}: compare with a run of --method fixed."
             )
+        refuse_training_images(Path(args.count_head), measured.settings)
+        sequential = [] if args.sequential is None else read_sequential(Path(args.sequential), measured)
         predictor = CountPredictor.from_pretrained(
             args.count_head, device=args.device, class_names=measured.settings["label_names"]
         )
         all_of_them = compare(measured, predict_counts(predictor, measured, args.count_head))
+        calibrated = [{"sigma": one.sigma, **row} for one in all_of_them for row in as_calibrated(one, predictor)]
         counting = None if args.counts is None else float(read_seconds(Path(args.counts)))
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     found = [errors(one, RADII) for one in all_of_them]
-    times = seconds_an_image(args, predictor, measured)
+    times = seconds_an_image(args, predictor, measured, sequential)
     results = {
         "command": command_line(),
         "settings": {
@@ -186,6 +243,8 @@ def main() -> None:
             for one in all_of_them
             for delta in DELTAS
         ],
+        "calibrated": calibrated,
+        "sequential": sequential,
         "draws_to_decide": [
             row
             for one in all_of_them

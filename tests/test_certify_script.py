@@ -18,7 +18,9 @@ from hf_smoothing.dataset_runs import RunSettings, certify_dataset
 
 
 def script(model, data, output_dir, *arguments, processes=2):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes] if processes else []
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, "--"] if processes else []
+    )
     return start(
         sys.executable, *launcher, ROOT / "scripts" / "certify.py", "--model_name_or_path", model,
         "--dataset_name", data, "--output_dir", output_dir, "--sigma", 0.25, 0.5, "--max_draws", 200, *arguments,
@@ -66,13 +68,15 @@ def kill_at_random(process, folder, generator, only_one):
     process.communicate(timeout=120)  # ends by itself where only one was killed: no deadlock
 
 
-def kill_and_go_on(model, parquet, folder, uninterrupted, kills, seed):
+def kill_and_go_on(model, parquet, folder, uninterrupted, kills, seed, *arguments):
     generator = random.Random(seed)
     for kill in range(kills):
-        process = script(model, parquet, folder, processes=generator.choice((0, 2)))  # 0: without a launcher
+        process = script(
+            model, parquet, folder, *arguments, processes=generator.choice((0, 2))
+        )  # 0: without a launcher
         kill_at_random(process, folder, generator, only_one=kill % 3 == 1)
     before = num_lines(folder)
-    finish(script(model, parquet, folder))
+    finish(script(model, parquet, folder, *arguments))
     assert rows(folder) == uninterrupted
     assert num_lines(folder) == len(uninterrupted)
     return before
@@ -110,6 +114,15 @@ def test_ctrl_c_says_how_far_it_is(model, parquet, tmp_path, command):
 
 def test_killed_processes_lose_nothing(model, parquet, uninterrupted, tmp_path):
     assert kill_and_go_on(model, parquet, tmp_path, uninterrupted, kills=1, seed=0) < 400
+
+
+def test_killed_counting_loses_nothing_and_repeats_nothing(model, parquet, tmp_path):
+    settings = RunSettings(model, parquet, (0.25, 0.5), every=4, method="counts", n=20)
+    certify_dataset(settings, tmp_path / "uninterrupted", accelerator=start_processes())
+    counted = rows(tmp_path / "uninterrupted")
+    assert {sum(row["counts"]) for row in counted} == {20}
+    arguments = ("--every", 4, "--method", "counts", "--n", 20)
+    assert kill_and_go_on(model, parquet, tmp_path / "killed", counted, 1, 2, *arguments) < 100
 
 
 @pytest.mark.slow

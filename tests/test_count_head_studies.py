@@ -5,8 +5,9 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, rows
 
+from hf_smoothing.count_calibration import calibrate_count_head
 from hf_smoothing.count_training import build_count_model, train_count_head
 from hf_smoothing.crew import start_processes
 from hf_smoothing.dataset_runs import RunSettings, certify_dataset
@@ -21,32 +22,36 @@ SIGMAS = (0.25, 0.5, 1.0)
 def folder(model, parquet, tmp_path_factory):
     """Two runs of counts, a head trained on one of them, and Monte-Carlo certificates."""
     folder = tmp_path_factory.mktemp("studies")
-    for name, chosen in {
+    for name, chosen in {  # the head learns from one split, and is calibrated and judged on the other
         "counts": {"method": "counts", "n": 20, "every": 5},
         "few": {"method": "counts", "n": 40, "every": 20},
         "fixed": {"method": "fixed", "n0": 10, "n": 60, "every": 5},
+        "others": {"method": "fixed", "n0": 10, "n": 60, "every": 4},
+        "sequential": {"max_draws": 100, "every": 5},
     }.items():
+        split = "train" if chosen.get("method") == "counts" else "test"
         certify_dataset(
-            RunSettings(model, parquet, SIGMAS, split="train", **chosen), folder / name, accelerator=start_processes()
+            RunSettings(model, parquet, SIGMAS, split=split, **chosen), folder / name, accelerator=start_processes()
         )
     counts = read_counts(folder / "counts")
     settings = TrainingSettings(str(folder / "head"), num_train_epochs=20, per_device_train_batch_size=40)
     train_count_head(build_count_model(model, counts), counts, settings, settings.start(), base=model)
+    calibrate_count_head(folder / "head", folder / "others")
     return folder
 
 
 def run(script, model, folder, *more):
     command = [sys.executable, f"scripts/{script}.py", "--model", model, "--run", folder / "fixed", *more]
     done = subprocess.run(
-        [*map(str, command), "--counts", str(folder / "counts"), "--output_dir", str(folder / "found")],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+        [*map(str, command), "--output_dir", str(folder / "found")], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def test_a_study_of_a_head(model, folder):
-    more = ("--count_head", folder / "head", "--timed_draws", "256", "--splits", "20")
+    beside = ("--sequential", folder / "sequential", "--counts", folder / "counts")
+    more = ("--count_head", folder / "head", "--timed_draws", "256", "--splits", "20", *beside)
     out = run("count_head_study", model, folder, *more)
     found = json.loads((folder / "found" / "study.json").read_text())
     assert [row["sigma"] for row in found["errors"]] == list(SIGMAS)
@@ -54,9 +59,19 @@ def test_a_study_of_a_head(model, folder):
     assert [(row["sigma"], row["delta"]) for row in found["conformal"]] == [
         (s, d) for s in SIGMAS for d in (0.1, 0.05)
     ]
+    assert {(row["sigma"], row["delta"]) for row in found["calibrated"]} == {
+        (s, d) for s in SIGMAS for d in (0.1, 0.05)
+    }
+    assert all("every 4" in row["calibrated_on"] and 0 <= row["miss_rate"] < 0.5 for row in found["calibrated"])
+    certificates = rows(folder / "sequential")
+    for one in found["sequential"]:
+        mine = [row for row in certificates if row["sigma"] == one["sigma"]]
+        assert one["draws"] == sum(row["num_samples"] for row in mine) / len(mine)
+        right = [row["prediction"] == row["label"] and row["radius"] >= 0.25 for row in mine]
+        assert one["accuracy"][1]["share"] == sum(right) / len(mine)
     times = found["seconds_an_image"]
     assert times["ratio"] == pytest.approx(times["usual"] / times["estimate"])
-    assert found["payback"]["images"] > 0
+    assert 0 < found["payback"]["images"] < found["payback"]["images_of_sequential"]
     assert f"{times['ratio']:,.0f} times that" in out
     text = KINDS["count_head"](found)
     assert f"{found['errors'][0]['disagreement']:.1%}" in text
@@ -64,9 +79,28 @@ def test_a_study_of_a_head(model, folder):
     assert (folder / "found" / "count-head.png").stat().st_size > 10_000
 
 
+def test_heads_are_not_judged_on_their_training_images(model, folder):
+    command = [sys.executable, "scripts/count_head_study.py", "--model", model, "--count_head", folder / "head"]
+    rest = ["--run", folder / "trained", "--output_dir", folder / "none"]
+    settings = RunSettings(
+        model,
+        read_counts(folder / "fixed").settings["dataset_name"],
+        SIGMAS[:1],
+        split="train",
+        method="fixed",
+        n0=10,
+        n=20,
+        every=100,
+    )
+    certify_dataset(settings, folder / "trained", accelerator=start_processes())
+    done = subprocess.run([*map(str, command), *map(str, rest)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "was trained on the split 'train'" in done.stderr
+
+
 def test_the_arms_of_training(model, folder):
     few = ("--steps", "10", "--own_backbone_steps", "2", "--batch_size", "10")
-    run("count_head_arms", model, folder, "--same_cost", folder / "few", *few)
+    run("count_head_arms", model, folder, "--counts", folder / "counts", "--same_cost", folder / "few", *few)
     found = json.loads((folder / "found" / "arms.json").read_text())
     judged = {arm["arm"]: [row["sigma"] for row in arm["errors"]] for arm in found["arms"]}
     assert judged["jensen_shannon"] == list(SIGMAS)

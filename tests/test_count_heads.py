@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from scipy import special
 
 from hf_smoothing import GaussianNoise, SequentialRule, SmoothedClassifier
 from hf_smoothing.bounds import OddsPrior, log_e_value
@@ -45,6 +46,36 @@ def test_a_wrong_head_makes_no_wrong_claims(predicted):
     assert max(taken for _, taken in found) <= 60
     if predicted[0] > 0.5:
         assert wrong > 0.01  # the test has something to see
+
+
+def sure(of, classes=10):
+    return np.where(np.arange(classes) == of, 0.999, 0.001 / (classes - 1))
+
+
+@pytest.mark.parametrize("lie", ["permuted", "sure", "sure of another", "sure of the runner-up"])
+def test_a_wrong_head_makes_no_wrong_claims_of_ten_classes(lie):
+    """p_A and p_B such that the exact radius is the one asked for, which must not be proved; and the budget is kept."""
+    top = 0.8
+    runner_up = special.ndtr(special.ndtri(top) - 2 * 0.5 / NOISE.sigma)
+    probabilities = np.array([top, runner_up, *[(1 - top - runner_up) / 8] * 8])
+    predicted = {
+        "permuted": np.roll(probabilities, 1),
+        "sure": sure(0),
+        "sure of another": sure(5),
+        "sure of the runner-up": sure(1),
+    }[lie]
+    rule = SequentialRule(radii=(0.5,), alpha=0.05, max_samples=100)
+    generator = np.random.default_rng(3)
+    clean = CleanPass(predicted, frequencies=True)
+    found = [simulate(rule, NOISE, probabilities, clean, generator) for _ in range(300)]
+    wrong = np.mean([NOISE.radius(one.p_lower, one.p_upper) >= 0.5 or one.prediction > 0 for one, _ in found])
+    assert wrong <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 300)
+    assert max(taken for _, taken in found) <= 100
+    # and what is true is proved all the same, within the budget
+    clear = np.array([0.97, *[0.03 / 9] * 9])
+    rule = SequentialRule(radii=(0.5,), max_samples=1500)
+    found = [simulate(rule, NOISE, clear, clean, generator) for _ in range(20)]
+    assert np.mean([NOISE.radius(one.p_lower, one.p_upper) >= 0.5 for one, _ in found]) > 0.95
 
 
 def test_a_head_that_knows_p_saves_draws_and_a_wrong_one_costs_few():
