@@ -11,8 +11,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
-from .bounds import clopper_pearson_lower
-
 CALIBRATION_FILE = "calibration.json"
 """Where a count head's folder has its calibration."""
 
@@ -128,13 +126,16 @@ class Calibration:
 
 def estimated_lower_bound(probability: ArrayLike, n: int, alpha: float) -> NDArray[np.float64]:
     """
-    What Clopper-Pearson would say if `n` draws had hit as often as predicted, `floor(n * probability)` times. It bounds
-    nothing, since nothing was drawn.
+    What Clopper-Pearson would say if `n` draws had hit as often as predicted, `n * probability` times. It bounds nothing,
+    since nothing was drawn.
+
+    The paper rounds to whole hits; here the bound is continued between them. With few draws it matters: no p below 1 would
+    round down to `n` hits, and the largest radii, which take nothing less, could never be estimated.
 
     Source: Accelerated Smoothing (arXiv 2402.07498), section 4.
     """
-    hits = np.floor(n * np.asarray(probability, np.float64) + 1e-9)
-    return clopper_pearson_lower(np.minimum(hits, n), n, alpha)
+    hits = n * np.asarray(probability, np.float64)
+    return np.asarray(special.betaincinv(np.maximum(hits, 1e-9), np.maximum(n - hits, 0.0) + 1, alpha), np.float64)
 
 
 def conformal_scores(

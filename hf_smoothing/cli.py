@@ -217,6 +217,12 @@ def demo(
     sigma: Sigma = 0.25,
     alpha: Alpha = 0.001,
     max_samples: Annotated[int, typer.Option(help="The most draws for one picture.")] = 450,
+    count_head: Annotated[
+        str | None,
+        typer.Option(
+            help="A count head, to draw less. By default the one in the folder MODEL-counts, if there is one."
+        ),
+    ] = None,
     seed: Seed = 0,
     batch_size: BatchSize = 128,
 ) -> None:
@@ -226,7 +232,7 @@ def demo(
     Run it in a clone of the repository, where the model is, or name a model with `--model`.
     """
     try:
-        run_demo(model, output_dir, sigma, alpha, max_samples, seed, batch_size)
+        run_demo(model, output_dir, sigma, alpha, max_samples, seed, batch_size, count_head)
     except (ImportError, OSError, TypeError, ValueError) as error:
         fail(error)
 

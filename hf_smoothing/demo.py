@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 
 from .certificates import Certificate, format_radius
+from .count_predictor import CountPredictor
 from .data import to_pixels
 from .dataset_runs import RunSettings
 from .demo_images import load_demo_images
@@ -27,7 +28,14 @@ DEMO_RADII = (0.0, 0.25, 0.5)
 
 
 def run_demo(
-    model: str, output_dir: Path, sigma: float, alpha: float, max_samples: int, seed: int, batch_size: int
+    model: str,
+    output_dir: Path,
+    sigma: float,
+    alpha: float,
+    max_samples: int,
+    seed: int,
+    batch_size: int,
+    count_head: str | None = None,
 ) -> None:
     """
     Certify the 200 CIFAR-10 test images of the package; write records, `run.json` and pictures, and print a table.
@@ -40,6 +48,7 @@ def run_demo(
         max_samples: the most draws for one picture.
         seed: of the noise.
         batch_size: draws in one forward pass.
+        count_head: of the model, to draw less; by default the one in the folder `MODEL-counts`, if there is one.
 
     Raises:
         ImportError: without matplotlib.
@@ -50,6 +59,8 @@ def run_demo(
     console = Console()
     require_matplotlib()  # and a folder to write to, before the work
     output_dir.mkdir(parents=True, exist_ok=True)
+    if count_head is None and Path(beside := f"{model}-counts").is_dir():
+        count_head = beside
     settings = RunSettings(
         model_name_or_path=model,
         dataset_name=DEMO_IMAGES,
@@ -60,10 +71,13 @@ def run_demo(
         alpha=alpha,
         max_draws=max_samples,
         seed=seed,
+        count_head=count_head,
     )
     with loading(model):
-        smoothed = SmoothedClassifier.from_pretrained(model, GaussianNoise(sigma), batch_size=batch_size)
-    images = load_demo_images()
+        smoothed = SmoothedClassifier.from_pretrained(
+            model, GaussianNoise(sigma), batch_size=batch_size, count_head=count_head
+        )
+    head, images = smoothed.count_head, load_demo_images()
     names = images.features["label"].names
     if smoothed.class_names != names:
         raise ValueError(f"{model} has the classes {smoothed.class_names}; the pictures have {names}.")
@@ -90,6 +104,7 @@ def run_demo(
             "dataset_fingerprint": None,
             "dataset_label_names": names,
             "model_weights": weights_digest(smoothed.base.classifier),
+            "count_head_weights": weights_digest(head.model) if isinstance(head, CountPredictor) else None,
             "label_names": names,
         },
         "image_shape": list(to_pixels(pictures[0], smoothed.preparation).shape),
@@ -133,8 +148,9 @@ def _show_demo(
     console.print(f"Certified accuracy over all {len(labels)} pictures, abstentions counted as wrong [95 % interval]:")
     for row in run["certified_accuracy"]:
         console.print(f"  r = {row['radius']:<5g} {percent(row)}", markup=False, highlight=False)
+    steered = "" if run["settings"]["count_head"] is None else ", with a count head to say where to look,"
     console.print(
-        f"{run['mean_draws']:.0f} forward passes a picture on average (the usual protocol takes 100,100), "
+        f"{run['mean_draws']:.0f} forward passes a picture on average{steered} (the usual protocol takes 100,100), "
         f"{run['seconds']:.0f} s in all."
     )
     written = f"Wrote {output_dir / 'certificates.parquet'} and {output_dir / 'certificates.png'}."

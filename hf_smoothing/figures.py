@@ -40,21 +40,29 @@ def training(results: dict[str, Any]) -> str:
         if "averaged" in results
         else ""
     )
-    looked = results.get("evaluation")
-    evaluation = (
-        f" Accuracy on {results['settings']['eval_samples']} images of `{results['settings']['eval_split']}` by the "
-        f"majority of {results['settings']['eval_draws']} noisy copies (an estimate, no certificate): "
-        + ", ".join(f"{share:.1%} at sigma {name.rpartition('_')[2]}" for name, share in looked.items())
-        + "."
-        if looked
-        else ""
-    )
+    evaluation = _evaluation(results["settings"], results.get("evaluation"))
     return before + (
         f"{results['parameters']:,} parameters; {results['steps']:,} steps ({results['images_seen']:,} images) in "
         f"{results['seconds'] / 60:.0f} minutes on {results['device']} with {_workers(results)}; final "
         f"training loss {results['final_loss']:.3f}; seed {results['settings']['seed']}; "
         + ", ".join(f"{name} {version}" for name, version in results["versions"].items())
         + f".{evaluation}\n\n```bash\n{_launcher(results)} {results['command']}\n```{after}"
+    )
+
+
+def _evaluation(settings: dict[str, Any], found: dict[str, float] | None) -> str:
+    if not found:
+        return ""
+    if "jensen_shannon" in found:  # of a count head
+        return (
+            f" On the {settings['eval_share']:.0%} of the images that were held out: Jensen-Shannon divergence "
+            f"{found['jensen_shannon']:.4f} nats, another most frequent class for {found['top1_disagreement']:.1%}."
+        )
+    return (
+        f" Accuracy on {settings['eval_samples']} images of `{settings['eval_split']}` by the majority of "
+        f"{settings['eval_draws']} noisy copies (an estimate, no certificate): "
+        + ", ".join(f"{share:.1%} at sigma {name.rpartition('_')[2]}" for name, share in found.items())
+        + "."
     )
 
 

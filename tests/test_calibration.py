@@ -57,8 +57,11 @@ def test_scores():
 
 
 def test_the_estimate_is_what_the_paper_says():
-    assert estimated_lower_bound(0.98765, 1000, 0.01) == clopper_pearson_lower(987, 1000, 0.01)
-    assert estimated_lower_bound(1.0, 1000, 0.01) == clopper_pearson_lower(1000, 1000, 0.01)
+    whole = estimated_lower_bound([0.987, 0.988, 1.0], 1000, 0.01)
+    assert whole == pytest.approx(clopper_pearson_lower([987, 988, 1000], 1000, 0.01), rel=1e-9)
+    assert whole[0] < estimated_lower_bound(0.9875, 1000, 0.01) < whole[1]
+    assert whole[2] > estimated_lower_bound(0.9999, 1000, 0.01) > clopper_pearson_lower(999, 1000, 0.01)
+    assert estimated_lower_bound(0.0, 1000, 0.01) < 1e-9
 
 
 def test_the_quantile_is_that_of_split_conformal_prediction(tmp_path):

@@ -15,6 +15,7 @@ from hf_smoothing.count_training import (
 )
 from hf_smoothing.crew import start_processes
 from hf_smoothing.dataset_runs import RunSettings, certify_dataset
+from hf_smoothing.figures import KINDS
 from hf_smoothing.measured_counts import read_counts
 from hf_smoothing.rules import make_rule
 from hf_smoothing.training import TrainingSettings
@@ -85,6 +86,7 @@ def test_a_head_learns_the_counts(counts_dir, tmp_path, own_backbone, loss):
     evaluations = [row["evaluation"]["jensen_shannon"] for row in rows if "evaluation" in row]
     assert evaluations[-1] < 0.8 * evaluations[0]
     assert found["evaluation"]["top1_disagreement"] < 0.5
+    assert f"{found['evaluation']['jensen_shannon']:.4f} nats" in KINDS["training"](found)  # as its card says it
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert any(name.startswith("count_head") for name in changed)
     assert own_backbone == any(not name.startswith("count_head") for name in changed)
