@@ -22,6 +22,9 @@ Screening = tuple[tuple[int, float], ...]
 _IN_DOUBT: Screening = ((16, 0.8), (64, 0.6))
 _CLEARLY: Screening = ((16, 0.6), (64, 0.4))
 
+_FIRST_ALPHA = 0.05
+"""Level of the quarter of draws that says whether a candidate is worth judging."""
+
 _INSIDE = 0.999
 """Candidates keep this part of the radius: a certificate speaks of changes smaller than it."""
 
@@ -61,7 +64,9 @@ class AttackSettings:
         for name in ("steps", "draws", "restarts", "directions", "n"):
             check_count(name, getattr(self, name))
         check_share("alpha", self.alpha)
-        if self.n < (fewest := math.ceil(math.log2(2 / self.alpha))):
+        # as few as can show anything when all of them agree, of the judgement and of the quarter that comes before it
+        fewest = max(math.ceil(math.log2(2 / self.alpha)), 4 * math.ceil(math.log2(2 / _FIRST_ALPHA)))
+        if self.n < fewest:
             raise ValueError(f"n={self.n} draws can show nothing at alpha={self.alpha:g}: it takes {fewest} at least.")
         if not 1 <= self.reach < math.inf:
             raise ValueError(f"reach={self.reach} must be 1 or more: it is a multiple of the certified radius.")
@@ -167,7 +172,7 @@ def judge(smoothed: SmoothedClassifier, pixels: torch.Tensor, prediction: int, s
     image = pixels[None].cpu()
     # far from every seed of a run, so that no draw is one that the certificate rests on
     for n, alpha, seed in (
-        (settings.n // 4, 0.05, 2**62 - 1 - settings.seed),
+        (settings.n // 4, _FIRST_ALPHA, 2**62 - 1 - settings.seed),
         (settings.n, settings.alpha, 2**62 + settings.seed),
     ):
         (answer,) = smoothed.predict(image, n, alpha, seed=seed)

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from .attacks import AttackSettings, Attempt, Success, attack
 from .certificates import check_count
-from .dataset_runs import DTYPES
+from .dataset_runs import DTYPES, classifier_identity
 from .labelled_images import LabelledImages
 from .loading import loading, weights_digest
 from .noise import GaussianNoise
@@ -48,7 +48,7 @@ class AuditSummary:
         return [row for row in self.rows if row["violation"] is not None]
 
     def __str__(self) -> str:
-        beyond = [row["smallest"]["norm"] / row["radius"] for row in self.rows if row["smallest"] is not None]
+        beyond = _beyond(self.rows)
         text = (
             f"{len(self.rows)} certificates attacked with {sum(row['steps'] for row in self.rows):,} gradient steps and "
             f"{sum(row['tried'] for row in self.rows):,} candidates: {len(self.violations)} violations (certificates "
@@ -135,7 +135,7 @@ def audit(
                 smoothed, pixels, row["prediction"], row["radius"], settings, torch.stack(others) if others else None
             )
             if attempt.violation is not None:
-                _keep_violation(output_dir, row, pixels, attempt.violation)
+                _keep_violation(output_dir, row, pixels, attempt.violation, {"run": run, "attack": asdict(settings)})
             found.append({name: row[name] for name in ("index", "sigma", "prediction", "radius")} | _plain(attempt))
             lines.write(json.dumps(found[-1]) + "\n")
             lines.flush()
@@ -192,6 +192,9 @@ def _load(run: dict[str, Any], device: str, batch_size: int) -> SmoothedClassifi
         )
     if weights_digest(smoothed.base.classifier) != run["model_weights"]:
         raise ValueError(f"The model {name!r} is not the one that was certified: its weights are others.")
+    now = json.loads(json.dumps(classifier_identity(smoothed)))
+    if other := sorted(one for one, value in now.items() if one in run and run[one] != value):
+        raise ValueError(f"The model {name!r} is not the one that was certified: it has another {', '.join(other)}.")
     return smoothed
 
 
@@ -227,21 +230,40 @@ def _plain(attempt: Attempt) -> dict[str, Any]:
     }
 
 
-def _keep_violation(output_dir: Path, row: dict[str, Any], pixels: torch.Tensor, found: Success) -> None:
-    """Everything needed to see it again: the picture, the change, and the certificate."""
+def _keep_violation(
+    output_dir: Path, row: dict[str, Any], pixels: torch.Tensor, found: Success, settings: dict[str, Any]
+) -> None:
+    """Everything needed to see it again: the picture, the change, the certificate, and what was certified and how judged."""
     folder = output_dir / "violations"
     folder.mkdir(exist_ok=True)
     name = f"{row['index']}-sigma{row['sigma']:g}"
     np.savez(folder / f"{name}.npz", pixels=pixels.numpy(), change=found.change.numpy())
     write_json(
-        {"certificate": row, "norm": found.norm, "prediction": found.prediction, "attack": found.attack},
+        {
+            "certificate": row,
+            "norm": found.norm,
+            "prediction": found.prediction,
+            "attack": found.attack,
+            "settings": settings,
+            "command": command_line(),
+            "versions": package_versions(),
+        },
         folder / f"{name}.json",
     )
 
 
+def _beyond(rows: list[dict[str, Any]]) -> list[float]:
+    """How far off the answers change, in radii, where no certificate speaks any more."""
+    return [
+        row["smallest"]["norm"] / row["radius"]
+        for row in rows
+        if row["smallest"] is not None and row["violation"] is None
+    ]
+
+
 def _by_sigma(found: list[dict[str, Any]], sigma: float) -> dict[str, Any]:
     rows = [row for row in found if row["sigma"] == sigma]
-    beyond = [row["smallest"]["norm"] / row["radius"] for row in rows if row["smallest"] is not None]
+    beyond = _beyond(rows)
     return {
         "sigma": sigma,
         "certificates": len(rows),

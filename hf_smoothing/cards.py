@@ -13,6 +13,7 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 from jinja2 import Environment, StrictUndefined
 
+from .configuration_mixed_noise_vit import MixedNoiseViTConfig
 from .figures import KINDS
 
 DESCRIPTION = "card.yaml"
@@ -140,13 +141,14 @@ def render(folder: Path) -> dict[Path, str]:
         figures = None if section.figure is None else KINDS[section.figure](_results(folder, section.results))
         shown.append((section, figures))
     config = _results(folder, "config.json")
+    own = config.get("model_type", MixedNoiseViTConfig.model_type) == MixedNoiseViTConfig.model_type
     training = KINDS["training"](_results(folder, "results/training.json"))
     entries = list(_certified(folder, description))
     metadata = ModelCardData(
         license="apache-2.0",
         library_name="transformers",
         pipeline_tag="image-classification",
-        tags=["randomized-smoothing", "certified-robustness", "mixed-noise-vit"],
+        tags=["randomized-smoothing", "certified-robustness", *(["mixed-noise-vit"] if own else [])],
         datasets=description.datasets or None,
         base_model=description.base_model,
         model_name=folder.resolve().name,
@@ -161,7 +163,8 @@ def render(folder: Path) -> dict[Path, str]:
         name=folder.resolve().name,
         description=description,
         sections=shown,
-        size=config["image_size"],
+        size=config.get("image_size"),
+        own=own,
         counts=config.get("count_sigmas"),
         training=training,
     )
@@ -216,7 +219,8 @@ def begin(folder: Path, *, summary: str, dataset: str, base_model: str | None = 
 
 
 def _on_the_hub(name: str) -> bool:
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
+    is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
+    return is_name and Path(name).suffix != ".parquet" and not Path(name).exists()
 
 
 def check(folder: Path) -> list[str]:
@@ -260,6 +264,8 @@ def _certified(folder: Path, description: Description) -> Iterator[tuple[dict[st
                 continue  # beside this model a card may show another
             if entry["guarantee"] not in ("per_input", "marginal"):
                 continue  # an estimate is no certificate
+            if not _on_the_hub(entry["made_by"]["settings"]["dataset_name"]):
+                continue  # a file of ours, or of somebody's, means nothing to others
             yield from ((entry, share) for share in entry["certified_accuracy"] if share["standing"] == "counted")
 
 

@@ -50,6 +50,7 @@ class Certificate:
         seed: seed of the noise.
         dtype: floating-point type of the forward passes.
         compiled: whether they went through `torch.compile`.
+        denoiser: what was in front of the classifier and part of it, if anything.
         delta: `marginal` only: the share of images, over calibration and test images, about which the claim may be wrong
             besides alpha.
         calibration: `marginal` only: the images that it was calibrated on, in words.
@@ -72,6 +73,7 @@ class Certificate:
     dtype: str
     compiled: bool = False
     noise_resolution: str = "input"
+    denoiser: str | None = None
     delta: float | None = None
     calibration: str | None = None
 

@@ -1,7 +1,8 @@
-"""Training a mixed-noise ViT as a classifier on a mixture of clean and noisy images (arXiv 2312.09020)."""
+"""Training a classifier on a mixture of clean and noisy images (arXiv 2312.09020)."""
 
 import json
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,14 +12,15 @@ import numpy as np
 import timm
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from torch import nn
-from transformers import AutoConfig, ViTImageProcessor
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessor
 from transformers.hf_argparser import HfArg
 
 from .certificates import check_count
 from .configuration_mixed_noise_vit import MixedNoiseViTConfig
 from .labelled_images import LabelledImages
-from .loading import loading
+from .loading import check_weights, loading, refuse_other_weights
 from .modeling_mixed_noise_vit import MixedNoiseViTForImageClassification
 from .preparation import Preparation
 from .provenance import command_line, package_versions
@@ -100,21 +102,24 @@ def consistency_loss(logits: torch.Tensor, weight: float, entropy_weight: float 
 
 def load_to_finetune(
     model_name_or_path: str, names: Sequence[str], *, revision: str | None = None, **config_kwargs: Any
-) -> MixedNoiseViTForImageClassification:
+) -> tuple[Any, Any]:
     """
     A pretrained model with a head for a dataset's classes.
 
     The head is kept where the model has the same classes in the same order, and otherwise begun anew.
 
     Args:
-        model_name_or_path: a mixed-noise ViT on the Hub or in a local folder, or the name of a ViT of timm (with or without
-            `timm/` in front).
+        model_name_or_path: an image classifier on the Hub or in a local folder, or the name of a ViT of timm (with or
+            without `timm/` in front), which becomes a mixed-noise ViT.
         names: the dataset's classes.
         revision: of the model on the Hub.
         config_kwargs: fields of the config to set, such as `drop_path_rate`.
 
+    Returns:
+        The model, and its image processor.
+
     Raises:
-        ValueError: for a model of another kind, or one that cannot be loaded.
+        ValueError: for a model of another kind, one that cannot be loaded, or a field that it has not.
     """
     labels: dict[str, Any] = {
         "id2label": dict(enumerate(names)),
@@ -122,33 +127,79 @@ def load_to_finetune(
     }
     timm_name = model_name_or_path.removeprefix("timm/")
     if not Path(model_name_or_path).exists() and timm.is_model(timm_name):
-        return MixedNoiseViTForImageClassification.from_timm(timm_name, **labels, **config_kwargs)
+        own = MixedNoiseViTForImageClassification.from_timm(timm_name, **labels, **config_kwargs)
+        return own, plain_processor(own.config.image_size)
     at: dict[str, Any] = {} if revision is None else {"revision": revision}
     with loading(model_name_or_path):
         config = AutoConfig.from_pretrained(model_name_or_path, **at)
-    if not isinstance(config, MixedNoiseViTConfig):
-        raise ValueError(
-            f"{model_name_or_path!r} is a {config.model_type} model: finetune a mixed-noise ViT, or a ViT of timm by its "
-            "name (such as vit_tiny_patch16_224)."
-        )
     same = [config.id2label[index] for index in range(config.num_labels)] == list(names)
-    model = MixedNoiseViTForImageClassification.from_pretrained(
-        model_name_or_path, dtype=torch.float32, ignore_mismatched_sizes=True, **labels, **config_kwargs, **at
-    )
+    kind: Any = MixedNoiseViTForImageClassification
+    if not isinstance(config, MixedNoiseViTConfig):
+        kind, config_kwargs = AutoModelForImageClassification, {k: v for k, v in config_kwargs.items() if v}
+        if unknown := [name for name in config_kwargs if not hasattr(config, name)]:
+            raise ValueError(f"A {config.model_type} model has no {', '.join(unknown)}: leave it out.")
+    if hasattr(config, "label_names"):  # which timm's wrapper saves instead
+        labels["label_names"] = list(names)
+    # not all configs take classes from `from_pretrained`
+    for field, value in {**labels, **config_kwargs}.items():
+        setattr(config, field, value)
+    with loading(model_name_or_path):
+        model, info = kind.from_pretrained(
+            model_name_or_path,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            config=config,
+            **at,
+        )
+        if kind is MixedNoiseViTForImageClassification:
+            processor = plain_processor(config.image_size)
+        else:
+            processor = AutoImageProcessor.from_pretrained(model_name_or_path, **at)
+    if any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in model.modules()):
+        warnings.warn(
+            f"{model_name_or_path!r} normalises by batch statistics (BatchNorm): robustness learned at one noise level does "
+            "not carry over to others (arXiv 2312.09020).",
+            stacklevel=2,
+        )
+    head = head_of(model)
+    names_of_head = tuple(name for name, one in model.named_modules() if one is head)
+    refuse_other_weights(model_name_or_path, info, (*names_of_head, "count_head"))
+    check_weights(model)
     if not same:
-        model.classifier = nn.Linear(config.hidden_size, len(names))
-        model._init_weights(model.classifier)
-    return model
+        nn.init.trunc_normal_(head.weight, std=0.02)
+        if head.bias is not None:
+            nn.init.zeros_(head.bias)
+    return model, processor
+
+
+def plain_processor(size: int) -> ViTImageProcessor:
+    """The image processor of a mixed-noise ViT, which normalises behind the noise by itself."""
+    return ViTImageProcessor(size={"height": size, "width": size}, do_normalize=False, do_convert_rgb=True)
+
+
+def head_of(model: Any) -> nn.Linear:
+    """
+    The layer that makes logits of features.
+
+    Raises:
+        ValueError: where it is no linear layer.
+    """
+    layers = [one for one in model.modules() if isinstance(one, nn.Linear)]
+    if not layers or layers[-1].out_features != model.config.num_labels:
+        raise ValueError(f"A {model.config.model_type} model does not end with a linear layer: its head is unknown.")
+    return layers[-1]
 
 
 def train_classifier(
-    model: MixedNoiseViTForImageClassification,
+    model: Any,
     images: LabelledImages,
     image_settings: ImageSettings,
     settings: TrainingSettings,
     evaluation: EvaluationSettings,
     accelerator: Accelerator,
     base: str | None = None,
+    processor: Any = None,
 ) -> dict[str, Any]:
     """
     Train a model on images with noise of a level drawn for each, save it with its image processor to `settings.output_dir`,
@@ -162,6 +213,7 @@ def train_classifier(
         evaluation: how to look at it after each epoch.
         accelerator: the processes, from `settings.start()`.
         base: the model that it started from; what is known of its training goes into the results.
+        processor: its image processor, whose normalisation goes behind the noise; by default that of a mixed-noise ViT.
 
     Returns:
         What is in `results/training.json`.
@@ -169,10 +221,13 @@ def train_classifier(
     Raises:
         ValueError: see [`train`] and [`TrainingBatches`].
     """
-    size = model.config.image_size
-    processor = ViTImageProcessor(size={"height": size, "width": size}, do_normalize=False, do_convert_rgb=True)
+    processor = processor or plain_processor(model.config.image_size)
+    preparation = Preparation.of(processor)
+    height, size = preparation.before(Image.new("RGB", (64, 64))).shape[1:]
+    if height != size:
+        raise ValueError(f"The model takes {height}x{size} pixels: only square pictures are trained on here.")
     names = [model.config.id2label[index] for index in range(model.config.num_labels)]
-    images.meet(names, Preparation.of(processor))
+    images.meet(names, preparation)
     batches = TrainingBatches(
         images,
         image_settings,
@@ -197,7 +252,7 @@ def train_classifier(
         if mixing is not None:
             (pixels, labels), smoothing = mixing(pixels, labels), 0.0  # it smooths the labels itself
         # noise comes last: mixing would change its level
-        logits = model(mixture.add_to(pixels, copies)).logits
+        logits = model(preparation.normalize(mixture.add_to(pixels, copies))).logits
         loss = nn.functional.cross_entropy(logits, torch.cat([labels] * copies), label_smoothing=smoothing)
         return loss + consistency_loss(logits.unflatten(0, (copies, -1)), weight) if weight else loss
 
@@ -224,7 +279,7 @@ def train_classifier(
             "frozen": sorted(name for name, parameter in model.named_parameters() if not parameter.requires_grad),
             "base": base,
         },
-        evaluate=_evaluation(evaluation, image_settings, names, processor, accelerator),
+        evaluate=_evaluation(evaluation, image_settings, names, preparation, accelerator),
     )
     results = {
         "command": command_line(),
@@ -247,12 +302,17 @@ def _evaluation(
     evaluation: EvaluationSettings,
     image_settings: ImageSettings,
     names: list[str],
-    processor: Any,
+    preparation: Preparation,
     accelerator: Accelerator,
 ) -> Any:
     """The accuracy at each noise level, from a model; each process looks at its part of the images."""
     if evaluation.eval_split is None:
         return None
+    if Path(image_settings.dataset_name).is_file() and evaluation.eval_split != image_settings.train_split:
+        raise ValueError(
+            f"{image_settings.dataset_name} is one file, which has no split {evaluation.eval_split!r} beside "
+            f"{image_settings.train_split!r}: name a folder with a file for each, or that split itself."
+        )
     images = LabelledImages(
         image_settings.dataset_name,
         config_name=image_settings.dataset_config_name,
@@ -260,7 +320,7 @@ def _evaluation(
         image_column=image_settings.image_column,
         label_column=image_settings.label_column,
     )
-    images.meet(names, Preparation.of(processor))
+    images.meet(names, preparation)
     chosen = np.random.default_rng(0).permutation(len(images.source))[: evaluation.eval_samples].tolist()
     rows = [(images.pixels(row), images.label(index, row)) for index, row in ((i, images.source[i]) for i in chosen)]
     mine = rows[accelerator.process_index :: accelerator.num_processes]
@@ -271,9 +331,13 @@ def _evaluation(
 
     def evaluate(model: Any) -> dict[str, float]:
         found = {}
+
+        def prepared(pixels: torch.Tensor) -> Any:
+            return model(preparation.normalize(pixels))
+
         for sigma in evaluation.eval_sigmas:
             answers = majority_answers(
-                model, pixels, sigma, draws=evaluation.eval_draws, seed=accelerator.process_index
+                prepared, pixels, sigma, draws=evaluation.eval_draws, seed=accelerator.process_index
             )
             right = accelerator.reduce((answers == labels).sum(), "sum")
             found[f"majority_accuracy_sigma_{sigma:g}"] = float(right) / len(rows)

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 from transformers import pipeline
@@ -78,7 +79,8 @@ def certify(
     """
     Certify pictures: print for each the answer, and the radius within which nothing changes it.
 
-    The radius is an l2 distance of `[0, 1]` pixels at the size at which the model sees the picture, rounded down.
+    The radius is an l2 distance of `[0, 1]` pixels, at the size at which the model sees the picture unless
+    `--noise-resolution` says otherwise; rounded down.
 
     Example: `hf-smoothing certify frog.png --model user/repo --sigma 0.5`
     """
@@ -87,7 +89,9 @@ def certify(
     settings["noise_resolution"] = read_resolution(noise_resolution)
     try:
         with loading(model):
-            pipe = pipeline("certified-image-classification", model=model, sigma=sigma, batch_size=batch_size)
+            pipe = pipeline(
+                "certified-image-classification", model=model, sigma=sigma, batch_size=batch_size, dtype=torch.float32
+            )
         found = pipe(images, progress=sys.stderr.isatty(), **{k: v for k, v in settings.items() if v is not None})
     except (OSError, TypeError, ValueError) as error:
         fail(error)
@@ -105,7 +109,10 @@ def certify(
         }
         for name, result in zip(images, found)
     ]
-    print_table(Console(), f"sigma = {sigma:g}, alpha = {alpha:g}, l2 radius in [0, 1] pixels", rows)
+    at = "of the model's input" if noise_resolution == "input" else f"at resolution {noise_resolution}"
+    behind = "" if denoiser is None else f", {denoiser} in front of the model"
+    title = f"sigma = {sigma:g}, alpha = {alpha:g}, l2 radius in [0, 1] pixels {at}{behind}"
+    print_table(Console(), title, rows)
 
 
 @app.command()

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoImageProcessor
 
 from .configuration_mixed_noise_vit import MixedNoiseViTConfig
-from .loading import loading
+from .loading import loading, refuse_other_weights
 from .measured_counts import Counts
 from .modeling_count_prediction import LOSSES, MixedNoiseViTForCountPrediction
 from .preparation import Preparation
@@ -102,14 +102,16 @@ def build_count_model(
                 f"{model_name_or_path!r} has the classes {names}, the counts are of {counted}. Train its encoder along "
                 "(own_backbone), or name the classifier that was counted."
             )
-        model = MixedNoiseViTForCountPrediction.from_pretrained(
+        model, info = MixedNoiseViTForCountPrediction.from_pretrained(
             model_name_or_path,
+            output_loading_info=True,
             dtype=torch.float32,
             count_sigmas=sorted(set(counts.sigmas.tolist())),
             id2label=dict(enumerate(counted)),
             label2id={name: index for index, name in enumerate(counted)},
             ignore_mismatched_sizes=True,
         )
+    refuse_other_weights(model_name_or_path, info, ("classifier", "count_head"))
     if names != counted:
         model.classifier = nn.Linear(config.hidden_size, len(counted))
         model._init_weights(model.classifier)

@@ -307,22 +307,31 @@ def _calibration(settings: RunSettings, smoothed: SmoothedClassifier) -> Record 
     return {"dataset": found.dataset, "model": found.model, "n": found.n, "alpha": found.alpha, "shifts": shifts}
 
 
+def classifier_identity(smoothed: SmoothedClassifier) -> Record:
+    """What makes the base classifier the function that it is: weights, classes, attention and image processor."""
+    model: Any = smoothed.base.classifier
+    processor = smoothed.image_processor
+    return {
+        "label_names": smoothed.class_names,
+        "attn_implementation": getattr(model.config, "_attn_implementation", None),
+        "model_weights": weights_digest(model),
+        "image_processor": type(processor).__name__,
+        "image_processor.backend": getattr(processor, "backend", None),
+        **{f"image_processor.{name}": value for name, value in processor.to_dict().items()},
+    }
+
+
 def _identity(settings: RunSettings, images: LabelledImages, smoothed: SmoothedClassifier) -> Record:
     """What must be the same for a run to be gone on with, as plain values. Processes, batch size and device may change."""
     model: Any = smoothed.base.classifier
-    processor, head = smoothed.image_processor, smoothed.count_head
+    head = smoothed.count_head
     return {
         **asdict(replace(settings, image_column=images.image_column, label_column=images.label_column)),
         "dataset_fingerprint": images.fingerprint,
         "dataset_label_names": images.class_names,
-        "label_names": smoothed.class_names,
         "model_commit": getattr(model.config, "_commit_hash", None),
-        "attn_implementation": getattr(model.config, "_attn_implementation", None),
-        "model_weights": weights_digest(model),
+        **classifier_identity(smoothed),
         "count_head_weights": weights_digest(head.model) if isinstance(head, CountPredictor) else None,
         "calibration": _calibration(settings, smoothed),
-        "image_processor": type(processor).__name__,
-        "image_processor.backend": getattr(processor, "backend", None),
-        **{f"image_processor.{name}": value for name, value in processor.to_dict().items()},
         "radii_decided": {f"{sigma:g}": settings.rule(sigma)[1] for sigma in settings.sigmas},
     }

@@ -1,12 +1,13 @@
 """The base classifier: pixels with noise in, logits out, and everything in between that belongs behind the noise."""
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
 
-from .loading import check_weights
+from .loading import check_weights, weights_digest
 from .preparation import Preparation
 
 Classifier = Callable[[torch.Tensor], Any]
@@ -22,7 +23,7 @@ class ForwardPass:
             `torch.nn.Module` is put into evaluation mode.
         preparation: what happens to pixels between noise and network.
         denoiser: maps noisy pixels and sigma to pixels of the same shape, each image for itself; or the name of one, see
-            [`DENOISERS`].
+            [`DENOISERS`]. A `torch.nn.Module` is put into evaluation mode and onto the device.
         device: where; by default where the module is, else the CPU.
         autocast: type of the forward passes, where torch deems it safe.
         compile: run the classifier through `torch.compile`.
@@ -57,6 +58,18 @@ class ForwardPass:
             raise ValueError(f"denoiser={denoiser!r} is unknown: use {', '.join(DENOISERS)}, or pass a callable.")
         self.denoiser = DENOISERS[denoiser] if isinstance(denoiser, str) else denoiser
         self.device = torch.device(device or "cpu")
+        if isinstance(self.denoiser, nn.Module):
+            # in training mode a draw could depend on the others of its batch, and no certificate would hold
+            self.denoiser.eval().to(self.device)
+            check_weights(self.denoiser)
+
+    @cached_property
+    def denoiser_name(self) -> str | None:
+        """How certificates name the denoiser; a module with a digest of its weights."""
+        if self.denoiser is None:
+            return None
+        name = getattr(self.denoiser, "__name__", type(self.denoiser).__name__)
+        return f"{name} {weights_digest(self.denoiser)}" if isinstance(self.denoiser, nn.Module) else name
 
     @property
     def precision(self) -> str:

@@ -1,12 +1,13 @@
 """Loading models by name, and a look at what was loaded."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 
@@ -18,6 +19,30 @@ def loading(model: str) -> Iterator[None]:
     except OSError as error:
         where = "" if Path(model).exists() else "There is no such folder, and on the Hub: "
         raise ValueError(f"The model {model!r} cannot be loaded. {where}{error}") from error
+    except SafetensorError as error:
+        raise ValueError(f"The model {model!r} cannot be loaded: its weights are damaged ({error}).") from error
+
+
+def refuse_other_weights(model: str, info: Mapping[str, Any], fresh: tuple[str, ...]) -> None:
+    """
+    Raise a `ValueError` where a checkpoint does not hold the weights that its config speaks of: transformers begins those
+    anew, and goes on.
+
+    Args:
+        model: its name.
+        info: of `from_pretrained` with `output_loading_info`.
+        fresh: how the names of weights begin that may be missing, too many, or of another shape, such as those of the head.
+    """
+    named = [one if isinstance(one, str) else one[0] for kind in _MISFITS for one in info.get(kind, ())]
+    if misfits := sorted({name for name in named if not name.startswith(fresh)}):
+        more = "" if len(misfits) < 4 else f" and {len(misfits) - 3} more"
+        raise ValueError(
+            f"The weights of {model!r} are not those of its config.json: {', '.join(misfits[:3])}{more} are missing, too "
+            "many, or of another shape."
+        )
+
+
+_MISFITS = ("missing_keys", "unexpected_keys", "mismatched_keys")
 
 
 def check_weights(module: nn.Module) -> None:

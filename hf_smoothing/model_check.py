@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy import stats
 from torch import nn
 
 from .bounds import clopper_pearson_lower
@@ -20,7 +21,10 @@ from .smoothing import SmoothedClassifier
 SIGMAS = (0.0, 0.12, 0.25, 0.5, 1.0)
 
 _SHARE_KEPT = 0.75
-"""A model that keeps less of its answers under noise than this has little to certify there."""
+"""A model that keeps less of its answers, or of its accuracy, under noise than this has little to certify there."""
+
+_FEWEST = 8
+"""Pictures to look at, however slow the model: of fewer nothing can be said."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class ModelCheck:
             `largest_radius`, the most that `n` draws can show there.
         images: pictures looked at.
         answers: different answers to them without noise.
+        classes: of the model.
         draws_per_second: noisy copies a second, in batches of `batch_size`.
         n: draws of the usual protocol.
         batch_size: as above.
@@ -47,6 +52,7 @@ class ModelCheck:
     levels: list[dict[str, Any]]
     images: int
     answers: int
+    classes: int
     draws_per_second: float
     n: int
     batch_size: int
@@ -64,16 +70,35 @@ class ModelCheck:
         if self.answers == 1 and self.images > 1:
             said.append("It answers all of these pictures alike, so keeping its answers says nothing: is it trained?")
             return said
+        accuracy = self.levels[0]["accuracy"] if self.levels[0]["sigma"] == 0 else None
+        if accuracy is not None and self._may_be_guessing(accuracy):
+            said.append(
+                f"It is right about {accuracy:.0%} of {self.images} clean pictures, which guessing might be too: keeping "
+                "its answers says nothing. Is it trained, and for these classes?"
+            )
+            return said
         noisy = [level for level in self.levels if level["sigma"] > 0]
-        kept = [level["sigma"] for level in noisy if level["same_answer"] >= _SHARE_KEPT]
+        kept = [
+            level["sigma"]
+            for level in noisy
+            if level["same_answer"] >= _SHARE_KEPT
+            and (accuracy is None or level["accuracy"] >= _SHARE_KEPT * accuracy)
+        ]
         if kept:
             said.append(f"It keeps its answers up to sigma {max(kept):g}: worth smoothing there.")
         else:
+            least = noisy[0]
+            right = "" if least["accuracy"] is None else f" and is right about {least['accuracy']:.0%}"
             said.append(
-                f"Not worth smoothing as it is: at sigma {noisy[0]['sigma']:g} it keeps {noisy[0]['same_answer']:.0%} of "
-                "its answers. Finetune it on noisy images (scripts/finetune.py --sigmas), or put a denoiser in front."
+                f"Not worth smoothing as it is: at sigma {least['sigma']:g} it keeps {least['same_answer']:.0%} of its "
+                f"answers{right}. Finetune it on noisy images (scripts/finetune.py --sigmas), or put a denoiser in front."
             )
         return said
+
+    def _may_be_guessing(self, accuracy: float) -> bool:
+        """Whether as many right answers or more are nothing unusual (1 in 20) for one who guesses."""
+        right = round(accuracy * self.images)
+        return stats.binomtest(right, self.images, 1 / self.classes, alternative="greater").pvalue > 0.05
 
     def seconds(self, images: int) -> float:
         """About how long the usual protocol takes for so many images."""
@@ -103,7 +128,7 @@ def check_model(
         draws: noisy copies of each at each level.
         n: draws for the largest radius and the time.
         alpha: probability of a wrong certificate, for the largest radius.
-        seconds: about how long it may take: slow models are shown fewer pictures.
+        seconds: about how long it may take: slow models are shown fewer pictures, but eight at least.
 
     Raises:
         ValueError: for images whose classes are not the model's.
@@ -114,9 +139,10 @@ def check_model(
     by_batch = {type(layer).__name__ for layer in layers if _normalises_by_batch(layer)}
     pixels, labels = _pictures(smoothed, images, count)
     rate = _draws_per_second(smoothed, pixels[:1], seconds / 3)
-    fits = max(2, int(rate * 2 * seconds / 3 / (draws * len(sigmas))))
+    fits = max(_FEWEST, int(rate * 2 * seconds / 3 / (draws * len(sigmas))))
     pixels, labels = pixels[:fits], labels[:fits]
-    clean = _answers(smoothed, pixels)
+    logits = _clean_logits(smoothed, pixels)
+    clean, classes = logits.argmax(1), logits.shape[1]
     noise = smoothed.noise
     levels = [_level(smoothed, pixels, clean, labels, sigma, draws, n, alpha) for sigma in sorted(sigmas)]
     smoothed.noise = noise  # the caller's
@@ -126,6 +152,7 @@ def check_model(
         levels,
         len(pixels),
         len(set(clean.tolist())),
+        classes,
         rate,
         n,
         smoothed.batch_size,
@@ -158,8 +185,9 @@ def _pictures(
         rows = [(index, read()) for index, read in chosen_rows]
         return [images.pixels(row) for _, row in rows], [images.label(index, row) for index, row in rows]
     shipped = load_demo_images()
+    nameless = all(name.startswith("LABEL_") for name in names)  # which has the classes of nothing in particular
     try:
-        to_class = match_labels(shipped.features["label"].names, names)
+        to_class = None if nameless else match_labels(shipped.features["label"].names, names)
     except ValueError:
         to_class = None
     chosen = shipped.select(np.random.default_rng(0).permutation(len(shipped))[:count])
@@ -178,9 +206,12 @@ def _draws_per_second(smoothed: SmoothedClassifier, pixels: list[torch.Tensor], 
 
 
 @torch.inference_mode()
-def _answers(smoothed: SmoothedClassifier, pixels: list[torch.Tensor]) -> np.ndarray:
-    batches = torch.stack(pixels).to(smoothed.device).split(smoothed.batch_size)
-    return torch.cat([smoothed.base([batch], 0.0).argmax(1) for batch in batches]).cpu().numpy()
+def _clean_logits(smoothed: SmoothedClassifier, pixels: list[torch.Tensor]) -> np.ndarray:
+    # each picture is a group: they may be of different sizes
+    groups = [one[None].to(smoothed.device) for one in pixels]
+    size = smoothed.batch_size
+    found = [smoothed.base(groups[first : first + size], 0.0).float() for first in range(0, len(groups), size)]
+    return torch.cat(found).cpu().numpy()
 
 
 def _level(

@@ -17,7 +17,8 @@ from .labelled_images import LabelledImages
 from .loading import loading
 from .model_check import check_model
 from .noise import GaussianNoise
-from .options import Alpha, BatchSize
+from .options import Alpha, BatchSize, Denoiser, NoiseResolution
+from .preparation import read_resolution
 from .smoothing import SmoothedClassifier
 from .tables import print_table
 
@@ -106,6 +107,8 @@ def check(
     alpha: Alpha = 0.001,
     device: Annotated[str | None, typer.Option(help="Where to compute, such as `cuda`.")] = None,
     batch_size: BatchSize = 64,
+    noise_resolution: NoiseResolution = "input",
+    denoiser: Denoiser = None,
 ) -> None:
     """
     See in a minute whether a model is worth smoothing: its norms, its answers under noise, what a budget can show.
@@ -115,7 +118,12 @@ def check(
     try:
         with loading(model):
             smoothed = SmoothedClassifier.from_pretrained(
-                model, GaussianNoise(0.25), device=device, batch_size=batch_size
+                model,
+                GaussianNoise(0.25),
+                device=device,
+                batch_size=batch_size,
+                noise_resolution=read_resolution(noise_resolution),
+                denoiser=denoiser,
             )
         images = None if dataset is None else LabelledImages(dataset, split=split)
         found = check_model(smoothed, images, n=n, alpha=alpha)

@@ -4,7 +4,6 @@ The encoder is timm's `VisionTransformer`; this file adds what certification nee
 normalisation inside the model, and norms that do not look at the rest of the batch.
 """
 
-import warnings
 from difflib import get_close_matches
 from functools import partial
 from itertools import pairwise
@@ -258,35 +257,30 @@ class MixedNoiseViTForImageClassification(MixedNoiseViTPreTrainedModel):
         cls, name: str, *, pretrained: bool = True, **config_kwargs: Any
     ) -> "MixedNoiseViTForImageClassification":
         """
-        Start from the architecture and, where they can be had, the weights of a timm ViT.
+        Start from the architecture and the weights of a timm ViT.
 
         Args:
             name: a timm model whose class is timm's `VisionTransformer`, such as `"vit_tiny_patch16_224"`.
-            pretrained: load timm's weights. Where there are none to be had (no network and none in the cache), the
-                architecture is returned with fresh weights and a warning says so.
+            pretrained: load timm's weights; without, they are fresh.
             config_kwargs: fields of [`MixedNoiseViTConfig`] to set on top, such as `num_labels` or `id2label`.
 
         Returns:
             A model with a fresh classifier; noise-free, its features equal timm's for pixels normalised as timm does.
 
         Raises:
-            ValueError: where the name is unknown, or where the model is no ViT that this class can hold.
+            ValueError: where the name is unknown, where there are no weights to be had (no network and none in the cache),
+                or where the model is no ViT that this class can hold.
         """
         if not timm.is_model(name):
             close = ", ".join(get_close_matches(name, timm.list_models(module="vision_transformer"), 4, 0.3))
             raise ValueError(f"timm has no model {name!r}. Close: {close}.")
-        source = None
-        if pretrained:
-            try:
-                source = timm.create_model(name, pretrained=True, num_classes=0)
-            except (OSError, RuntimeError, ValueError) as error:
-                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-                warnings.warn(
-                    f"No weights of {name!r} to be had ({reason}): starting from its architecture alone.", stacklevel=2
-                )
-        if source is None:
-            source = timm.create_model(name, pretrained=False, num_classes=0)
-        source.eval()
+        try:
+            source = timm.create_model(name, pretrained=pretrained, num_classes=0).eval()
+        except (OSError, RuntimeError, ValueError) as error:
+            if not pretrained:
+                raise
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ValueError(f"No weights of timm's {name!r} are to be had: {reason}") from error
         described = _config_kwargs_of_timm(name, source)
         for field in ("image_mean", "image_std"):
             described[field] = config_kwargs.pop(field, described[field])

@@ -39,6 +39,7 @@ SCHEMA = pa.schema(
         "dtype": pa.string(),
         "compiled": pa.bool_(),
         "noise_resolution": pa.string(),
+        "denoiser": pa.string(),
         "delta": pa.float64(),
         "calibration": pa.string(),
         "seconds": pa.float64(),  # of its process since the record before; images share batches: sums and means count
@@ -99,6 +100,7 @@ def error_record(
         "dtype": smoothed.base.precision,
         "compiled": smoothed.base.compiled,
         "noise_resolution": smoothed.noise_resolution,
+        "denoiser": smoothed.base.denoiser_name,
         "error": error,
     }
 

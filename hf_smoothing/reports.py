@@ -71,6 +71,7 @@ def _entry(result: Result, radii: Sequence[float]) -> dict[str, Any]:
         "delta": result.delta,
         "calibration": sorted({one for one in result.column("calibration") if one}),
         "noise_resolution": result.noise_resolution,
+        "denoiser": result.denoiser,
         "decided_radii": result.decided_radii,
         "radii_out_of_reach": result.radii_out_of_reach,
         **figures,
@@ -179,6 +180,11 @@ def notes(report: dict[str, Any]) -> list[str]:
             )
     if (resolution := entries[0].get("noise_resolution", "input")) != "input":
         said.append(f"Noise was added at resolution {resolution}, to whose pixels the radii belong.")
+    for entry in entries:
+        if (denoiser := entry.get("denoiser")) is not None:
+            said.append(
+                f"{entry['title']}: the denoiser {denoiser} is in front of the model, and part of what is certified."
+            )
     said += _early_stops(entries)
     if logs := [entry["run"] for entry in entries if entry["is_log"]]:
         said.append(

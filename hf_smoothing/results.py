@@ -64,8 +64,12 @@ class Result:
 
     @property
     def model(self) -> str | None:
-        """What tells its model from others: a digest of the weights, or else the name; None where unknown."""
-        return self.settings.get("model_weights") or self.settings.get("model_name_or_path")
+        """
+        What tells its model from others: a digest of the weights, or else the name, and the denoiser in front of it; None
+        where unknown.
+        """
+        found = self.settings.get("model_weights") or self.settings.get("model_name_or_path")
+        return found if found is None or self.denoiser is None else f"{found} behind {self.denoiser}"
 
     @property
     def asked_radii(self) -> list[float]:
@@ -107,6 +111,11 @@ class Result:
     def noise_resolution(self) -> str:
         """To whose pixels the radii belong; runs of before there was a choice do not say."""
         return self._only("noise_resolution") or "input"
+
+    @property
+    def denoiser(self) -> str | None:
+        """What was in front of the classifier, if anything."""
+        return self.settings.get("denoiser") or self._only("denoiser")
 
     @cached_property
     def delta(self) -> float | None:

@@ -129,8 +129,9 @@ class SmoothedClassifier:
         """
         model_kwargs.setdefault("dtype", torch.float32)
         model = AutoModelForImageClassification.from_pretrained(model_name_or_path, **model_kwargs)
+        where = ("revision", "token", "trust_remote_code", "subfolder", "cache_dir", "local_files_only")
         processor = AutoImageProcessor.from_pretrained(
-            model_name_or_path, revision=model_kwargs.get("revision", "main")
+            model_name_or_path, **{name: model_kwargs[name] for name in where if name in model_kwargs}
         )
         if device is not None:
             model = model.to(device)
@@ -210,13 +211,12 @@ class SmoothedClassifier:
         if self.calibration is None:
             return
         modules = {"model_weights": self.base.classifier, "head_weights": getattr(self.count_head, "model", None)}
-        denoiser = self.base.denoiser
         self.calibration.check(
             {
                 **{name: weights_digest(one) for name, one in modules.items() if isinstance(one, nn.Module)},
                 "noise": self.noise.name,
                 "noise_resolution": self.noise_resolution,
-                "denoiser": None if denoiser is None else getattr(denoiser, "__name__", "unknown"),
+                "denoiser": self.base.denoiser_name,
                 "dtype": self.base.precision,
             }
         )
@@ -406,6 +406,7 @@ class SmoothedClassifier:
             norm=self.noise.norm,
             sampling=image.noisy.sampling,
             noise_resolution=self.noise_resolution,
+            denoiser=self.base.denoiser_name,
             sigma=self.noise.sigma,
             alpha=rule.alpha,
             p_lower=outcome.p_lower,

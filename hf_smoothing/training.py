@@ -57,7 +57,9 @@ class TrainingSettings:
     max_grad_norm: float = HfArg(default=1.0, help="gradients are clipped to this norm")
     ema_decay: float = HfArg(default=0.0, help="average the weights with this decay and save the average; 0: do not")
     seed: int = HfArg(default=0, help="of everything that is random")
-    mixed_precision: str = HfArg(default="no", help="no, bf16 or fp16")
+    mixed_precision: str | None = HfArg(
+        default=None, help="no, bf16 or fp16; by default what `accelerate launch` was told"
+    )
     torch_compile: bool = HfArg(default=False, help="compile the model: slow to start, faster later")
     checkpointing_steps: str = HfArg(default="epoch", help="a checkpoint every this many steps, or every epoch")
     resume_from_checkpoint: str | None = HfArg(
@@ -81,7 +83,7 @@ class TrainingSettings:
                     f"checkpointing_steps={self.checkpointing_steps!r} must be a number of steps, or epoch."
                 )
             check_count("checkpointing_steps", int(self.checkpointing_steps))
-        if self.mixed_precision not in ("no", "bf16", "fp16"):
+        if self.mixed_precision not in (None, "no", "bf16", "fp16"):
             raise ValueError(f"mixed_precision={self.mixed_precision!r} is unknown: use no, bf16 or fp16.")
         for name in ("learning_rate", "max_grad_norm"):
             if not 0 < getattr(self, name) < math.inf:
@@ -98,7 +100,7 @@ class TrainingSettings:
         """The processes that were launched."""
         return start_processes(
             mixed_precision=self.mixed_precision,
-            dynamo_backend="inductor" if self.torch_compile else "no",
+            dynamo_backend="inductor" if self.torch_compile else None,
             log_with=self.report_to,
             project_dir=self.output_dir,
         )
@@ -133,16 +135,23 @@ def parameter_groups(
     learns by `layer_decay` slower than the next (timm's grouping; Bao et al. 2021, BEiT). Frozen ones are left out.
 
     Args:
-        model: one with an encoder at `mixed_noise_vit.encoder`.
+        model: a mixed-noise ViT; any other, whose layers nobody knows here, for a `layer_decay` of 1 alone.
         learning_rate: that of the last layer and of what comes after it.
         weight_decay: of those that decay.
         layer_decay: at most 1.
+
+    Raises:
+        ValueError: for a layer decay of another model.
     """
-    encoder = model.mixed_noise_vit.encoder
-    groups = param_groups_layer_decay(
-        encoder, weight_decay, no_weight_decay_list=encoder.no_weight_decay(), layer_decay=layer_decay
-    )
-    inside = {id(parameter) for parameter in encoder.parameters()}
+    groups, inside = [], set()
+    if hasattr(model, "mixed_noise_vit"):
+        encoder = model.mixed_noise_vit.encoder
+        groups = param_groups_layer_decay(
+            encoder, weight_decay, no_weight_decay_list=encoder.no_weight_decay(), layer_decay=layer_decay
+        )
+        inside = {id(parameter) for parameter in encoder.parameters()}
+    elif layer_decay < 1:
+        raise ValueError(f"layer_decay={layer_decay:g} takes a mixed-noise ViT: for other models leave it out.")
     rest = [one for one in model.parameters() if id(one) not in inside and one.requires_grad]
     for decay, parameters in (
         (weight_decay, [one for one in rest if one.ndim > 1]),
@@ -192,6 +201,7 @@ def train(
     output_dir, together = Path(settings.output_dir), settings.gradient_accumulation_steps
     steps = _number_of_steps(settings, batches)
     deciding = {name: value for name, value in asdict(settings).items() if name not in _FREE}
+    deciding["mixed_precision"] = accelerator.mixed_precision
     identity = {**deciding, **identity, "steps": steps, "num_processes": accelerator.num_processes}
     identity = json.loads(json.dumps(identity))
     checkpoint = find_checkpoint(output_dir, settings.resume_from_checkpoint, identity)
@@ -242,9 +252,11 @@ def train(
                 bar.set_postfix(loss=f"{log.write_loss(position, scheduler.get_last_lr()[-1]):.3f}")
             due = settings.checkpointing_steps != "epoch" and position.step % int(settings.checkpointing_steps) == 0
             if due and position.step < steps:  # the last one follows the model: who goes on from it finds that saved
+                log.refuse_infinite(position, final)
                 saved_at = save_checkpoint(accelerator, output_dir, position, log, identity)
         if position.batch == 0:
             raise ValueError("The stream holds fewer images than one update takes.")
+        log.refuse_infinite(position, final)
         if evaluate is not None:
             final.eval()
             log.write(position, "evaluation", evaluate(final))

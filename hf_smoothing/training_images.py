@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count, islice
 from typing import Any
 
@@ -88,6 +89,11 @@ class ImageSettings:
             )
         if self.auto_augment is not None and not self.auto_augment.startswith("rand-"):
             raise ValueError(f"auto_augment={self.auto_augment!r} is no RandAugment of timm, such as rand-m9-mstd0.5.")
+        if self.auto_augment is not None:
+            try:
+                rand_augment_transform(self.auto_augment, {})
+            except (AssertionError, KeyError, ValueError) as error:
+                raise ValueError(f"auto_augment={self.auto_augment!r} is nothing that timm can read.") from error
         if self.mixup_alpha < 0 or self.cutmix_alpha < 0:
             raise ValueError(
                 f"mixup_alpha={self.mixup_alpha:g} and cutmix_alpha={self.cutmix_alpha:g} must be 0 or above."
@@ -147,6 +153,11 @@ def names_of_classes(images: LabelledImages) -> list[str]:
             f"The column {images.label_column!r} holds {sorted(map(str, labels))[:5]}: labels must be class numbers from 0 "
             "on, or names."
         )
+    if max(labels) >= 100 * len(labels):
+        raise ValueError(
+            f"The column {images.label_column!r} holds {len(labels)} different numbers up to {max(labels):,}: number the "
+            "classes from 0 on."
+        )
     return [str(number) for number in range(max(labels) + 1)]
 
 
@@ -163,6 +174,10 @@ def _picture(images: LabelledImages, index: int, row: dict[str, Any], size: int 
         pixels = to_pixels(picture, images.preparation)  # resized as it will be where it is certified
         picture = Image.fromarray(pixels.mul(255).round().byte().permute(1, 2, 0).numpy())
     return picture, label
+
+
+def _read_picture(images: LabelledImages, size: int | None, index: int) -> tuple[Image.Image, int]:
+    return _picture(images, index, images.source[index], size)
 
 
 def augmentation(image_size: int, settings: ImageSettings) -> Any:
@@ -230,7 +245,7 @@ class TrainingBatches:
             held = [_picture(images, index, read(), size) for index, read in reading]
             self.source = _Pictures(held.__getitem__, transform)
         else:
-            self.source = _Pictures(lambda index: _picture(images, index, images.source[index], size), transform)
+            self.source = _Pictures(partial(_read_picture, images, size), transform)
 
     def __len__(self) -> int:
         """Batches an epoch; a last one that is not full is left out."""
@@ -295,8 +310,11 @@ class _Stream(IterableDataset):
 
     def __iter__(self) -> Iterator[Batch]:
         together = self.batch_size * self.num_processes
-        shuffled = self.images.source.shuffle(seed=self.seed, buffer_size=_SHUFFLE_BUFFER)
-        rows = islice(enumerate(shuffled), self.first * together, self.images.max_samples)
+        source: Any = self.images.source
+        if self.images.max_samples is not None:  # the first ones, whatever the order
+            source = source.take(self.images.max_samples)
+        shuffled = source.shuffle(seed=self.seed, buffer_size=_SHUFFLE_BUFFER)
+        rows = islice(enumerate(shuffled), self.first * together, None)
         for position in count(self.first):
             chunk = list(islice(rows, together))
             if len(chunk) < together:  # on all processes alike, or one would wait for the others

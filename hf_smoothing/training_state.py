@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from .records import write_json
 
@@ -66,7 +67,19 @@ class Log:
     def share(self) -> None:
         """The losses of this process become the means over all processes."""
         if self.losses:
-            self.losses = list(self.accelerator.reduce(torch.stack(self.losses), "mean").cpu())
+            # those of before a checkpoint are shared already, and may lie elsewhere
+            together = torch.stack([one.to(self.accelerator.device) for one in self.losses])
+            self.losses = list(self.accelerator.reduce(together, "mean").cpu())
+
+    def refuse_infinite(self, position: Position, model: nn.Module) -> None:
+        """Raise a `FloatingPointError` where there is nothing worth saving: in place of what was saved before, that is."""
+        self.share()
+        finite = all(math.isfinite(float(one)) for one in self.losses)
+        if not finite or not all(bool(one.isfinite().all()) for one in model.parameters()):
+            raise FloatingPointError(
+                f"Loss or weights are no longer finite by step {position.step}: lower the learning rate and start anew, or "
+                "go on from the last checkpoint if that is of before."
+            )
 
     def write_loss(self, position: Position, learning_rate: float) -> float:
         """Log the mean loss since the last time, and return it."""
@@ -102,6 +115,8 @@ def save_checkpoint(
     if accelerator.is_main_process:
         write_json(identity, unfinished / "settings.json")
         before = [one for one in _checkpoints(output_dir) if one != folder]
+        if folder.exists():  # of a training that went on from an earlier checkpoint
+            shutil.rmtree(folder)
         unfinished.rename(folder)
         for one in before:
             shutil.rmtree(one)
@@ -126,6 +141,8 @@ def find_checkpoint(output_dir: Path, asked: str | None, identity: dict[str, Any
         return None
     if asked == LATEST:
         if not there:
+            if (output_dir / "results" / "training.json").exists():
+                raise ValueError(f"{output_dir} holds a finished model and no checkpoint: choose another folder.")
             return None
         found = there[-1]
     else:

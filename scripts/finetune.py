@@ -1,8 +1,9 @@
-"""Finetune a mixed-noise ViT on a dataset: on clean images by default, since robustness comes along from pretraining.
+"""Finetune an image classifier on a dataset: on clean images by default, since robustness comes along from pretraining.
 
     accelerate launch scripts/finetune.py --model_name_or_path user/repo --dataset_name uoft-cs/cifar10 --output_dir my-model
 
 On CPUs, several processes take `torchrun --nproc_per_node 2 scripts/finetune.py ...` (`accelerate launch --cpu` starts one).
+A model that was not pretrained on noisy images takes `--sigmas 0 0.25 0.5 1`, whatever its kind.
 `--resume_from_checkpoint latest` goes on where a training was cut short, and ends with the weights it would have had.
 """
 
@@ -15,8 +16,9 @@ from transformers.hf_argparser import HfArg
 
 from hf_smoothing.arguments import argument_parser
 from hf_smoothing.cards import begin as begin_card
-from hf_smoothing.classifier_training import EvaluationSettings, load_to_finetune, train_classifier
+from hf_smoothing.classifier_training import EvaluationSettings, head_of, load_to_finetune, train_classifier
 from hf_smoothing.hub import HubSettings
+from hf_smoothing.modeling_mixed_noise_vit import MixedNoiseViTForImageClassification
 from hf_smoothing.training import TrainingSettings
 from hf_smoothing.training_images import ImageSettings, names_of_classes
 
@@ -26,7 +28,7 @@ class BaseSettings:
     """What to start from."""
 
     model_name_or_path: str = HfArg(
-        help="mixed-noise ViT on the Hub or in a local folder, or the name of a ViT of timm"
+        help="image classifier on the Hub or in a local folder, best a mixed-noise ViT, or the name of a ViT of timm"
     )
     revision: str | None = HfArg(default=None, help="revision of the model: a branch, tag or commit")
     freeze_backbone: bool = HfArg(default=False, help="train the head alone (linear probe)")
@@ -43,18 +45,24 @@ def main() -> None:
         with accelerator.main_process_first():  # one downloads, the others find it there
             images = image_settings.open()
             torch.manual_seed(settings.seed)  # of the head
-            model = load_to_finetune(
+            model, processor = load_to_finetune(
                 base.model_name_or_path,
                 names_of_classes(images),
                 revision=base.revision,
                 drop_path_rate=base.drop_path_rate,
             )
-        model.mixed_noise_vit.requires_grad_(not base.freeze_backbone)
-        train_classifier(model, images, image_settings, settings, evaluation, accelerator, base.model_name_or_path)
+        if base.freeze_backbone:
+            model.requires_grad_(False)
+            head_of(model).requires_grad_(True)
+        if not isinstance(model, MixedNoiseViTForImageClassification):
+            settings.layer_decay = 1.0  # the layers of other models are not known
+        train_classifier(
+            model, images, image_settings, settings, evaluation, accelerator, base.model_name_or_path, processor
+        )
         if accelerator.is_main_process:
             begin_card(
                 Path(settings.output_dir),
-                summary="A mixed-noise vision transformer, finetuned.",
+                summary=f"A {model.config.model_type.replace('_', '-')} model, finetuned.",
                 dataset=image_settings.dataset_name,
                 base_model=base.model_name_or_path,
             )

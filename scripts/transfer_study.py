@@ -121,7 +121,7 @@ def train_arm(
         )
         model = MixedNoiseViTForImageClassification(config)
     else:
-        model = load_to_finetune(str(base), names)
+        model, _ = load_to_finetune(str(base), names)
     training = TrainingSettings(
         str(folder),
         max_train_steps=steps,

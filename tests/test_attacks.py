@@ -1,6 +1,7 @@
 """Attacks on certificates: right ones stand, and wrong ones are found out."""
 
 import json
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -84,6 +85,7 @@ def test_ways_that_lead_nowhere_are_passed_over(linear, image):
 def test_settings_out_of_range(linear, image):
     for settings, message in (
         ({"n": 20}, "can show nothing"),
+        ({"n": 23}, "it takes 24 at least"),
         ({"steps": 0}, "steps=0"),
         ({"alpha": 2.0}, "alpha=2"),
         ({"reach": 0.5}, "reach=0.5"),
@@ -166,12 +168,27 @@ def test_a_planted_wrong_certificate_is_found_and_kept(certify, model, tmp_path)
     assert pixels.shape == (3, 8, 8)
     said = json.loads(next(path for path in kept if path.suffix == ".json").read_text())
     assert float(change.norm()) == pytest.approx(said["norm"])
+    results = json.loads((tmp_path / "audit" / "audit.json").read_text())
+    (row,) = results["by_sigma"]
+    assert row["violations"] == results["violations"] == len(kept) // 2
+    assert row["least_norm_over_radius"] is None or row["least_norm_over_radius"] >= 1  # violations are not beyond
+    assert said["settings"]["run"]["model_weights"]
+    assert said["settings"]["attack"]["n"] == 200
     # all that it takes to see it again
     smoothed = SmoothedClassifier.from_pretrained(model, GaussianNoise(said["certificate"]["sigma"]))
     assert smoothed.predict(torch.stack([pixels, pixels + change]), 400, 1e-3, seed=5) == [
         said["certificate"]["prediction"],
         said["prediction"],
     ]
+
+
+def test_a_model_with_another_image_processor_is_not_what_was_certified(certify, model, tmp_path):
+    shutil.copytree(model, tmp_path / "model")
+    certify(tmp_path / "run", split="train", every=50, max_draws=100, model_name_or_path=str(tmp_path / "model"))
+    processor = tmp_path / "model" / "preprocessor_config.json"
+    processor.write_text(json.dumps({**json.loads(processor.read_text()), "resample": 3}))
+    with pytest.raises(ValueError, match=r"it has another image_processor\.resample"):
+        audit(tmp_path / "run", tmp_path / "audit", SETTINGS)
 
 
 def test_runs_that_cannot_be_audited(certify, tmp_path):

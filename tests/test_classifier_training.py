@@ -1,11 +1,12 @@
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import SHIPPED_MODEL
-from transformers import ViTConfig
+from transformers import BertConfig
 
 from hf_smoothing import MixedNoiseViTForImageClassification
 from hf_smoothing.classifier_training import (
@@ -56,7 +57,7 @@ def test_training_weighs_how_alike_noisy_copies_are_answered(demo_images, tmp_pa
         settings = TrainingSettings(
             str(tmp_path / f"weight-{weight:g}"), max_train_steps=1, per_device_train_batch_size=20
         )
-        model = load_to_finetune(str(SHIPPED_MODEL), names_of_classes(opened))
+        model, _ = load_to_finetune(str(SHIPPED_MODEL), names_of_classes(opened))
         found = train_classifier(model, opened, images, settings, EvaluationSettings(), settings.start())
         losses.append(found["final_loss"])
     divergence = (losses[1] - losses[0]) / 10
@@ -66,10 +67,10 @@ def test_training_weighs_how_alike_noisy_copies_are_answered(demo_images, tmp_pa
 
 def test_the_head_is_kept_only_for_the_same_classes(tiny_model_dir):
     source = MixedNoiseViTForImageClassification.from_pretrained(tiny_model_dir)
-    same = load_to_finetune(str(tiny_model_dir), ["cat", "dog", "frog"])
+    same, _ = load_to_finetune(str(tiny_model_dir), ["cat", "dog", "frog"])
     assert torch.equal(same.classifier.weight, source.classifier.weight)
     for names in (["dog", "cat", "frog"], ["a", "b", "c"], ["a", "b"], [str(i) for i in range(7)]):
-        model = load_to_finetune(str(tiny_model_dir), names, drop_path_rate=0.1)
+        model, _ = load_to_finetune(str(tiny_model_dir), names, drop_path_rate=0.1)
         assert [model.config.id2label[index] for index in range(len(names))] == names
         assert model.config.label2id[names[1]] == 1
         assert model.config.num_labels == model.classifier.out_features == len(names)
@@ -83,15 +84,39 @@ def test_the_head_is_kept_only_for_the_same_classes(tiny_model_dir):
 
 
 def test_timm_and_other_models(tmp_path):
-    with pytest.warns(UserWarning, match="No weights"):
-        model = load_to_finetune("timm/vit_tiny_patch16_224", ["a", "b"])
-    assert model.config.image_size == 224
-    assert model.config.id2label == {0: "a", 1: "b"}
-    ViTConfig().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="is a vit model"):
+    with pytest.raises(ValueError, match="No weights of timm's"):  # offline: not silently from chance ones
+        load_to_finetune("timm/vit_tiny_patch16_224", ["a", "b"])
+    BertConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="BertConfig"):
         load_to_finetune(str(tmp_path), ["a", "b"])
     with pytest.raises(ValueError, match="nowhere"):
         load_to_finetune("nobody/nowhere", ["a", "b"])
+
+
+def test_weights_that_are_not_those_of_the_config_are_refused(tiny_model_dir, tmp_path):
+    for field, value in (("num_hidden_layers", 1), ("hidden_size", 64), ("image_size", 64)):
+        folder = tmp_path / field
+        shutil.copytree(tiny_model_dir, folder)
+        config = json.loads((folder / "config.json").read_text())
+        assert config[field] != value
+        (folder / "config.json").write_text(json.dumps({**config, field: value}))
+        with pytest.raises(ValueError, match=r"are not those of its config\.json"):
+            load_to_finetune(str(folder), ["a", "b"])
+    weights = tiny_model_dir / "model.safetensors"
+    (tmp_path / "cut").mkdir()
+    shutil.copy(tiny_model_dir / "config.json", tmp_path / "cut")
+    (tmp_path / "cut" / "model.safetensors").write_bytes(weights.read_bytes()[:2000])
+    with pytest.raises(ValueError, match="its weights are damaged"):
+        load_to_finetune(str(tmp_path / "cut"), ["a", "b"])
+
+
+def test_one_file_has_no_other_split(parquet, tiny_model_dir, tmp_path):
+    images = ImageSettings(str(parquet), max_train_samples=40)
+    opened = images.open()
+    model, _ = load_to_finetune(str(tiny_model_dir), names_of_classes(opened))
+    settings = TrainingSettings(str(tmp_path), max_train_steps=1, per_device_train_batch_size=20)
+    with pytest.raises(ValueError, match="is one file, which has no split 'test'"):
+        train_classifier(model, opened, images, settings, EvaluationSettings("test"), settings.start())
 
 
 def test_training_writes_a_model_and_what_came_of_it(tiny_model_dir, demo_images, tmp_path):
@@ -102,7 +127,7 @@ def test_training_writes_a_model_and_what_came_of_it(tiny_model_dir, demo_images
     )
     settings = TrainingSettings(str(tmp_path / "out"), num_train_epochs=2, per_device_train_batch_size=20)
     images = image_settings.open()
-    model = load_to_finetune(str(tiny_model_dir), names_of_classes(images))
+    model, _ = load_to_finetune(str(tiny_model_dir), names_of_classes(images))
     evaluation = EvaluationSettings("train", eval_samples=10, eval_draws=2, eval_sigmas=[0.0, 0.5])
     found = train_classifier(
         model, images, image_settings, settings, evaluation, settings.start(), str(tiny_model_dir)

@@ -1,5 +1,7 @@
 """The look at a model before anything is certified."""
 
+from dataclasses import replace
+
 import pytest
 import timm
 import torch
@@ -47,6 +49,19 @@ def test_batch_statistics_are_warned_of(resnet):
     assert "draws/s" in said
     assert "is it trained?" in said  # chance weights answer everything alike, which is no robustness
     assert "worth smoothing there" not in said
+
+
+def test_answers_that_guessing_may_give_are_not_worth_smoothing(resnet):
+    smoothed = SmoothedClassifier.from_pretrained(SHIPPED_MODEL, GaussianNoise(0.25), batch_size=32)
+    found = check_model(smoothed, sigmas=(0.0, 0.25), count=20, draws=1, seconds=5)
+    levels = [{**level, "accuracy": 0.2, "same_answer": 1.0} for level in found.levels]
+    said = " ".join(replace(found, levels=levels, images=20).advice())
+    assert "about 20% of 20 clean pictures, which guessing might be too" in said
+    assert "worth smoothing there" not in said
+    # answers kept that are wrong are worth nothing either
+    levels[0]["accuracy"] = 0.8
+    said = " ".join(replace(found, levels=levels, images=20).advice())
+    assert "Not worth smoothing as it is" in said
 
 
 def test_norms_of_timm_have_an_activation_inside():

@@ -1,5 +1,7 @@
 """Classifiers that people bring along: any architecture, in the right units, with noise where they want it."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -29,9 +31,12 @@ from transformers import (
 
 import hf_smoothing  # noqa: F401
 from hf_smoothing import GaussianNoise, SmoothedClassifier
+from hf_smoothing.classifier_training import EvaluationSettings, head_of, load_to_finetune, train_classifier
 from hf_smoothing.data import to_pixels
 from hf_smoothing.forward_pass import wiener
 from hf_smoothing.preparation import Preparation
+from hf_smoothing.training import TrainingSettings, parameter_groups
+from hf_smoothing.training_images import ImageSettings, names_of_classes
 
 SIDE = 32
 VIT = {
@@ -222,9 +227,10 @@ def test_a_denoiser_is_part_of_the_base_classifier(linear, small_images):
         return pixels
 
     smoothed = SmoothedClassifier(linear, GaussianNoise(0.5), denoiser=denoiser)
-    assert smoothed.certify(small_images, radius=0.1) == SmoothedClassifier(linear, GaussianNoise(0.5)).certify(
-        small_images, radius=0.1
-    )
+    found = smoothed.certify(small_images, radius=0.1)
+    assert {one.denoiser for one in found} == {"denoiser"}
+    alone = SmoothedClassifier(linear, GaussianNoise(0.5)).certify(small_images, radius=0.1)
+    assert [replace(one, denoiser=None) for one in found] == alone
     assert set(asked) == {0.5}
     with pytest.raises(ValueError, match="denoiser='magic' is unknown"):
         SmoothedClassifier(linear, GaussianNoise(0.5), denoiser="magic")
@@ -232,3 +238,60 @@ def test_a_denoiser_is_part_of_the_base_classifier(linear, small_images):
         SmoothedClassifier(linear, GaussianNoise(0.5), denoiser=lambda x, s: x[:, :1]).certify(
             small_images, radius=0.1
         )
+
+
+@pytest.mark.filterwarnings("ignore:.*BatchNorm")
+def test_they_learn_from_noisy_images_with_their_normalisation_behind_the_noise(
+    folder, parquet, demo_images, tmp_path
+):
+    images = ImageSettings(parquet, sigmas=[0.0, 0.5], max_train_samples=40)
+    opened = images.open()
+    names = names_of_classes(opened)
+    settings = TrainingSettings(str(tmp_path), max_train_steps=2, per_device_train_batch_size=20)
+    model, processor = load_to_finetune(str(folder), names)
+    assert head_of(model).out_features == len(names)
+    before = {name: one.clone() for name, one in model.named_parameters()}
+    looked = EvaluationSettings("train", eval_samples=40, eval_sigmas=[0.0])
+    found = train_classifier(model, opened, images, settings, looked, settings.start(), str(folder), processor)
+    assert not any(torch.equal(one, before[name]) for name, one in model.named_parameters() if one.ndim > 1)
+    # what the training saw of it at last is what the saved model's own pipeline says
+    own = pipeline("image-classification", model=str(tmp_path), top_k=1)
+    chosen = demo_images.select(np.random.default_rng(0).permutation(len(demo_images))[:40])
+    right = [own(row["image"])[0]["label"] == names[row["label"]] for row in chosen]
+    assert found["evaluation"]["majority_accuracy_sigma_0"] == pytest.approx(np.mean(right), abs=0.03)
+    assert SmoothedClassifier.from_pretrained(tmp_path, GaussianNoise(0.25)).class_names == names
+
+
+def test_what_finetuning_says_of_them(tmp_path):
+    MODELS["resnet"]().save_pretrained(tmp_path)
+    ConvNextImageProcessor(size={"shortest_edge": SIDE}).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="BatchNorm"):
+        load_to_finetune(str(tmp_path), ["a", "b"])
+    with pytest.raises(ValueError, match="has no drop_path_rate"):
+        load_to_finetune(str(tmp_path), ["a", "b"], drop_path_rate=0.1)
+    with pytest.warns(UserWarning, match="BatchNorm"):
+        model, _ = load_to_finetune(str(tmp_path), ["a", "b", "c"])
+    with pytest.raises(ValueError, match="takes a mixed-noise ViT"):
+        parameter_groups(model, 1e-3, 0.0, layer_decay=0.5)
+
+
+def test_a_denoiser_that_is_a_module_is_in_evaluation_mode_and_named_by_its_weights():
+    """In training mode a draw would depend on the others of its batch."""
+
+    class Cleans(torch.nn.Sequential):
+        def forward(self, pixels, sigma):
+            return super().forward(pixels)
+
+    denoiser = Cleans(torch.nn.BatchNorm2d(3), torch.nn.Dropout(0.5))
+    smoothed = SmoothedClassifier(lambda pixels: pixels.mean((2, 3)), GaussianNoise(0.25), denoiser=denoiser)
+    (found,) = smoothed.certify(torch.full((1, 3, 8, 8), 0.5), radius=0.1, max_samples=50)
+    assert not denoiser.training
+    assert int(denoiser[0].num_batches_tracked) == 0
+    assert found.denoiser.startswith("Cleans ")
+    other = Cleans(torch.nn.BatchNorm2d(3), torch.nn.Dropout(0.5))
+    torch.nn.init.constant_(other[0].weight, 2.0)
+    again = SmoothedClassifier(lambda pixels: pixels.mean((2, 3)), GaussianNoise(0.25), denoiser=other)
+    assert again.base.denoiser_name != found.denoiser
+    torch.nn.init.constant_(other[0].weight, float("nan"))
+    with pytest.raises(ValueError, match="not all finite"):
+        SmoothedClassifier(lambda pixels: pixels.mean((2, 3)), GaussianNoise(0.25), denoiser=other)

@@ -2,6 +2,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -214,6 +215,54 @@ def test_killed_while_the_model_is_saved_it_is_saved_by_the_next_start(settings)
         run(settings, evaluate=fail)
     run(settings)
     assert weights(settings.output_dir)
+
+
+def test_a_training_that_comes_to_nothing_leaves_the_last_checkpoint_as_it_was(settings):
+    """Steps of a size beyond all numbers, whose losses would be looked at much later."""
+    settings = replace(settings, checkpointing_steps="2", logging_steps=1000, ema_decay=0.0)
+    steps = []
+
+    def breaks(model, pixels, labels):
+        steps.append(len(steps))
+        if len(steps) == 4:
+            with torch.no_grad():
+                model.classifier.weight.fill_(float("nan"))
+        return plain_loss(model, pixels, labels)
+
+    with pytest.raises(FloatingPointError, match="no longer finite by step 4"):
+        run(settings, loss=breaks)
+    (checkpoint,) = Path(settings.output_dir).glob("step_*")
+    assert checkpoint.name == "step_2"
+    assert all(torch.isfinite(one).all() for one in load_file(checkpoint / "model.safetensors").values())
+    assert not (Path(settings.output_dir) / "model.safetensors").exists()
+
+
+def test_a_training_may_go_on_from_an_earlier_checkpoint_than_its_last(settings):
+    settings = replace(settings, checkpointing_steps="4", num_train_epochs=2)
+    run(settings)
+    whole = weights(settings.output_dir)
+    other = replace(settings, output_dir=settings.output_dir + "-2")
+
+    def stop(model):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):  # at the end of the first epoch, with the checkpoint of step 4
+        run(other, evaluate=stop)
+    earlier = Path(other.output_dir) / "earlier"
+    shutil.copytree(Path(other.output_dir) / "step_4", earlier)
+    run(replace(other, resume_from_checkpoint="latest"))
+    assert (Path(other.output_dir) / "step_12").is_dir()
+    run(replace(other, resume_from_checkpoint=str(earlier)))
+    for name, one in weights(other.output_dir).items():
+        assert torch.equal(one, whole[name])
+
+
+def test_a_finished_model_without_checkpoints_is_not_trained_over(settings):
+    results = Path(settings.output_dir) / "results"
+    results.mkdir(parents=True)
+    (results / "training.json").write_text("{}")
+    with pytest.raises(ValueError, match="a finished model and no checkpoint"):
+        run(replace(settings, resume_from_checkpoint="latest"))
 
 
 def test_a_loss_that_is_not_finite_ends_the_training(settings):
