@@ -348,7 +348,8 @@ def audit(results: dict[str, Any]) -> str:
         [
             *lines,
             "",
-            f"At most {settings['steps']:,} gradient steps an image of {settings['draws']} noisy copies each, over "
+            f"At most {settings['steps']:,} gradient steps an image of "
+            f"{settings['draws']} noisy cop{'y' if settings['draws'] == 1 else 'ies'} each, over "
             f"{settings['restarts']} starts and three step sizes; {settings['directions']} random directions; the nearest "
             f"image of another class; up to {settings['reach']:g} times the radius. {settings['n']:,} fresh draws judge a "
             f"candidate, at {settings['alpha']:g}; changes that they leave in doubt do not count. Of the certificates "
