@@ -141,7 +141,7 @@ def render(folder: Path) -> dict[Path, str]:
         figures = None if section.figure is None else KINDS[section.figure](_results(folder, section.results))
         shown.append((section, figures))
     config = _results(folder, "config.json")
-    own = config.get("model_type", MixedNoiseViTConfig.model_type) == MixedNoiseViTConfig.model_type
+    own = config["model_type"] == MixedNoiseViTConfig.model_type
     training = KINDS["training"](_results(folder, "results/training.json"))
     entries = list(_certified(folder, description))
     metadata = ModelCardData(

@@ -114,7 +114,7 @@ def check_model(
     draws: int = 4,
     n: int = 100_000,
     alpha: float = 0.001,
-    seconds: float = 30.0,
+    seconds: float = 20.0,
 ) -> ModelCheck:
     """
     Look at a model.
@@ -128,7 +128,7 @@ def check_model(
         draws: noisy copies of each at each level.
         n: draws for the largest radius and the time.
         alpha: probability of a wrong certificate, for the largest radius.
-        seconds: about how long it may take: slow models are shown fewer pictures, but eight at least.
+        seconds: about how long it may take: slow models are shown fewer pictures, but eight at least, and fewer copies.
 
     Raises:
         ValueError: for images whose classes are not the model's.
@@ -139,7 +139,9 @@ def check_model(
     by_batch = {type(layer).__name__ for layer in layers if _normalises_by_batch(layer)}
     pixels, labels = _pictures(smoothed, images, count)
     rate = _draws_per_second(smoothed, pixels[:1], seconds / 3)
-    fits = max(_FEWEST, int(rate * 2 * seconds / 3 / (draws * len(sigmas))))
+    a_level = rate * 2 * seconds / 3 / len(sigmas)
+    fits = max(_FEWEST, int(a_level / draws))
+    draws = max(1, min(draws, int(a_level / min(fits, len(pixels)))))
     pixels, labels = pixels[:fits], labels[:fits]
     logits = _clean_logits(smoothed, pixels)
     clean, classes = logits.argmax(1), logits.shape[1]
@@ -199,7 +201,8 @@ def _draws_per_second(smoothed: SmoothedClassifier, pixels: list[torch.Tensor], 
     """The rate in full batches, from three of them, or as many as fit into the time."""
     smoothed.certify(pixels, method="counts", n=8)  # the first passes set things up
     started, timed = time.perf_counter(), 0
-    while timed < 3 and (not timed or time.perf_counter() - started < seconds):
+    # none that would end after the time is up
+    while timed < 3 and (not timed or (time.perf_counter() - started) * (timed + 1) / timed < seconds):
         smoothed.certify(pixels, method="counts", n=smoothed.batch_size, seed=timed)
         timed += 1
     return timed * smoothed.batch_size / (time.perf_counter() - started)

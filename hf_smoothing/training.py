@@ -180,7 +180,7 @@ def train(
     checkpoint. After each epoch the model is evaluated and saved, so that a training cut short leaves one.
 
     Args:
-        model: a model with an encoder at `mixed_noise_vit.encoder`.
+        model: see [`parameter_groups`] for which.
         batches: what it sees.
         compute_loss: from the model (in the wrapping of its processes) and a batch's inputs and targets to a loss. The
             global generators it may draw from are seeded for each batch.

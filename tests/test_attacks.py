@@ -201,5 +201,5 @@ def test_runs_that_cannot_be_audited(certify, tmp_path):
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     run["settings"]["model_weights"] = "others"
     (tmp_path / "run" / "run.json").write_text(json.dumps(run))
-    with pytest.raises(ValueError, match="weights are others"):
+    with pytest.raises(ValueError, match="it has another model_weights"):
         audit(tmp_path / "run", tmp_path / "audit", SETTINGS)

@@ -63,7 +63,7 @@ def folder(tmp_path):
     }
     (folder / "results" / "report.json").write_text(json.dumps(report))
     (folder / "results" / "training.json").write_text(json.dumps(training))
-    (folder / "config.json").write_text(json.dumps({"image_size": 32}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "mixed_noise_vit", "image_size": 32}))
     description = {
         "summary": "A model.",
         "datasets": ["uoft-cs/cifar10"],
