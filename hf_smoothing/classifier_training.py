@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import timm
 import torch
 from accelerate import Accelerator
@@ -37,7 +36,7 @@ class EvaluationSettings:
     """
 
     eval_split: str | None = HfArg(default=None, help="split to evaluate on after each epoch; by default, none")
-    eval_samples: int = HfArg(default=300, help="images of it, the same ones each time")
+    eval_samples: int = HfArg(default=300, help="images of it, the same ones each time (of a stream, the first ones)")
     eval_draws: int = HfArg(default=5, help="noisy copies of each, of which the majority counts")
     eval_sigmas: list[float] = HfArg(default_factory=lambda: [0.0, 0.25, 0.5, 1.0], help="at these noise levels")
 
@@ -319,10 +318,13 @@ def _evaluation(
         split=evaluation.eval_split,
         image_column=image_settings.image_column,
         label_column=image_settings.label_column,
+        max_samples=evaluation.eval_samples,
+        spread=True,
+        streaming=image_settings.streaming,
     )
     images.meet(names, preparation)
-    chosen = np.random.default_rng(0).permutation(len(images.source))[: evaluation.eval_samples].tolist()
-    rows = [(images.pixels(row), images.label(index, row)) for index, row in ((i, images.source[i]) for i in chosen)]
+    chosen = [(index, read()) for index, read in images.chosen()]
+    rows = [(images.pixels(row), images.label(index, row)) for index, row in chosen]
     mine = rows[accelerator.process_index :: accelerator.num_processes]
     if not mine:
         raise ValueError(f"eval_samples={len(rows)} are fewer than the {accelerator.num_processes} processes.")

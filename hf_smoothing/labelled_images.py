@@ -138,6 +138,7 @@ class LabelledImages:
     Attributes:
         class_names: names of the dataset's classes, `None` where labels are plain.
         fingerprint: changes with the dataset; `None` for a stream, of which nobody knows the rest.
+        indices: which images of the split are taken, in order; empty for a stream.
         total: how many images there are; `None` for a stream.
         shape: the shape that pixels must have, once it is set.
 
@@ -169,12 +170,12 @@ class LabelledImages:
         # undecoded: a broken file must cost its image, not the run
         source = source.select_columns([self.image_column, self.label_column])
         self.source = source.cast_column(self.image_column, datasets.Image(decode=False))
-        self._indices = [] if streaming else list(range(0, len(self.source), self.every))
+        self.indices = [] if streaming else list(range(0, len(self.source), self.every))
         if spread and max_samples is not None:
-            order = np.random.default_rng(0).permutation(len(self._indices))[:max_samples]
-            self._indices = [self._indices[place] for place in sorted(order)]
-        self._indices = self._indices[:max_samples]
-        self.total = None if streaming else len(self._indices)
+            order = np.random.default_rng(0).permutation(len(self.indices))[:max_samples]
+            self.indices = [self.indices[place] for place in sorted(order)]
+        self.indices = self.indices[:max_samples]
+        self.total = None if streaming else len(self.indices)
         if self.total == 0 or next(iter(self.source), None) is None:
             raise ValueError(f"The split {split!r} of {name!r} is empty.")
         self.shape: tuple[int, ...] | None = None
@@ -184,20 +185,20 @@ class LabelledImages:
         self.preparation = preparation
         self.to_class = match_labels(self.class_names, names)
         if isinstance(self.source, Dataset):
-            labels = self.source.select_columns(self.label_column).select(self._indices)
-            for index, row in zip(self._indices, labels):
+            labels = self.source.select_columns(self.label_column).select(self.indices)
+            for index, row in zip(self.indices, labels):
                 self.label(index, row)
 
     def chosen(self) -> Iterator[tuple[int, Callable[[], Row]]]:
         """The index of each image, and a call that reads its row, in order."""
         if isinstance(self.source, Dataset):
-            for index in self._indices:
+            for index in self.indices:
                 yield index, partial(self.source.__getitem__, index)
         else:
             for index, row in islice(islice(enumerate(self.source), 0, None, self.every), self.max_samples):
                 yield index, partial(dict, row)
 
-    def label(self, index: int, row: Row) -> int:
+    def label(self, index: int | str, row: Row) -> int:
         try:
             return self.to_class(row[self.label_column])
         except ValueError as error:

@@ -21,7 +21,7 @@ from transformers.hf_argparser import HfArg
 
 from .certificates import check_count
 from .data import to_pixels
-from .labelled_images import LabelledImages
+from .labelled_images import LabelledImages, Row
 from .noise import NoiseMixture
 
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -161,14 +161,14 @@ def names_of_classes(images: LabelledImages) -> list[str]:
     return [str(number) for number in range(max(labels) + 1)]
 
 
-def _picture(images: LabelledImages, index: int, row: dict[str, Any], size: int | None) -> tuple[Image.Image, int]:
+def _picture(images: LabelledImages, which: int | str, row: Row, size: int | None) -> tuple[Image.Image, int]:
     """An image as a picture, of `size` pixels a side if that is given, and its label."""
-    label = images.label(index, row)
+    label = images.label(which, row)
     try:
         picture = images.picture(row)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"Image {index} of the split cannot be trained on: {error} Mend it or leave it out."
+            f"Image {which} of the split cannot be trained on: {error} Mend it or leave it out."
         ) from error
     if size is not None and picture.size != (size, size):
         pixels = to_pixels(picture, images.preparation)  # resized as it will be where it is certified
@@ -176,7 +176,8 @@ def _picture(images: LabelledImages, index: int, row: dict[str, Any], size: int 
     return picture, label
 
 
-def _read_picture(images: LabelledImages, size: int | None, index: int) -> tuple[Image.Image, int]:
+def _read_picture(images: LabelledImages, size: int | None, place: int) -> tuple[Image.Image, int]:
+    index = images.indices[place]
     return _picture(images, index, images.source[index], size)
 
 
@@ -321,7 +322,8 @@ class _Stream(IterableDataset):
                 return
             seed_all(self.seed, position, self.process_index)
             share = chunk[self.process_index :: self.num_processes]
-            read = [_picture(self.images, index, row, self.size) for index, row in share]
+            # nobody knows where in the split a row of a shuffled stream was
+            read = [_picture(self.images, f"{place} in the shuffled order", row, self.size) for place, row in share]
             yield (
                 torch.stack([pil_to_tensor(self.transform(picture)) for picture, _ in read]),
                 torch.tensor([label for _, label in read]),

@@ -25,7 +25,13 @@ from scipy.stats import binomtest
 from transformers import AutoImageProcessor
 from transformers.hf_argparser import HfArg
 
-from hf_smoothing import GaussianNoise, MixedNoiseViTConfig, MixedNoiseViTForImageClassification, SmoothedClassifier
+from hf_smoothing import (
+    GaussianNoise,
+    MixedNoiseViTConfig,
+    MixedNoiseViTForImageClassification,
+    SequentialRule,
+    SmoothedClassifier,
+)
 from hf_smoothing.arguments import argument_parser
 from hf_smoothing.certificates import Certificate
 from hf_smoothing.classifier_training import EvaluationSettings, load_to_finetune, majority_answers, train_classifier
@@ -74,6 +80,9 @@ class StudySettings:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[1-9]/[1-9]", self.part or "1/1") or self.chosen[0] >= self.chosen[1]:
             raise ValueError(f"part={self.part!r} must be such as 1/2: the first of two.")
+        for sigma in self.levels[1:]:  # what would otherwise only be refused behind the first training
+            rule = SequentialRule(self.radii(sigma), alpha=self.alpha, max_samples=self.max_draws)
+            rule.check(GaussianNoise(sigma))
 
     @property
     def chosen(self) -> tuple[int, int]:
@@ -85,6 +94,11 @@ class StudySettings:
     def levels(self) -> list[float]:
         """Noise levels to evaluate at."""
         return sorted({0.0, *self.sigmas})
+
+    @staticmethod
+    def radii(sigma: float) -> tuple[float, ...]:
+        """Radii to certify at."""
+        return tuple(sigma * share for share in (0, 0.5, 1))
 
     @property
     def mixtures(self) -> dict[str, list[float]]:
@@ -156,7 +170,7 @@ def evaluate_arm(settings: StudySettings, folder: Path, pixels: torch.Tensor, la
         found: list[Certificate] = smoothed.certify(
             list(pixels[: settings.certify_samples]),
             alpha=settings.alpha,
-            radii=[sigma * share for share in (0, 0.5, 1)],
+            radii=settings.radii(sigma),
             max_samples=settings.max_draws,
             seed=settings.seed,
         )
@@ -252,15 +266,22 @@ def draw(settings: StudySettings, arms: list[dict[str, Any]], path: Path) -> Non
 def main() -> None:
     try:
         (settings,) = argument_parser((StudySettings,), __doc__).parse_args_into_dataclasses()
-    except ValueError as error:
+        study(settings)
+    except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
+
+
+def study(settings: StudySettings) -> None:
+    """Work on the arms of this start; with all of them done, put the results together."""
     output_dir, started = Path(settings.output_dir), time.monotonic()
     asked = json.loads(
         json.dumps({name: value for name, value in asdict(settings).items() if name not in ("output_dir", "part")})
     )
     settings_file = output_dir / "settings.json"
     if settings_file.exists() and json.loads(settings_file.read_text()) != asked:
-        sys.exit(f"error: {output_dir} holds a study with other settings, see {settings_file}: choose another folder.")
+        raise ValueError(
+            f"{output_dir} holds a study with other settings, see {settings_file}: choose another folder."
+        )
     output_dir.mkdir(parents=True, exist_ok=True)
     write_json(asked, settings_file)
 

@@ -135,6 +135,29 @@ def test_a_picture_that_is_away_is_named(tmp_path):
         )
 
 
+def test_some_large_pictures_are_those_chosen_from_the_whole_split(tmp_path):
+    """Large pictures are read when their turn comes, by their place among those chosen."""
+    rows = [{"image": Image.new("RGB", (72, 72), (8 * i,) * 3), "label": i} for i in range(30)]
+    rows[29]["image"] = {"bytes": b"no picture", "path": None}
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=[f"g{i}" for i in range(30)])}
+    )
+    path = tmp_path / "large.parquet"
+    datasets.Dataset.from_list(rows, features=features).to_parquet(path)
+    images = opened(path, 72, max_samples=8, spread=True)
+    assert max(images.indices) > 8
+    batches = TrainingBatches(images, ImageSettings(str(path)), 72, 4, seed=0, shown=False)
+    seen = [label for batch in labels_of(batches, 0) for label in batch]
+    assert sorted(seen) == images.indices
+
+    broken = TrainingBatches(opened(path, 72), ImageSettings(str(path)), 72, 30, seed=0, shown=False)
+    with pytest.raises(ValueError, match="Image 29 of the split cannot be trained on"):
+        next(broken.epoch(0))
+    stream = TrainingBatches(opened(path, 72, streaming=True), ImageSettings(str(path)), 72, 30, seed=0, shown=False)
+    with pytest.raises(ValueError, match=r"Image \d+ in the shuffled order of the split cannot be trained on"):
+        next(stream.epoch(0))
+
+
 def test_too_few_images(grey):
     with pytest.raises(ValueError, match="30 images do not fill a batch of 16 on 2 processes"):
         TrainingBatches(opened(grey), ImageSettings(str(grey)), 8, 16, seed=0, num_processes=2)

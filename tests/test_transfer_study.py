@@ -49,3 +49,11 @@ def test_all_arms_are_trained_evaluated_and_not_trained_again(tmp_path):
     other = study(tmp_path, "--seed", "1")
     assert other.returncode == 1
     assert "other settings" in other.stderr
+
+
+def test_a_budget_that_proves_nothing_is_refused_before_any_training(tmp_path):
+    refused = study(tmp_path / "study", "--max_draws", "3")
+    assert refused.returncode == 1
+    assert refused.stderr.splitlines()[-1].startswith("error: ")
+    assert "max_samples=3" in refused.stderr
+    assert not (tmp_path / "study").exists()
