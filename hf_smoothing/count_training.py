@@ -66,11 +66,11 @@ class CountBatches:
 
 @torch.no_grad()
 def features_of(model: MixedNoiseViTForCountPrediction, pixels: torch.Tensor, batch_size: int = 256) -> torch.Tensor:
-    """What the encoder makes of images `(images, channels, height, width)`, uint8: `(images, hidden_size)`."""
+    """What the head looks at of images `(images, channels, height, width)`, uint8: a row for each."""
     model.eval()
     device = next(model.parameters()).device
     batches = tqdm(pixels.split(batch_size), "features", disable=len(pixels) < 10 * batch_size)
-    found = [model.mixed_noise_vit(batch.to(device).float() / 255).pooler_output.cpu() for batch in batches]
+    found = [model.features(batch.to(device).float() / 255).cpu() for batch in batches]
     return torch.cat(found)
 
 

@@ -66,14 +66,17 @@ class CountHead(nn.Module):
     From the features of an image and a noise level to class logits.
 
     The base classifier's own logits, at a temperature that depends on the noise level, are where it starts from; a small
-    network, modulated by the level, adds what they miss.
+    network, modulated by the level, adds what they miss. It looks at all layers of the encoder, since the last one has
+    forgotten much of what noise would do to an image.
     """
 
-    def __init__(self, hidden_size: int, num_labels: int):
+    def __init__(self, hidden_size: int, num_hidden_layers: int, num_labels: int):
         super().__init__()
-        self.norm = nn.LayerNorm(hidden_size)
-        self.modulation = nn.Sequential(nn.Linear(3, 64), nn.GELU(), nn.Linear(64, 2 * hidden_size + 1))
-        self.hidden = nn.Linear(hidden_size, hidden_size)
+        parts = 1 + 2 * num_hidden_layers
+        width = parts * hidden_size
+        self.norm = nn.GroupNorm(parts, width)  # each part by itself: layers differ in scale
+        self.modulation = nn.Sequential(nn.Linear(3, 64), nn.GELU(), nn.Linear(64, 2 * width + 1))
+        self.hidden = nn.Linear(width, hidden_size)
         self.output = nn.Linear(hidden_size, num_labels)
         self.act = nn.GELU()
 
@@ -101,8 +104,25 @@ class MixedNoiseViTForCountPrediction(MixedNoiseViTPreTrainedModel):
             raise ValueError("The config has no count_sigmas: say which noise levels the count head is for.")
         self.mixed_noise_vit = MixedNoiseViTModel(config)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        self.count_head = CountHead(config.hidden_size, config.num_labels)
+        self.count_head = CountHead(config.hidden_size, config.num_hidden_layers, config.num_labels)
         self.post_init()
+
+    def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """
+        What the head looks at: the pooled output, then mean and standard deviation over the tokens of each block.
+
+        Args:
+            pixel_values: clean images `(batch, channels, height, width)` in `[0, 1]`.
+
+        Returns:
+            `(batch, (1 + 2 * num_hidden_layers) * hidden_size)`.
+        """
+        encoded = self.mixed_noise_vit(pixel_values, output_hidden_states=True)
+        found = [encoded.pooler_output]
+        for tokens in encoded.hidden_states:
+            # a single token has no spread, and the root no gradient at 0
+            found += [tokens.mean(1), (tokens.var(1, correction=0) + _SLACK).sqrt()]
+        return torch.cat(found, 1)
 
     def forward(
         self,
@@ -118,15 +138,17 @@ class MixedNoiseViTForCountPrediction(MixedNoiseViTPreTrainedModel):
             pixel_values: clean images `(batch, channels, height, width)` in `[0, 1]`.
             sigma: noise level in `[0, 1]` pixels, one for all or `(batch,)`.
             counts: `(batch, num_labels)`, measured; with them the output holds the loss.
-            features: `(batch, hidden_size)`, what the encoder makes of the images (its `pooler_output`), instead of them.
+            features: what [`features`] makes of the images, instead of them.
             loss: one of [`LOSSES`].
             return_dict: `False` for a plain tuple.
 
         Raises:
-            ValueError: for a noise level outside those that the head was trained for.
+            ValueError: for a noise level outside those that the head was trained for; without images and features.
         """
         if features is None:
-            features = self.mixed_noise_vit(pixel_values).pooler_output
+            if pixel_values is None:
+                raise ValueError("Give pixel_values, or features.")
+            features = self.features(pixel_values)
         sigma = torch.as_tensor(sigma, dtype=features.dtype, device=features.device).expand(len(features))
         levels = self.config.count_sigmas or ()
         if not bool(((sigma >= min(levels) - _SLACK) & (sigma <= max(levels) + _SLACK)).all()):
@@ -134,7 +156,8 @@ class MixedNoiseViTForCountPrediction(MixedNoiseViTPreTrainedModel):
                 f"sigma={float(sigma.min()):g} to {float(sigma.max()):g} is outside what the count head was trained for "
                 f"({min(levels):g} to {max(levels):g})."
             )
-        logits = self.count_head(features, self.classifier(features), sigma)
+        pooled = features[:, : self.config.hidden_size]
+        logits = self.count_head(features, self.classifier(pooled), sigma)
         found: Any = None
         if counts is not None:
             targets = counts.to(logits.dtype)
@@ -144,7 +167,7 @@ class MixedNoiseViTForCountPrediction(MixedNoiseViTPreTrainedModel):
 
 
 _SLACK = 1e-6
-"""Noise levels come in float32."""
+"""Noise levels come in float32; and a variance this small is none."""
 
 
 __all__ = ["CountPredictionOutput", "MixedNoiseViTForCountPrediction"]

@@ -181,14 +181,18 @@ class MixedNoiseViTModel(MixedNoiseViTPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.encoder.patch_embed
 
-    def forward(self, pixel_values: torch.Tensor, return_dict: bool | None = None) -> BaseModelOutputWithPooling:
+    def forward(
+        self, pixel_values: torch.Tensor, output_hidden_states: bool = False, return_dict: bool | None = None
+    ) -> BaseModelOutputWithPooling:
         """
         Args:
             pixel_values: `(batch, channels, height, width)`, in `[0, 1]` before noise.
+            output_hidden_states: whether the output is to hold `hidden_states` too.
             return_dict: `False` for a plain tuple.
 
         Returns:
-            `last_hidden_state` of shape `(batch, tokens, hidden_size)` and `pooler_output` `(batch, hidden_size)`.
+            `last_hidden_state` of shape `(batch, tokens, hidden_size)`, `pooler_output` `(batch, hidden_size)` and
+            `hidden_states`, what comes out of each block: the patches' tokens alone, before the last norm.
 
         Raises:
             ValueError: where the pixels' shape is not the one of the config.
@@ -201,9 +205,15 @@ class MixedNoiseViTModel(MixedNoiseViTPreTrainedModel):
                 "Resize with its image processor."
             )
         pixel_values = (pixel_values.to(self.image_mean.dtype) - self.image_mean) / self.image_std
-        hidden_states = self.encoder.forward_features(pixel_values)
+        of_blocks = None
+        if output_hidden_states:
+            last, of_blocks = self.encoder.forward_intermediates(pixel_values, output_fmt="NLC")
+        else:
+            last = self.encoder.forward_features(pixel_values)
         output = BaseModelOutputWithPooling(
-            last_hidden_state=hidden_states, pooler_output=self.encoder.forward_head(hidden_states)
+            last_hidden_state=last,
+            pooler_output=self.encoder.forward_head(last),
+            hidden_states=None if of_blocks is None else tuple(of_blocks),
         )
         return output if return_dict is not False else output.to_tuple()
 

@@ -49,7 +49,8 @@ def test_it_stands_on_its_base_classifier(model, tiny_model_dir):
     torch.testing.assert_close(output.probabilities, output.logits.softmax(1))
     # fresh, it says nearly what the base classifier says of the clean image
     torch.testing.assert_close(output.logits, base(images).logits, atol=0.2, rtol=0.2)
-    features = model.mixed_noise_vit(images).pooler_output
+    features = model.features(images)
+    assert features.shape == (3, (1 + 2 * base.config.num_hidden_layers) * base.config.hidden_size)
     torch.testing.assert_close(model(features=features, sigma=0.5).logits, output.logits)
 
 
