@@ -219,7 +219,11 @@ def count_head(results: dict[str, Any]) -> str:
             if one["sigma"] == row["sigma"]
         ]
         kinds += [
-            (f"sequential, {one['draws']:,.0f} draws an image, at most {one['budget']:,}", one["accuracy"])
+            (
+                f"sequential{' with the head' * one['with_head']}, {one['draws']:,.0f} draws an image, at most "
+                f"{one['budget']:,}",
+                one["accuracy"],
+            )
             for one in results["sequential"]
             if one["sigma"] == row["sigma"]
         ]

@@ -3,7 +3,7 @@
     accelerate launch scripts/certify.py --model_name_or_path my-model --dataset_name uoft-cs/cifar10 --every 20 \\
         --sigma 0.25 0.5 1 --method fixed --n 10000 --output_dir runs/fixed
     python scripts/count_head_study.py --model my-model --count_head my-counts --run runs/fixed \\
-        --sequential runs/sequential --output_dir my-counts/results
+        --sequential runs/sequential runs/sequential-with-the-head --output_dir my-counts/results
 
 Writes OUTPUT_DIR/study.json and a picture: disagreement, over- and underestimation, the calibration of the predicted p_A,
 the accuracy of estimate and conformal radius beside Monte-Carlo, the draws of the sequential rule with and without the
@@ -29,6 +29,7 @@ from hf_smoothing.certificates import CleanPass
 from hf_smoothing.count_calibration import compare, predict_counts, refuse_training_images
 from hf_smoothing.count_errors import Comparison, errors, lowered, random_splits
 from hf_smoothing.count_predictor import CountPredictor
+from hf_smoothing.loading import weights_digest
 from hf_smoothing.measured_counts import Counts, read_counts
 from hf_smoothing.provenance import command_line, package_versions
 from hf_smoothing.records import write_json
@@ -117,8 +118,8 @@ def seconds_an_image(
     )
     usual = drawing / drawn * USUAL
     found = {"estimate": asked, "usual": usual, "timed_draws": drawn, "ratio": usual / asked}
-    if sequential:
-        spent = drawing / drawn * float(np.mean([row["draws"] for row in sequential]))
+    if without := [row["draws"] for row in sequential if not row["with_head"]]:
+        spent = drawing / drawn * float(np.mean(without))
         found |= {"sequential": spent, "ratio_of_sequential": spent / asked}
     return found
 
@@ -162,14 +163,17 @@ def as_calibrated(one: Comparison, predictor: CountPredictor) -> list[dict[str, 
     ]
 
 
-def read_sequential(run: Path, measured: Counts) -> list[dict[str, Any]]:
-    """Draws an image and accuracy of the sequential rule on the same images."""
-    found = []
-    for result in read_results([run]):
+def read_sequential(runs: list[Path], measured: Counts, count_head: str) -> list[dict[str, Any]]:
+    """Draws an image and accuracy of the sequential rule on the same images, without the head and with it."""
+    found: list[dict[str, Any]] = []
+    for result in read_results(runs):
+        steered = result.settings.get("count_head") is not None
+        if steered and result.settings["count_head_weights"] != count_head:
+            raise ValueError(f"{result.source} was drawn with another count head than this.")
         same = ("dataset_name", "split", "every", "max_samples", "alpha", "model_weights")
         other = [name for name in same if result.settings.get(name) != measured.settings[name]]
         if other:
-            raise ValueError(f"{run} is of another {', '.join(other)} than the run of --method fixed.")
+            raise ValueError(f"{result.source} is of another {', '.join(other)} than the run of --method fixed.")
         accuracy = [
             {"radius": row["radius"], "share": row["share"], "standing": row["standing"]}
             for row in summarize([result], RADII)["results"][0]["certified_accuracy"]
@@ -179,6 +183,7 @@ def read_sequential(run: Path, measured: Counts) -> list[dict[str, Any]]:
                 "sigma": result.sigma,
                 "draws": float(np.mean(result.column("num_samples"))),
                 "budget": result.settings["max_draws"],
+                "with_head": steered,
                 "accuracy": accuracy,
             }
         )
@@ -203,7 +208,12 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="the base classifier")
     parser.add_argument("--count_head", required=True, help="the count head")
     parser.add_argument("--run", required=True, help="finished run of --method fixed on images that neither has seen")
-    parser.add_argument("--sequential", help="finished run of --method sequential on the same images, to show beside")
+    parser.add_argument(
+        "--sequential",
+        nargs="*",
+        default=[],
+        help="finished runs of --method sequential on the same images, without and with the head, to show beside",
+    )
     parser.add_argument("--counts", help="the run that the head was trained on, for what it cost")
     parser.add_argument("--output_dir", required=True, help="where study.json and the picture go")
     parser.add_argument("--batch_size", type=int, default=256, help="images in one pass (default: 256)")
@@ -219,10 +229,10 @@ def main() -> None:
                 f"{args.run} is of method {measured.settings['method']!r}: compare with a run of --method fixed."
             )
         refuse_training_images(Path(args.count_head), measured.settings)
-        sequential = [] if args.sequential is None else read_sequential(Path(args.sequential), measured)
         predictor = CountPredictor.from_pretrained(
             args.count_head, device=args.device, class_names=measured.settings["label_names"]
         )
+        sequential = read_sequential([Path(one) for one in args.sequential], measured, weights_digest(predictor.model))
         all_of_them = compare(measured, predict_counts(predictor, measured, args.count_head))
         calibrated = [{"sigma": one.sigma, **row} for one in all_of_them for row in as_calibrated(one, predictor)]
         counting = None if args.counts is None else float(read_seconds(Path(args.counts)))

@@ -37,6 +37,11 @@ def folder(model, parquet, tmp_path_factory):
     )  # fmt: skip
     subprocess.run([str(word) for word in train], check=True)
     calibrate_count_head(folder / "head", folder / "others")
+    certify_dataset(
+        RunSettings(model, parquet, SIGMAS, split="test", max_draws=100, every=5, count_head=str(folder / "head")),
+        folder / "steered",
+        accelerator=start_processes(),
+    )
     return folder
 
 
@@ -54,7 +59,7 @@ def test_a_head_just_trained_has_a_card(folder):
 
 
 def test_a_study_of_a_head(model, folder):
-    beside = ("--sequential", folder / "sequential", "--counts", folder / "counts")
+    beside = ("--sequential", folder / "sequential", folder / "steered", "--counts", folder / "counts")
     more = ("--count_head", folder / "head", "--timed_draws", "256", "--splits", "20", *beside)
     out = run("count_head_study", model, folder, *more)
     found = json.loads((folder / "found" / "study.json").read_text())
@@ -67,8 +72,11 @@ def test_a_study_of_a_head(model, folder):
         (s, d) for s in SIGMAS for d in (0.1, 0.05)
     }
     assert all("every 4" in row["calibrated_on"] and 0 <= row["miss_rate"] < 0.5 for row in found["calibrated"])
-    certificates = rows(folder / "sequential")
+    assert [(one["sigma"], one["with_head"]) for one in found["sequential"]] == [
+        (sigma, steered) for steered in (False, True) for sigma in SIGMAS
+    ]
     for one in found["sequential"]:
+        certificates = rows(folder / ("steered" if one["with_head"] else "sequential"))
         mine = [row for row in certificates if row["sigma"] == one["sigma"]]
         assert one["draws"] == sum(row["num_samples"] for row in mine) / len(mine)
         right = [row["prediction"] == row["label"] and row["radius"] >= 0.25 for row in mine]
@@ -80,6 +88,7 @@ def test_a_study_of_a_head(model, folder):
     text = KINDS["count_head"](found)
     assert f"{found['errors'][0]['disagreement']:.1%}" in text
     assert f"{times['ratio']:,.0f} times as long" in text
+    assert "sequential with the head, " in text
     assert (folder / "found" / "count-head.png").stat().st_size > 10_000
 
 
