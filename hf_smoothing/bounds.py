@@ -51,26 +51,30 @@ class OddsPrior:
         count = max(0, math.floor(math.log(_LARGEST_STEP / smallest) / math.log(_STEP_RATIO)))
         return cls(tuple(_LARGEST_STEP / _STEP_RATIO**k for k in range(count + 1)))
 
-    def expecting(self, distances: Sequence[float], floor: float) -> "OddsPrior":
+    def expecting(self, distances: Sequence[float], spread: float, floor: float) -> "OddsPrior":
         """
-        The same steps, most of their weight on those next to where p is thought to be.
+        The same steps, weighted by how likely p is to be next to them.
 
         A wrong guess costs `log(1/floor)` of evidence at most, never validity, as long as it is made before the first
         counted draw.
 
         Args:
-            distances: by how much the log-odds of p are thought to exceed those of the null; those below 0 say nothing.
+            distances: one guess or more, all alike likely, of how much the log-odds of p exceed those of the null. Below 0
+                they say that p is near the null, if it is above it at all.
+            spread: standard deviation of what is wrong with a guess, taken for normal; positive.
             floor: the share of the weight that all steps have alike, in (0, 1).
         """
-        logs = np.log(self.steps)
-        guesses = np.log([distance for distance in distances if distance > 0])
-        if not len(guesses):
-            return self
-        nearness = np.exp(-0.5 * (np.subtract.outer(guesses, logs) / math.log(_STEP_RATIO)) ** 2)
-        # a guess far outside of the steps is near to none of them: the nearest has its weight
-        nearness = np.where(logs == logs[np.abs(np.subtract.outer(guesses, logs)).argmin(1)][:, None], 1.0, nearness)
-        shares = (nearness / nearness.sum(1, keepdims=True)).mean(0)
-        weights = (1 - floor) * shares + floor / len(logs)
+        order = np.argsort(self.steps)
+        steps = np.array(self.steps)[order]
+        # each step stands for the distances that are nearer to it than to others, by their ratio
+        edges = np.concatenate([[0.0], np.sqrt(steps[1:] * steps[:-1]), [np.inf]])
+        # from above: exact where a guess is far below the null
+        beyond = special.ndtr((np.asarray(distances, np.float64)[:, None] - edges) / spread)
+        shares = beyond[:, :-1] - beyond[:, 1:]
+        hopeless = beyond[:, :1] == 0
+        shares = np.where(hopeless, np.arange(len(steps)) == 0, shares / np.where(hopeless, 1.0, beyond[:, :1]))
+        weights = np.empty(len(steps))
+        weights[order] = (1 - floor) * shares.mean(0) + floor / len(steps)
         return OddsPrior(self.steps, tuple((weights / weights.sum()).tolist()))
 
 

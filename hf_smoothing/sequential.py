@@ -126,7 +126,8 @@ class SequentialRule:
             most = _lower(self.max_samples, self.max_samples, self._largest_alpha, prior)
             radii = ((1 - self.tolerance) * noise.radius(min(float(special.expit(log_odds)), most)),)
         nulls = [noise.probability_needed(radius) for radius in radii]
-        return prior.expecting([log_odds - float(special.logit(null)) for null in nulls], _PRIOR_FLOOR)
+        distances = [log_odds - float(special.logit(null)) for null in nulls]
+        return prior.expecting(distances, _PRIOR_SPREAD, _PRIOR_FLOOR)
 
 
 def class_weights(scores: NDArray[np.float64], floor: float) -> NDArray[np.float64]:
@@ -146,8 +147,12 @@ def class_weights(scores: NDArray[np.float64], floor: float) -> NDArray[np.float
     return (1 - floor) * falling / falling.sum() + floor / len(scores)
 
 
-_PRIOR_FLOOR = 0.1
-"""The share of the prior's weight that a count head has no say in: a wrong head costs log(1/0.1) of evidence at most."""
+_PRIOR_FLOOR = 0.3
+"""The share of the prior's weight that a count head has no say in: a wrong head costs log(1/0.3) of evidence at most."""
+
+_PRIOR_SPREAD = 0.9
+"""By how much the log-odds that a count head predicts are taken to be off. A smaller one costs more draws where a head is
+wrong than it saves where it is right."""
 
 _ROUNDING = 16
 """Parts of a unit that predicted log-odds are rounded to."""

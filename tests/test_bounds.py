@@ -18,9 +18,10 @@ probabilities = st.floats(0.001, 0.999)
 beta_priors = st.tuples(st.floats(0.1, 50), st.floats(0.1, 50))
 odds_priors = st.lists(st.floats(0.01, 10), min_size=1, max_size=12).map(lambda steps: OddsPrior(tuple(steps)))
 headed_priors = st.builds(
-    lambda prior, distances, floor: prior.expecting(distances, floor),
+    lambda prior, distances, spread, floor: prior.expecting(distances, spread, floor),
     odds_priors,
-    st.lists(st.floats(-1, 12), max_size=3),
+    st.lists(st.floats(-60, 60), min_size=1, max_size=3),
+    st.floats(0.05, 3),
     st.floats(0.01, 0.5),
 )
 priors = beta_priors | odds_priors | headed_priors

@@ -1,6 +1,7 @@
 """Count heads in the engine: what they may steer, and what they must not be able to break."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -99,16 +100,26 @@ def test_a_head_that_knows_p_saves_draws_and_a_wrong_one_costs_few():
 
 def test_the_prior_moves_to_where_p_is_expected():
     prior = OddsPrior.for_budget(10_000, 0.001)
-    moved = prior.expecting([1.0], 0.1)
+    moved = prior.expecting([1.0], 0.5, 0.1)
     assert moved.steps == prior.steps
     assert moved.weights is not None
     assert sum(moved.weights) == pytest.approx(1)
     assert min(moved.weights) >= 0.1 / len(prior.steps)
     assert abs(np.log(moved.steps[int(np.argmax(moved.weights))])) < np.log(1.6)
-    assert prior.expecting([-1.0, 0.0], 0.1) is prior  # out of reach: nothing to expect
-    far = prior.expecting([50.0], 0.1)
-    assert far.weights is not None
-    assert far.weights[0] > 0.4
+    # each step has the probability that p is next to it, besides its part of the floor
+    edges = [np.inf, *np.sqrt(np.multiply(prior.steps[1:], prior.steps[:-1])), 0.0]
+    for guess in (-0.5, 1.0, 3.0):
+        believed = np.random.default_rng(0).normal(guess, 0.5, 400_000)
+        believed = believed[believed > 0]
+        expected = [np.mean((low < believed) & (believed < high)) for high, low in pairwise(edges)]
+        found = prior.expecting([guess], 0.5, 0.1).weights
+        np.testing.assert_allclose(found, 0.9 * np.array(expected) + 0.1 / len(prior.steps), atol=0.01)
+    shuffled = OddsPrior(prior.steps[::-1]).expecting([1.0], 0.5, 0.1)
+    assert shuffled.weights == pytest.approx(moved.weights[::-1])
+    for guess, place in ((50.0, 0), (-50.0, -1)):  # far outside of the steps: the nearest has the weight
+        far = prior.expecting([guess], 0.5, 0.1)
+        assert far.weights is not None
+        assert far.weights[place] > 0.9
     # never more than log(1/floor) behind, wherever p is
     for hits in (60, 80, 100):
         behind = float(log_e_value(hits, 100, 0.5, prior) - log_e_value(hits, 100, 0.5, moved))
