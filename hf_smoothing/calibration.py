@@ -20,10 +20,11 @@ class Calibration:
     """
     Held-out images, for each of which the estimate was compared with a Monte-Carlo certificate.
 
-    A score is how much the estimate exceeds the Monte-Carlo lower bound of p_A, both as log-odds: where Monte-Carlo
-    abstains or answers otherwise, whatever exceeds 1/2; where the estimate claims nothing, minus infinity. Lowered by a
-    quantile of the scores, the estimate of a further image exceeds its own Monte-Carlo bound with probability at most
-    delta, over calibration and test images that are exchangeable (split conformal prediction).
+    A score is by how much the predicted p_A must be lowered, as log-odds, for the estimate that follows from it not to
+    exceed the Monte-Carlo lower bound: where Monte-Carlo abstains or answers otherwise, not to exceed 1/2; where the
+    estimate claims nothing, or Monte-Carlo as much as its draws can show, minus infinity. Lowered by a quantile of the
+    scores, the estimate of a further image exceeds its own Monte-Carlo bound with probability at most delta, over
+    calibration and test images that are exchangeable (split conformal prediction).
 
     Args:
         scores: for each noise level, in `[0, 1]` pixels, the scores of the images.
@@ -52,7 +53,7 @@ class Calibration:
 
     def shift(self, sigma: float, delta: float) -> float:
         """
-        By how much, in log-odds, estimates are to be lowered at this noise level.
+        By how much, in log-odds, predictions are to be lowered at this noise level.
 
         Args:
             sigma: one of the levels calibrated.
@@ -92,9 +93,10 @@ class Calibration:
                 "claim here. Calibrate it anew, or leave delta out."
             )
 
-    def lowered(self, p_lower: float, sigma: float, delta: float) -> float:
-        """The estimate's lower bound `p_lower` of p_A, lowered by [`shift`]."""
-        return float(special.expit(special.logit(p_lower) - self.shift(sigma, delta)))
+    def lowered(self, probability: float, sigma: float, delta: float) -> float:
+        """The estimated lower bound of p_A (see [`estimated_lower_bound`]) once its prediction is lowered by [`shift`]."""
+        lower = special.expit(_log_odds(probability) - self.shift(sigma, delta))
+        return float(estimated_lower_bound(lower, self.n, self.alpha))
 
     def save(self, path: Path) -> None:
         """Write it as JSON."""
@@ -158,7 +160,13 @@ def conformal_scores(
     Returns:
         `(images,)`.
     """
-    top = probabilities.argmax(1)
-    estimated = estimated_lower_bound(probabilities.max(1), n, alpha)
-    proved = np.where(top == predictions, np.maximum(p_lower, 0.5), 0.5)
-    return np.where(estimated > 0.5, special.logit(estimated) - special.logit(proved), -np.inf)
+    top = probabilities.max(1)
+    proved = np.where(probabilities.argmax(1) == predictions, np.maximum(p_lower, 0.5), 0.5)
+    hits = special.bdtrik(1 - alpha, n, proved) + 1  # with as many hits Clopper-Pearson says what was proved
+    allowed = np.where(hits > n - 1e-6, np.inf, special.logit(np.minimum(hits / n, 1.0)))
+    return np.where(estimated_lower_bound(top, n, alpha) > 0.5, _log_odds(top) - allowed, -np.inf)
+
+
+def _log_odds(probability: ArrayLike) -> NDArray[np.float64]:
+    # of 1 they would be infinite, however much they are lowered
+    return np.asarray(special.logit(np.clip(probability, 1e-12, 1 - 1e-12)), np.float64)

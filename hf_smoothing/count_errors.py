@@ -178,8 +178,8 @@ def lowered(one: Comparison, calibration: Calibration, delta: float, radii: Sequ
     Raises:
         ValueError: see [`Calibration.shift`].
     """
-    bounds = estimated_lower_bound(one.probabilities.max(1), one.n, one.alpha)
-    claimed = one.radii(np.array([calibration.lowered(float(p), one.sigma, delta) for p in bounds]))
+    tops = one.probabilities.max(1)
+    claimed = one.radii(np.array([calibration.lowered(float(p), one.sigma, delta) for p in tops]))
     proved = np.where(one.top == one.predictions, one.measured, 0.0)
     return {
         "miss_rate": float((claimed > proved).mean()),

@@ -258,10 +258,11 @@ class _SurrogateRun:
     def __init__(self, rule: SurrogateRule, noise: NoiseDistribution, frequencies: NDArray[np.float64]):
         self.counts = np.zeros(len(frequencies), np.int64)
         top = int(frequencies.argmax())
-        p_lower, on = float(estimated_lower_bound(frequencies[top], rule.n, rule.alpha)), None
         if rule.calibration is not None and rule.delta is not None:
-            p_lower = rule.calibration.lowered(p_lower, noise.sigma, rule.delta)
-            on = rule.calibration.dataset
+            p_lower = rule.calibration.lowered(frequencies[top], noise.sigma, rule.delta)
+            on: str | None = rule.calibration.dataset
+        else:
+            p_lower, on = float(estimated_lower_bound(frequencies[top], rule.n, rule.alpha)), None
         claimed = Outcome(top, p_lower, 1 - p_lower) if noise.radius(p_lower) > 0 else ABSTENTION
         self._outcome = replace(claimed, delta=rule.delta, calibration=on)
 

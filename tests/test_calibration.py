@@ -49,11 +49,20 @@ def test_scores():
     scores = conformal_scores(
         probabilities, np.array([0, 0, -1, 0, 0]), np.array([0.8, 0.8, 0.0, 0.8, 0.99]), 1000, 0.001
     )
-    estimated = special.logit(float(clopper_pearson_lower(900, 1000, 0.001)))
-    assert scores[0] == pytest.approx(estimated - special.logit(0.8))
-    assert scores[1] == scores[2] == pytest.approx(estimated)  # another answer, and none: every claim is too much
+    for score, proved in ((scores[0], 0.8), (scores[1], 0.5), (scores[2], 0.5), (scores[4], 0.99)):
+        # another answer, and none: every claim is too much
+        lowered = special.expit(special.logit(0.9) - score)
+        assert estimated_lower_bound(lowered, 1000, 0.001) == pytest.approx(proved, rel=1e-9)
+    assert scores[0] > 0 > scores[4]
     assert scores[3] == -np.inf  # nothing is claimed
-    assert scores[4] < 0
+    # Monte-Carlo proves as much as its draws can show: no estimate exceeds it
+    most = clopper_pearson_lower(1000, 1000, 0.001)
+    sure = conformal_scores(np.array([[1.0, 0.0]]), np.array([0]), np.array([most]), 1000, 0.001)
+    assert sure.tolist() == [-np.inf]
+    nearly = conformal_scores(
+        np.array([[1.0, 0.0]]), np.array([0]), clopper_pearson_lower([999], 1000, 0.001), 1000, 0.001
+    )
+    assert 15 < nearly[0] < 25
 
 
 def test_the_estimate_is_what_the_paper_says():
@@ -70,7 +79,11 @@ def test_the_quantile_is_that_of_split_conformal_prediction(tmp_path):
     assert calibration.shift(0.25, 0.1) == 18  # the 18th of 19: ceil(20 * 0.9)
     assert calibration.shift(0.25, 0.05) == 19
     assert calibration.shift(0.5, 0.1) == 0  # an estimate is never raised
-    assert calibration.lowered(0.9, 0.5, 0.1) == pytest.approx(0.9)
+    assert calibration.lowered(0.9, 0.5, 0.1) == pytest.approx(float(estimated_lower_bound(0.9, 1000, 0.001)))
+    assert calibration.lowered(0.9, 0.25, 0.1) < 1e-3
+    assert calibration.lowered(1.0, 0.25, 0.1) == pytest.approx(
+        float(estimated_lower_bound(1.0, 1000, 0.001)), rel=1e-3
+    )
     with pytest.raises(ValueError, match="takes at least 99 images"):
         calibration.shift(0.25, 0.01)
     with pytest.raises(ValueError, match=r"sigma=1 was not calibrated, only 0\.25, 0\.5 was"):
