@@ -6,11 +6,12 @@
 
 Arms: the loss (Jensen-Shannon, cross-entropy, Kullback-Leibler); the classifier's frozen backbone or an own one, which has
 steps of its own; one head for all noise levels or one for each; noise levels between and beyond those trained on; and, with
-`--same_cost`, few draws of many images or many of few. Writes OUTPUT_DIR/arms.json. `--run` is of --method fixed, on test
-images.
+`--same_cost`, few draws of many images or many of few. `--run` is of --method fixed, on test images. Writes
+OUTPUT_DIR/arms.json; run again, it goes on.
 """
 
 import argparse
+import json
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -95,7 +96,7 @@ def judge(arm: Arm, measured: Counts, args: argparse.Namespace) -> dict[str, Any
         settings = TrainingSettings(
             folder,
             max_train_steps=args.own_backbone_steps if arm.own_backbone else args.steps,
-            per_device_train_batch_size=args.batch_size,
+            per_device_train_batch_size=min(args.batch_size, len(arm.counts.indices)),
             learning_rate=args.own_backbone_learning_rate if arm.own_backbone else args.learning_rate,
             checkpointing_steps="1000000",
             seed=args.seed,
@@ -162,27 +163,33 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=256, help="counts in a batch (default: 256)")
     parser.add_argument("--seed", type=int, default=0, help="of everything that is random")
     args = parser.parse_args()
+    path = Path(args.output_dir) / "arms.json"
     try:
         counts, measured = read_counts(Path(args.counts)), read_counts(Path(args.run))
-        found = [
-            judge(arm, measured, args)
-            for arm in arms(counts, [read_counts(Path(folder)) for folder in args.same_cost])
-        ]
+        compared = arms(counts, [read_counts(Path(folder)) for folder in args.same_cost])
+        results: dict[str, Any] = {
+            "command": command_line(),
+            "radii": RADII,
+            "settings": vars(args),
+            "judged": {name: measured.settings[name] for name in ("dataset_name", "split", "every", "n", "alpha")},
+            "weights": {"model": counts.settings["model_weights"], "judged": measured.settings["model_weights"]},
+            "arms": [],
+            "num_threads": torch.get_num_threads(),
+            "versions": package_versions("accelerate"),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        before = json.loads(path.read_text()) if path.exists() else results
+        if all(before[name] == results[name] for name in ("settings", "weights")):
+            results["arms"] = before["arms"]
+        for number, arm in enumerate(compared):
+            if number < len(results["arms"]):
+                continue  # of a start before this one
+            print(f"Arm {number + 1} of {len(compared)}: {arm.name}", flush=True)
+            results["arms"].append(judge(arm, measured, args))
+            write_json(results, path)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
-    folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    results = {
-        "command": command_line(),
-        "radii": RADII,
-        "settings": vars(args),
-        "judged": {name: measured.settings[name] for name in ("dataset_name", "split", "every", "n", "alpha")},
-        "arms": found,
-        "num_threads": torch.get_num_threads(),
-        "versions": package_versions("accelerate"),
-    }
-    write_json(results, folder / "arms.json")
-    print(f"Wrote {folder / 'arms.json'}.")
+    print(f"Wrote {path}.")
 
 
 if __name__ == "__main__":

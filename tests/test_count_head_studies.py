@@ -99,8 +99,8 @@ def test_heads_are_not_judged_on_their_training_images(folder):
 
 
 def test_the_arms_of_training(model, folder):
-    few = ("--steps", "10", "--own_backbone_steps", "2", "--batch_size", "10")
-    run("count_head_arms", model, folder, "--counts", folder / "counts", "--same_cost", folder / "few", *few)
+    sizes = ("--steps", "10", "--own_backbone_steps", "2", "--batch_size", "50")
+    run("count_head_arms", model, folder, "--counts", folder / "counts", "--same_cost", folder / "few", *sizes)
     found = json.loads((folder / "found" / "arms.json").read_text())
     judged = {arm["arm"]: [row["sigma"] for row in arm["errors"]] for arm in found["arms"]}
     assert judged["jensen_shannon"] == list(SIGMAS)
@@ -109,5 +109,11 @@ def test_the_arms_of_training(model, folder):
     few = [arm for arm in found["arms"] if arm["arm"] == "few draws in all, cross_entropy"]
     assert [(arm["images"], arm["draws_an_image"]) for arm in few] == [(20, 20), (10, 40)]
     assert all(0 <= row["accuracy_gap"] <= 1 for arm in found["arms"] for row in arm["errors"])
+    cut_short = {**found, "arms": found["arms"][:-1]}
+    (folder / "found" / "arms.json").write_text(json.dumps(cut_short))
+    command = ("--counts", folder / "counts", "--same_cost", folder / "few", *sizes)
+    assert run("count_head_arms", model, folder, *command).count("Arm ") == 1
+    again = json.loads((folder / "found" / "arms.json").read_text())
+    assert again["arms"][-1]["errors"] == found["arms"][-1]["errors"]
     text = KINDS["count_head_arms"](found)
     assert text.count("\n| ") == 1 + sum(len(arm["errors"]) for arm in found["arms"])
