@@ -89,6 +89,9 @@ def test_a_study_of_a_head(model, folder):
     assert f"{found['errors'][0]['disagreement']:.1%}" in text
     assert f"{times['ratio']:,.0f} times as long" in text
     assert "sequential with the head, " in text
+    shares = found["errors"][0]["accuracy"]
+    gap = shares["estimate"][1]["share"] - shares["monte_carlo"][1]["share"]
+    assert (f"sigma 0.25, r = 0.25 ({gap * 100:+.1f})" in text) == (abs(gap) > 0.015)
     assert (folder / "found" / "count-head.png").stat().st_size > 10_000
 
 
