@@ -1,0 +1,1 @@
+../../hf_smoothing/configuration_mixed_noise_vit.py

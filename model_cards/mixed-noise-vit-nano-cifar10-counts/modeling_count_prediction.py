@@ -1,0 +1,1 @@
+../../hf_smoothing/modeling_count_prediction.py
