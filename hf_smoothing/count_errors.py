@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
-from .bounds import FloatArray
+from .bounds import FloatArray, clopper_pearson_lower
 from .calibration import Calibration, conformal_scores, estimated_lower_bound
 from .certificates import ABSTAIN
 from .noise import GaussianNoise
@@ -123,6 +124,35 @@ def errors(one: Comparison, radii: Sequence[float], bins: int = 10) -> dict[str,
             if len(rows)
         ],
     }
+
+
+def expected_at(one: Comparison, n: int, radii: Sequence[float]) -> dict[str, Any]:
+    """
+    What Monte-Carlo with another number of draws can be expected to certify, from the draws that there are, and what the
+    estimate claims at that number. Nothing of it was measured at `n`.
+
+    Args:
+        one: estimates and certificates.
+        n: draws.
+        radii: to count at.
+
+    Returns:
+        `n`; `monte_carlo`, the expected accuracy at the radii (Jeffreys' posterior of the true class's probability) with
+        `deviation`, the standard deviation of what nobody knows; and `estimate`, the accuracy of the estimate.
+    """
+    noise = GaussianNoise(one.sigma)
+    hits = one.counts[np.arange(len(one.labels)), one.labels]
+    shown = clopper_pearson_lower(np.arange(n + 1), n, one.alpha)
+    expected = []
+    for radius in radii:
+        p0 = noise.probability_needed(radius)
+        enough = np.searchsorted(shown, p0, side="left" if radius > 0 else "right")
+        chances = np.asarray(stats.betabinom.sf(enough - 1, n, hits + 0.5, one.n - hits + 0.5), np.float64)
+        deviation = float(np.sqrt((chances * (1 - chances)).sum()) / len(chances))
+        expected.append({"radius": radius, "share": float(chances.mean()), "deviation": deviation})
+    estimated = one.radii(estimated_lower_bound(one.probabilities.max(1), n, one.alpha))
+    accuracy = _accuracy((one.top == one.labels) & (estimated > 0), estimated, radii)
+    return {"n": n, "monte_carlo": expected, "estimate": accuracy}
 
 
 def random_splits(

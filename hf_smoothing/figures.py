@@ -217,6 +217,15 @@ def count_head(results: dict[str, Any]) -> str:
             ("estimate", row["accuracy"]["estimate"]),
         ]
         kinds += [
+            (name.format(one["n"]), one[which])
+            for one in results["expected"]
+            if one["sigma"] == row["sigma"]
+            for name, which in (
+                ("Monte-Carlo expected at n = {:,}", "monte_carlo"),
+                ("estimate at n = {:,}", "estimate"),
+            )
+        ]
+        kinds += [
             (f"lowered by {by}, delta = {one['delta']:g}", one["accuracy"])
             for by, ones in (("random halves", results["conformal"]), ("its calibration", results["calibrated"]))
             for one in ones
@@ -232,16 +241,25 @@ def count_head(results: dict[str, Any]) -> str:
             if one["sigma"] == row["sigma"]
         ]
         lines += [f"| {row['sigma']:g} | {name} | " + " | ".join(shares(found)) + " |" for name, found in kinds]
-    far = [
-        f"sigma {row['sigma']:g}, r = {proved['radius']:g} ({gap * 100:+.1f})"
-        for row in results["errors"]
-        for proved, estimated in zip(row["accuracy"]["monte_carlo"], row["accuracy"]["estimate"])
-        if proved["radius"] > 0 and abs(gap := estimated["share"] - proved["share"]) > _NEAR
-    ]
     lines += [
         "",
-        f"Above radius 0 the estimate's accuracy is within {_NEAR * 100:g} points of Monte-Carlo's"
-        + (f", but for {', '.join(far)}." if far else " everywhere."),
+        f"What can be expected at n = {results['expected'][0]['n']:,} is reckoned from the {n:,} draws, by Jeffreys' "
+        "posterior of the true class's probability in each image; its standard deviation is at most "
+        f"{max(found['deviation'] for one in results['expected'] for found in one['monte_carlo']) * 100:.1f} points. "
+        f"Above radius 0 the estimate's accuracy is within {_NEAR * 100:g} points of Monte-Carlo's",
+    ]
+    for at, rows in (
+        (n, [(row["sigma"], row["accuracy"]) for row in results["errors"]]),
+        (results["expected"][0]["n"], [(row["sigma"], row) for row in results["expected"]]),
+    ):
+        far = [
+            f"sigma {sigma:g}, r = {proved['radius']:g} ({gap * 100:+.1f})"
+            for sigma, found in rows
+            for proved, estimated in zip(found["monte_carlo"], found["estimate"])
+            if proved["radius"] > 0 and abs(gap := estimated["share"] - proved["share"]) > _NEAR
+        ]
+        lines.append(f"- at n = {at:,} " + (f"but for {', '.join(far)}" if far else "everywhere"))
+    lines += [
         "",
         f"Lowered radii that exceed what Monte-Carlo proves, over {results['conformal'][0]['splits']} random halves to "
         "calibrate on and to judge (in brackets, the standard error of one half):",

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from hf_smoothing import GaussianNoise, SequentialRule, SmoothedClassifier
 from hf_smoothing.certificates import CleanPass
 from hf_smoothing.count_calibration import compare, predict_counts, refuse_training_images
-from hf_smoothing.count_errors import Comparison, errors, lowered, random_splits
+from hf_smoothing.count_errors import Comparison, errors, expected_at, lowered, random_splits
 from hf_smoothing.count_predictor import CountPredictor
 from hf_smoothing.loading import weights_digest
 from hf_smoothing.measured_counts import Counts, read_counts
@@ -222,6 +222,12 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=256, help="images in one pass (default: 256)")
     parser.add_argument("--timed_draws", type=int, default=2048, help="draws to measure the rate with (default: 2048)")
     parser.add_argument("--splits", type=int, default=200, help="random calibration and test halves (default: 200)")
+    parser.add_argument(
+        "--expected_n",
+        type=int,
+        default=10_000,
+        help="draws for which to say too what Monte-Carlo can be expected to certify (default: 10000)",
+    )
     parser.add_argument("--device", default="cpu", help="where to compute")
     parser.add_argument("--seed", type=int, default=0, help="of splits and simulated draws")
     args = parser.parse_args()
@@ -251,6 +257,7 @@ def main() -> None:
         "alpha": measured.settings["alpha"],
         "seed": args.seed,
         "errors": found,
+        "expected": [{"sigma": one.sigma, **expected_at(one, args.expected_n, RADII)} for one in all_of_them],
         "conformal": [
             {"sigma": one.sigma, **random_splits(one, delta, RADII, args.splits, args.seed)}
             for one in all_of_them

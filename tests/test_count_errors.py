@@ -5,7 +5,7 @@ import pytest
 from scipy import special
 
 from hf_smoothing import clopper_pearson_lower
-from hf_smoothing.count_errors import Comparison, errors, random_splits
+from hf_smoothing.count_errors import Comparison, errors, expected_at, random_splits
 
 N, ALPHA = 1000, 0.001
 
@@ -83,3 +83,24 @@ def test_a_head_that_is_right_loses_little():
     best = errors(exact, (0.25,))["accuracy"]["monte_carlo"][0]["share"]
     assert found["vague"] < found["exact"] <= best
     assert found["exact"] > best - 0.1
+
+
+def test_what_more_draws_can_be_expected_to_certify():
+    """Beside what they do certify, of images whose frequencies are known."""
+    generator = np.random.default_rng(3)
+    frequencies = generator.dirichlet([3.0, 1.0, 0.5], 3000)
+    few = np.array([generator.multinomial(200, one) for one in frequencies])
+    labels = frequencies.argmax(1)
+    bounds = clopper_pearson_lower(few.max(1), 200, ALPHA)
+    one = Comparison(0.5, frequencies, few, few.argmax(1), bounds, labels, ALPHA)
+    many = generator.binomial(5000, frequencies.max(1))
+    radii = one.radii(clopper_pearson_lower(many, 5000, ALPHA))
+    found = expected_at(one, 5000, (0.0, 0.25, 0.5, 0.75, 1.0))
+    for row, claimed in zip(found["monte_carlo"], found["estimate"]):
+        measured = np.mean((radii >= row["radius"]) & (radii > 0))
+        # the posterior's prior is not that of these images: a point more than chance
+        assert abs(row["share"] - measured) < 3 * row["deviation"] + 0.01
+        assert abs(claimed["share"] - measured) < 0.02  # a head that is right
+        assert 0 < row["deviation"] < 0.01
+    fewer = errors(one, (0.5,))["accuracy"]["monte_carlo"][0]["share"]
+    assert fewer < found["monte_carlo"][2]["share"] - 0.03
