@@ -22,7 +22,9 @@ def demo(results: dict[str, Any]) -> str:
         lines.append(f"| {row['radius']:g} | {row['share']:.1%} | {low:.1%} to {high:.1%} |")
     lines += [
         "",
-        f"Forward passes an image, on average: {results['mean_draws']:.0f}, where the usual protocol takes 100,100. "
+        f"Forward passes an image, on average: {results['mean_draws']:.0f}"
+        + (", steered by a count head" if settings["count_head"] else "")
+        + ", where the usual protocol takes 100,100. "
         f"Time for everything, loading included: {results['seconds']:.0f} s ({session['device']}, "
         f"{session['num_threads']} threads, {settings['dtype']}). Guarantee: `{results['guarantee']}`. "
         f"Command: `{results['command']}` (seed {settings['seed']}, "
@@ -246,7 +248,8 @@ def count_head(results: dict[str, Any]) -> str:
         f"What can be expected at n = {results['expected'][0]['n']:,} is reckoned from the {n:,} draws, by Jeffreys' "
         "posterior of the true class's probability in each image; its standard deviation is at most "
         f"{max(found['deviation'] for one in results['expected'] for found in one['monte_carlo']) * 100:.1f} points. "
-        f"Above radius 0 the estimate's accuracy is within {_NEAR * 100:g} points of Monte-Carlo's",
+        f"Above radius 0 the estimate's accuracy is within {_NEAR * 100:g} points of Monte-Carlo's:",
+        "",
     ]
     for at, rows in (
         (n, [(row["sigma"], row["accuracy"]) for row in results["errors"]]),

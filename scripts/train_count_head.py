@@ -1,7 +1,7 @@
 """Train a count head: it predicts from one clean pass how often each class comes out under noise (arXiv 2402.07498).
 
     accelerate launch scripts/certify.py --model_name_or_path my-model --dataset_name uoft-cs/cifar10 --split train \\
-        --sigma 0.25 0.5 1 --method counts --n 64 --output_dir counts
+        --sigma 0.25 0.5 1 --method counts --n 16 --output_dir counts
     accelerate launch scripts/train_count_head.py --model_name_or_path my-model --counts counts --output_dir my-counts
 
 The first command counts, on the training split, and can be stopped and gone on with. What the head says is an estimate.
