@@ -47,13 +47,11 @@ def calibrate_count_head(count_head: str | Path, run_dir: str | Path) -> Calibra
     probabilities = predict_counts(predictor, measured, folder)
     n = int(measured.counts[0].sum())
     scores = conformal_scores(probabilities, measured.predictions, measured.p_lower, n, settings["alpha"])
-    images = len(np.unique(measured.indices))
     calibration = Calibration(
         {float(sigma): tuple(scores[measured.sigmas == sigma].tolist()) for sigma in np.unique(measured.sigmas)},
         n=n,
         alpha=settings["alpha"],
-        dataset=f"{settings['dataset_name']}, split {settings['split']}: {images} images, index "
-        f"{measured.indices.min()} to {measured.indices.max()}, every {settings['every']}",
+        dataset=measured.images,
         model=settings["model_name_or_path"],
         conditions={
             "model_weights": settings["model_weights"],
@@ -132,10 +130,28 @@ def refuse_training_images(folder: Path, settings: dict[str, Any]) -> None:
         settings: of the run.
     """
     training = folder / "results" / "training.json"
-    trained_on = json.loads(training.read_text())["counts"] if training.exists() else {}
-    # a slice such as train[45000:] may hold images of the split's other slices too: nobody knows
-    splits = {one.get("split", "").split("[")[0] for one in (trained_on, settings)}
-    if trained_on.get("dataset_name") == settings["dataset_name"] and len(splits) == 1:
+    if training.exists():
+        refuse_shared_images(json.loads(training.read_text())["counts"], settings)
+
+
+def refuse_shared_images(trained_on: dict[str, Any], settings: dict[str, Any]) -> None:
+    """
+    Raise a `ValueError` where a run may hold images of another one, on which a count head was trained.
+
+    Args:
+        trained_on: settings of the run that it was trained on.
+        settings: of the run.
+    """
+
+    def where(name: str) -> str:
+        return str(Path(name).resolve()) if Path(name).exists() else name
+
+    def splits(split: str) -> set[str]:
+        # a slice such as train[45000:] may hold images of the split's other slices too: nobody knows
+        return {part.split("[")[0].strip() for part in split.split("+")}
+
+    shared = splits(trained_on["split"]) & splits(settings["split"])
+    if where(trained_on["dataset_name"]) == where(settings["dataset_name"]) and shared:
         raise ValueError(
             f"The count head was trained on the split {settings['split']!r} of {settings['dataset_name']!r}: use "
             "images that it has not seen, or its errors there say nothing of others."

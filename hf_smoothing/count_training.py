@@ -52,7 +52,10 @@ class CountBatches:
         self.total: int | None = len(rows)
         self.process_index, self.num_processes = process_index, num_processes
         if not len(self):
-            raise ValueError(f"{self.total} counts do not fill a batch of {batch_size} on {num_processes} processes.")
+            raise ValueError(
+                f"{self.total} counts do not fill a batch of {batch_size} on {num_processes} processes: take a smaller "
+                "per_device_train_batch_size."
+            )
 
     def __len__(self) -> int:
         return len(self.rows) // (self.batch_size * self.num_processes)

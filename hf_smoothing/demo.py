@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from transformers import AutoConfig
 
 from .certificates import Certificate, format_radius
 from .count_predictor import CountPredictor
@@ -60,7 +61,13 @@ def run_demo(
     require_matplotlib()  # and a folder to write to, before the work
     output_dir.mkdir(parents=True, exist_ok=True)
     if count_head is None and Path(beside := f"{model}-counts").is_dir():
-        count_head = beside
+        levels = AutoConfig.from_pretrained(beside).count_sigmas
+        if min(levels) <= sigma <= max(levels):
+            count_head = beside
+        else:
+            console.print(
+                f"{beside} knows noise levels from {min(levels):g} to {max(levels):g}: certifying without it."
+            )
     settings = RunSettings(
         model_name_or_path=model,
         dataset_name=DEMO_IMAGES,

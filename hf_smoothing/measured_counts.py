@@ -35,6 +35,15 @@ class Counts:
     p_lower: np.ndarray
     settings: dict[str, Any]
 
+    @property
+    def images(self) -> str:
+        """Which images these are, in words."""
+        found = np.unique(self.indices)
+        return (
+            f"{self.settings['dataset_name']}, split {self.settings['split']}: {len(found)} images, index {found.min()} to "
+            f"{found.max()}, every {self.settings['every']}"
+        )
+
     def open(self) -> LabelledImages:
         """
         The images that were counted.

@@ -143,8 +143,11 @@ class MixedNoiseViTForCountPrediction(MixedNoiseViTPreTrainedModel):
             return_dict: `False` for a plain tuple.
 
         Raises:
-            ValueError: for a noise level outside those that the head was trained for; without images and features.
+            ValueError: for a noise level outside those that the head was trained for, another loss; without images and
+                features.
         """
+        if loss not in LOSSES:
+            raise ValueError(f"loss={loss!r} is unknown: use {', '.join(LOSSES)}.")
         if features is None:
             if pixel_values is None:
                 raise ValueError("Give pixel_values, or features.")
@@ -152,8 +155,9 @@ class MixedNoiseViTForCountPrediction(MixedNoiseViTPreTrainedModel):
         sigma = torch.as_tensor(sigma, dtype=features.dtype, device=features.device).expand(len(features))
         levels = self.config.count_sigmas or ()
         if not bool(((sigma >= min(levels) - _SLACK) & (sigma <= max(levels) + _SLACK)).all()):
+            asked = dict.fromkeys(f"{level:g}" for level in (float(sigma.min()), float(sigma.max())))
             raise ValueError(
-                f"sigma={float(sigma.min()):g} to {float(sigma.max()):g} is outside what the count head was trained for "
+                f"sigma={' to '.join(asked)} is outside what the count head was trained for "
                 f"({min(levels):g} to {max(levels):g})."
             )
         pooled = features[:, : self.config.hidden_size]

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_smoothing.count_calibration import compare, predict_counts
+from hf_smoothing.count_calibration import compare, predict_counts, refuse_shared_images
 from hf_smoothing.count_errors import errors
 from hf_smoothing.count_predictor import CountPredictor
 from hf_smoothing.count_training import build_count_model, train_count_head
@@ -166,21 +166,31 @@ def main() -> None:
     path = Path(args.output_dir) / "arms.json"
     try:
         counts, measured = read_counts(Path(args.counts)), read_counts(Path(args.run))
-        compared = arms(counts, [read_counts(Path(folder)) for folder in args.same_cost])
+        same_cost = [read_counts(Path(folder)) for folder in args.same_cost]
+        for one in (counts, *same_cost):
+            refuse_shared_images(one.settings, measured.settings)
+        compared = arms(counts, same_cost)
         results: dict[str, Any] = {
             "command": command_line(),
             "radii": RADII,
             "settings": vars(args),
             "judged": {name: measured.settings[name] for name in ("dataset_name", "split", "every", "n", "alpha")},
-            "weights": {"model": counts.settings["model_weights"], "judged": measured.settings["model_weights"]},
+            "runs": [
+                {
+                    name: one.settings[name]
+                    for name in ("model_weights", "dataset_fingerprint", "every", "max_samples", "n", "seed")
+                }
+                for one in (counts, *same_cost, measured)
+            ],
             "arms": [],
             "num_threads": torch.get_num_threads(),
             "versions": package_versions("accelerate"),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         before = json.loads(path.read_text()) if path.exists() else results
-        if all(before[name] == results[name] for name in ("settings", "weights")):
-            results["arms"] = before["arms"]
+        if any(before.get(name) != results[name] for name in ("settings", "runs")):
+            raise ValueError(f"{path} holds arms of other settings or runs: choose another folder.")
+        results["arms"] = before["arms"]
         for number, arm in enumerate(compared):
             if number < len(results["arms"]):
                 continue  # of a start before this one

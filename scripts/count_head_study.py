@@ -149,7 +149,7 @@ def draw(all_of_them: list[Comparison], found: list[dict[str, Any]], path: Path)
     figure.savefig(path, dpi=130)
 
 
-def as_calibrated(one: Comparison, predictor: CountPredictor) -> list[dict[str, Any]]:
+def as_calibrated(one: Comparison, predictor: CountPredictor, images: str) -> list[dict[str, Any]]:
     """What the head's own calibration makes of its estimates, at each delta that it has images enough for."""
     calibration = predictor.calibration
     if calibration is None:
@@ -159,6 +159,8 @@ def as_calibrated(one: Comparison, predictor: CountPredictor) -> list[dict[str, 
             f"The head was calibrated with n={calibration.n} and alpha={calibration.alpha:g}, the run has {one.n} and "
             f"{one.alpha:g}."
         )
+    if calibration.dataset == images:
+        raise ValueError("The head was calibrated on this very run: judge it on another.")
     return [
         {"delta": delta, "calibrated_on": calibration.dataset, **lowered(one, calibration, delta, RADII)}
         for delta in DELTAS
@@ -169,7 +171,12 @@ def as_calibrated(one: Comparison, predictor: CountPredictor) -> list[dict[str, 
 def read_sequential(runs: list[Path], measured: Counts, count_head: str) -> list[dict[str, Any]]:
     """Draws an image and accuracy of the sequential rule on the same images, without the head and with it."""
     found: list[dict[str, Any]] = []
-    for result in read_results(runs):
+    results = read_results(runs)
+    for result in results:
+        if any(result.settings[name] != results[0].settings[name] for name in ("radii", "max_draws", "tolerance")):
+            raise ValueError(
+                f"{result.source} and {results[0].source} asked for different radii, or have other budgets."
+            )
         steered = result.settings.get("count_head") is not None
         if steered and result.settings["count_head_weights"] != count_head:
             raise ValueError(f"{result.source} was drawn with another count head than this.")
@@ -243,7 +250,11 @@ def main() -> None:
         )
         sequential = read_sequential([Path(one) for one in args.sequential], measured, weights_digest(predictor.model))
         all_of_them = compare(measured, predict_counts(predictor, measured, args.count_head))
-        calibrated = [{"sigma": one.sigma, **row} for one in all_of_them for row in as_calibrated(one, predictor)]
+        calibrated = [
+            {"sigma": one.sigma, **row}
+            for one in all_of_them
+            for row in as_calibrated(one, predictor, measured.images)
+        ]
         counting = None if args.counts is None else float(read_seconds(Path(args.counts)))
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")

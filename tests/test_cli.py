@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +81,18 @@ def test_demo_on_the_images_that_ship(tiny_model_dir, tmp_path):
     # three classes for ten: the demo says so instead of certifying nonsense
     assert found.exit_code == 2
     assert "classes" in found.stderr
+
+
+def test_the_demo_leaves_out_a_head_that_does_not_know_its_noise_level(tiny_model_dir, tmp_path):
+    shutil.copytree(tiny_model_dir, tmp_path / "model")
+    (tmp_path / "model-counts").mkdir()
+    config = json.loads((Path(tiny_model_dir) / "config.json").read_text())
+    (tmp_path / "model-counts" / "config.json").write_text(json.dumps({**config, "count_sigmas": [0.5, 1.0]}))
+    without = run("demo", "--model", tmp_path / "model", "--output-dir", tmp_path, "--sigma", 0.25)
+    assert "knows noise levels from 0.5 to 1: certifying without it" in " ".join(without.stdout.split())
+    assert "classes" in without.stderr
+    taken = run("demo", "--model", tmp_path / "model", "--output-dir", tmp_path, "--sigma", 0.5)
+    assert "model-counts" in taken.stderr  # which holds no weights
 
 
 def test_demo_with_the_shipped_model(tmp_path):

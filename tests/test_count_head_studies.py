@@ -1,13 +1,15 @@
 """The scripts that say how good a count head is, on a model and a head as small as can be."""
 
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, rows
 
-from hf_smoothing.count_calibration import calibrate_count_head, refuse_training_images
+from hf_smoothing.count_calibration import calibrate_count_head, refuse_shared_images, refuse_training_images
 from hf_smoothing.crew import start_processes
 from hf_smoothing.dataset_runs import RunSettings, certify_dataset
 from hf_smoothing.figures import KINDS
@@ -98,7 +100,35 @@ def test_a_study_of_a_head(model, folder):
 def test_heads_are_not_judged_on_their_training_images(folder):
     with pytest.raises(ValueError, match="was trained on the split 'train'"):
         refuse_training_images(folder / "head", read_counts(folder / "counts").settings)
-    refuse_training_images(folder / "head", read_counts(folder / "fixed").settings)
+    fixed = read_counts(folder / "fixed").settings
+    refuse_training_images(folder / "head", fixed)
+    # by whatever name the same images go
+    counted = read_counts(folder / "counts").settings
+    named = {**fixed, "dataset_name": str(Path(fixed["dataset_name"]).parent / "." / Path(fixed["dataset_name"]).name)}
+    for split in ("train", "train[5:]", "test+train[:10]"):
+        with pytest.raises(ValueError, match="was trained on the split"):
+            refuse_shared_images(counted, {**named, "split": split})
+    refuse_shared_images({**counted, "dataset_name": "someone/else"}, {**fixed, "split": "train"})
+
+
+def test_what_cannot_be_studied(model, folder, tmp_path):
+    def refused(script, *more):
+        command = [sys.executable, f"scripts/{script}.py", "--model", model, "--output_dir", tmp_path / "found", *more]
+        done = subprocess.run([str(word) for word in command], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 1
+        return done.stderr
+
+    runs = ("--run", folder / "fixed", "--counts", folder / "counts")
+    (tmp_path / "found").mkdir()
+    (tmp_path / "found" / "arms.json").write_text(json.dumps({"settings": {}, "arms": []}))
+    assert "holds arms of other settings" in refused("count_head_arms", *runs)
+    assert "was trained on the split" in refused(
+        "count_head_arms", "--run", folder / "counts", "--counts", folder / "counts"
+    )
+    shutil.copytree(folder / "head", tmp_path / "head")
+    study = ("count_head_study", "--run", folder / "fixed", "--count_head", tmp_path / "head")
+    calibrate_count_head(tmp_path / "head", folder / "fixed")
+    assert "calibrated on this very run" in refused(*study)
 
 
 def test_the_arms_of_training(model, folder):

@@ -1,0 +1,231 @@
+"""What studies of count heads came to, as text for cards."""
+
+import math
+from typing import Any
+
+_NEAR = 0.015
+"""Gaps of the estimate's accuracy to Monte-Carlo's that are not named."""
+
+
+def count_head(results: dict[str, Any]) -> str:
+    """How far a count head is off, and what it is good for."""
+    radii = [row["radius"] for row in results["errors"][0]["accuracy"]["monte_carlo"]]
+    n, images = results["errors"][0]["n"], results["errors"][0]["images"]
+
+    def shares(rows: list[dict[str, float]]) -> list[str]:
+        return [f"{row['share']:.1%}" for row in rows]
+
+    def length(value: float | None) -> str:
+        return "-" if value is None else f"{value:.3f}"
+
+    lines = [
+        f"Over all {images} images, beside Monte-Carlo with n = {n:,} (alpha = {results['alpha']:g}). An estimate is too "
+        "large where it exceeds the radius that Monte-Carlo proves for the same class:",
+        "",
+        "| sigma | another class | too large | by, on average | too small | by, on average |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in results["errors"]:
+        lines.append(
+            f"| {row['sigma']:g} | {row['disagreement']:.1%} | {row['overestimated']:.1%} | {length(row['mean_excess'])} | "
+            f"{row['underestimated']:.1%} | {length(row['mean_shortfall'])} |"
+        )
+    lines += [
+        "",
+        "The same by the radius that Monte-Carlo proves, of whatever class. Where all of its draws agree no estimate can be "
+        "too large:",
+        "",
+        "| sigma | above | up to | images | too large | estimate less measured, on average |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['sigma']:g} | {_bound(one['above'])} | {_bound(one['up_to'])} | {one['images']} | "
+        f"{one['overestimated']:.1%} | {one['mean_error']:+.3f} |"
+        for row in results["errors"]
+        for one in row["by_radius"]
+    ]
+    lines += [
+        "",
+        "Accuracy at each radius; Monte-Carlo's and the sequential rule's hold for each image, the lowered ones for images "
+        "on average (all but a share delta), the estimate not at all:",
+        "",
+        "| sigma | radii from | " + " | ".join(f"r = {radius:g}" for radius in radii) + " |",
+        "|---" * (2 + len(radii)) + "|",
+    ]
+    for row in results["errors"]:
+        kinds = [
+            (f"Monte-Carlo, n = {n:,}", row["accuracy"]["monte_carlo"]),
+            ("estimate", row["accuracy"]["estimate"]),
+        ]
+        kinds += [
+            (name.format(one["n"]), one[which])
+            for one in results["expected"]
+            if one["sigma"] == row["sigma"]
+            for name, which in (
+                ("Monte-Carlo expected at n = {:,}", "monte_carlo"),
+                ("estimate at n = {:,}", "estimate"),
+            )
+        ]
+        kinds += [
+            (f"lowered by {by}, delta = {one['delta']:g}", one["accuracy"])
+            for by, ones in (("random halves", results["conformal"]), ("its calibration", results["calibrated"]))
+            for one in ones
+            if one["sigma"] == row["sigma"]
+        ]
+        kinds += [
+            (
+                f"sequential{' with the head' * one['with_head']}, {one['draws']:,.0f} draws an image, at most "
+                f"{one['budget']:,}",
+                one["accuracy"],
+            )
+            for one in results["sequential"]
+            if one["sigma"] == row["sigma"]
+        ]
+        lines += [f"| {row['sigma']:g} | {name} | " + " | ".join(shares(found)) + " |" for name, found in kinds]
+    lines += [
+        "",
+        f"What can be expected at n = {results['expected'][0]['n']:,} is reckoned from the {n:,} draws, by Jeffreys' "
+        "posterior of the true class's probability in each image; its standard deviation is at most "
+        f"{max(found['deviation'] for one in results['expected'] for found in one['monte_carlo']) * 100:.1f} points. "
+        f"Above radius 0 the estimate's accuracy is within {_NEAR * 100:g} points of Monte-Carlo's:",
+        "",
+    ]
+    for at, rows in (
+        (n, [(row["sigma"], row["accuracy"]) for row in results["errors"]]),
+        (results["expected"][0]["n"], [(row["sigma"], row) for row in results["expected"]]),
+    ):
+        far = [
+            f"sigma {sigma:g}, r = {proved['radius']:g} ({gap * 100:+.1f})"
+            for sigma, found in rows
+            for proved, estimated in zip(found["monte_carlo"], found["estimate"])
+            if proved["radius"] > 0 and abs(gap := estimated["share"] - proved["share"]) > _NEAR
+        ]
+        lines.append(f"- at n = {at:,} " + (f"but for {', '.join(far)}" if far else "everywhere"))
+    lines += [
+        "",
+        f"Lowered radii that exceed what Monte-Carlo proves, over {results['conformal'][0]['splits']} random halves to "
+        "calibrate on and to judge (in brackets, the standard error of one half):",
+        "",
+    ]
+    lines += [
+        f"- sigma {one['sigma']:g}, delta {one['delta']:g}: {one['miss_rate']:.1%} ({one['binomial_error']:.1%})"
+        for one in results["conformal"]
+    ]
+    for one in results["calibrated"]:
+        lines.append(
+            f"- sigma {one['sigma']:g}, delta {one['delta']:g}, by the head's calibration ({one['calibrated_on']}): "
+            f"{one['miss_rate']:.1%}"
+        )
+    gaps = [
+        (proved["share"] - kept["share"]) * 100
+        for one in results["conformal"]
+        if one["delta"] == min(row["delta"] for row in results["conformal"])
+        for row in results["errors"]
+        if row["sigma"] == one["sigma"]
+        for proved, kept in zip(row["accuracy"]["monte_carlo"], one["accuracy"])
+        if proved["share"] > 0
+    ]
+    if gaps:
+        lines += [
+            "",
+            f"Lowered by random halves at the smallest delta, the accuracy is {min(gaps):.1f} to {max(gaps):.1f} points "
+            "below Monte-Carlo's where that proves anything.",
+        ]
+    names = {
+        "without": "without",
+        "with": "with the head",
+        "knowing": "p known",
+        "permuted": "classes permuted",
+        "permuted_and_sure": "permuted, p = .999",
+    }
+    lines += [
+        "",
+        "Mean draws of the sequential rule to decide a radius (simulated from the measured frequencies; images that a "
+        "quarter of the budget of 100,000 can decide by Wald's bound; the rest of them were given up), and with heads made "
+        "wrong on purpose. Wald's bound is that of a test that sees hits and misses; the rule bounds the runner-up too:",
+        "",
+        "| sigma | radius | images | Wald's bound | "
+        + " | ".join(names.values())
+        + " | with, over Wald's | decided |",
+        "|---" * (6 + len(names)) + "|",
+    ]
+    for row in results["draws_to_decide"]:
+        cells = [f"{row['draws'][name]:,.0f}" for name in names]
+        lines.append(
+            f"| {row['sigma']:g} | {row['radius']:g} | {row['images']} | {row['wald']:,.0f} | "
+            + " | ".join(cells)
+            + f" | {row['draws']['with'] / row['wald']:.2f} | {row['claimed']['with']:.1%} |"
+        )
+    dearer = [
+        f"sigma {row['sigma']:g}, r = {row['radius']:g} ({row['draws']['with'] / row['draws']['without'] - 1:+.1%})"
+        for row in results["draws_to_decide"]
+        if row["draws"]["with"] > row["draws"]["without"]
+    ]
+    lines += ["", f"The head costs draws instead of saving them at: {', '.join(dearer) or 'none of these'}."]
+    times, payback = results["seconds_an_image"], results["payback"]
+    threads = f"{results['num_threads']} thread{'' if results['num_threads'] == 1 else 's'}"
+    lines += [
+        "",
+        f"An estimate takes {times['estimate'] * 1000:.1f} ms an image in batches, {results['device']}, "
+        f"{threads}; the usual protocol (100,100 draws, at the rate of {times['timed_draws']:,} "
+        f"timed ones) {times['usual']:,.0f} s with the same model on the same machine: {times['ratio']:,.0f} times as long."
+        + (
+            f" The sequential rule, with the draws above: {times['sequential']:,.1f} s, "
+            f"{times['ratio_of_sequential']:,.0f} times as long."
+            if "sequential" in times
+            else ""
+        )
+        + ("" if payback is None else _payback(payback))
+        + f" Command: `{results['command']}` (seed {results['seed']}, "
+        + ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+        + ").",
+    ]
+    return "\n".join(lines)
+
+
+def _bound(radius: float | None) -> str:
+    return "-" if radius is None else f"{radius:g}"
+
+
+def _payback(payback: dict[str, float]) -> str:
+    def images(count: float) -> str:
+        return f"{math.ceil(count):,} image{'' if count <= 1 else 's'}"
+
+    text = (
+        f" Counting and training took {payback['seconds'] / 60:.0f} minutes; estimates in place of certificates pay them "
+        f"back after {images(payback['images'])}"
+    )
+    if "images_of_sequential" in payback:
+        text += f" of the usual protocol, or {images(payback['images_of_sequential'])} of the sequential rule"
+    return text + "."
+
+
+def count_head_arms(results: dict[str, Any]) -> str:
+    """The arms of the study of how to train a count head."""
+    judged = results["judged"]
+    lines = [
+        f"Judged on every {judged['every']}th image of `{judged['dataset_name']}`, {judged['split']}, with Monte-Carlo at "
+        f"n = {judged['n']:,}: Jensen-Shannon divergence (nats; the noise of the measured counts is in it), share of images "
+        "given another class, share of radii too large, and the largest gap to Monte-Carlo's certified accuracy at "
+        + ", ".join(f"{radius:g}" for radius in results["radii"])
+        + ".",
+        "",
+        "| trained | images x draws | steps | sigma | divergence | another class | too large | largest gap |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for arm in results["arms"]:
+        for row in arm["errors"]:
+            lines.append(
+                f"| {arm['arm']} | {arm['images']:,} x {arm['draws_an_image']} | {arm['steps']:,} | {row['sigma']:g} | "
+                f"{row['jensen_shannon']:.4f} | {row['disagreement']:.1%} | {row['overestimated']:.1%} | "
+                f"{row['accuracy_gap'] * 100:.1f} points |"
+            )
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Command: `{results['command']}` (seed {results['settings']['seed']}, "
+            + ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+            + ").",
+        ]
+    )
