@@ -168,10 +168,12 @@ def study(results: dict[str, Any]) -> str:
 
 def training_speed(results: dict[str, Any]) -> str:
     """The speed of the training loop."""
+    low, high = results["ratio_interval_95"]
     return (
         f"The training loop makes {results['images_per_second']:.0f} images/s, {results['ratio']:.3f} of a bare loop over "
-        f"the same model and batches (median of {len(results['ratios'])}, which go from {min(results['ratios']):.2f} to "
-        f"{max(results['ratios']):.2f} on this machine; {results['parameters']:,} parameters, "
+        f"the same model and batches (median of {len(results['ratios'])}, its 95 % interval {low:.3f} to {high:.3f}; single "
+        f"ones go from {min(results['ratios']):.2f} to {max(results['ratios']):.2f} on this machine; "
+        f"{results['parameters']:,} parameters, "
         f"{results['device']}, {results['num_threads']} threads). Command: `{results['command']}` ("
         + ", ".join(f"{name} {version}" for name, version in results["versions"].items())
         + ")."

@@ -14,9 +14,11 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import concatenate_datasets
+from scipy.stats import quantile_test
 from torch import nn
 
 from hf_smoothing import MixedNoiseViTConfig, MixedNoiseViTForImageClassification, load_demo_images
@@ -79,8 +81,10 @@ def loop_seconds(images_file: Path, steps: int, args: argparse.Namespace) -> flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=20, help="updates in one measurement (default: 20)")
-    parser.add_argument("--repeats", type=int, default=5, help="measurements, of which the median counts (default: 5)")
+    parser.add_argument("--steps", type=int, default=5, help="updates in one measurement (default: 5)")
+    parser.add_argument(
+        "--repeats", type=int, default=15, help="measurements, of which the median counts (default: 15)"
+    )
     parser.add_argument("--batch_size", type=int, default=128, help="images in a batch (default: 128)")
     parser.add_argument("--hidden_size", type=int, default=128, help="width of the model (default: 128)")
     parser.add_argument("--num_hidden_layers", type=int, default=4, help="its transformer blocks (default: 4)")
@@ -97,15 +101,23 @@ def main() -> None:
             images_file
         )
         names = demo.features["label"].names
-        for _ in range(args.repeats):  # in turn, so that a slow moment of the machine does not fall on one side alone
-            bare = bare_seconds(build(names, args), args.steps, args.batch_size, device)
-            loop = loop_seconds(images_file, args.steps, args)
-            ratios.append(bare / loop)
-            speeds.append(args.steps * args.batch_size / loop)
+        sides = {
+            "bare": lambda: bare_seconds(build(names, args), args.steps, args.batch_size, device),
+            "loop": lambda: loop_seconds(images_file, args.steps, args),
+        }
+        for repeat in range(args.repeats):
+            # in turn, and the first one in turn: a slow moment of the machine must not fall on one side alone
+            order = list(sides) if repeat % 2 else list(sides)[::-1]
+            seconds = {side: sides[side]() for side in order}
+            ratios.append(seconds["bare"] / seconds["loop"])
+            speeds.append(args.steps * args.batch_size / seconds["loop"])
+    of_median: Any = quantile_test(ratios, p=0.5)
+    low, high = of_median.confidence_interval(0.95)
     results = {
         "command": command_line(),
         "images_per_second": statistics.median(speeds),
         "ratio": statistics.median(ratios),
+        "ratio_interval_95": [low, high],
         "ratios": ratios,
         "device": str(device),
         "num_threads": torch.get_num_threads(),
@@ -113,7 +125,8 @@ def main() -> None:
         "versions": package_versions(),
     }
     print(
-        f"{results['images_per_second']:.0f} images/s, {results['ratio']:.3f} of a bare loop (median of {args.repeats})"
+        f"{results['images_per_second']:.0f} images/s, {results['ratio']:.3f} of a bare loop (median of {args.repeats}, "
+        f"95 % interval {low:.3f} to {high:.3f})"
     )
     if args.output is not None:
         args.output.write_text(json.dumps(results, indent=2) + "\n")
