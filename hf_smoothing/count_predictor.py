@@ -11,6 +11,7 @@ from transformers.utils import cached_file
 from .calibration import CALIBRATION_FILE, Calibration
 from .loading import loading
 from .modeling_count_prediction import MixedNoiseViTForCountPrediction
+from .noise import GaussianNoise
 from .preparation import same_pixels
 
 
@@ -25,7 +26,12 @@ class CountPredictor:
         model: the count head.
         calibration: made with it, by `hf-smoothing calibrate`.
         device: where to put it; by default where it is.
+
+    Attributes:
+        noise: the kind of noise that its counts were drawn with.
     """
+
+    noise = GaussianNoise.name
 
     def __init__(
         self,

@@ -59,7 +59,7 @@ class SmoothedClassifier:
         calibration: of the count head, for `surrogate` with `delta`; by default the one that it brings.
 
     Raises:
-        ValueError: for a batch size below 1 or a module with weights that are not finite.
+        ValueError: for a batch size below 1, a module with weights that are not finite, a count head for another noise.
 
     Source: Cohen et al. 2019 (arXiv 1902.02918).
     """
@@ -81,6 +81,8 @@ class SmoothedClassifier:
         calibration: Calibration | None = None,
     ):
         check_count("batch_size", batch_size)
+        if getattr(count_head, "noise", noise.name) != noise.name:
+            raise ValueError(f"The count head knows {getattr(count_head, 'noise', '')} noise, not {noise.name}.")
         self.count_head = count_head
         self.calibration = calibration or getattr(count_head, "calibration", None)
         self.noise = noise

@@ -11,7 +11,7 @@ from transformers import pipeline
 from typer.testing import CliRunner
 
 import hf_smoothing  # noqa: F401
-from hf_smoothing import MixedNoiseViTForCountPrediction
+from hf_smoothing import MixedNoiseViTForCountPrediction, SmoothedClassifier, UniformNoise
 from hf_smoothing.calibration import CALIBRATION_FILE, Calibration
 from hf_smoothing.cli import app
 from hf_smoothing.count_predictor import CountPredictor
@@ -37,6 +37,11 @@ def fixed_run(model, parquet, tmp_path_factory):
     settings = RunSettings(model, parquet, (0.25, 1.0), split="train", every=4, method="fixed", n0=10, n=60)
     certify_dataset(settings, folder, accelerator=start_processes())
     return folder
+
+
+def test_a_head_knows_no_other_noise(head, model):
+    with pytest.raises(ValueError, match="The count head knows gaussian noise, not uniform"):
+        SmoothedClassifier.from_pretrained(model, UniformNoise(0.5), count_head=head)
 
 
 def test_from_head_to_claims_about_most_images(head, model, fixed_run, certify, parquet, tmp_path, demo_images):
