@@ -26,13 +26,12 @@ from .training_images import Batch
 
 class CountBatches:
     """
-    Batches of one process, of inputs and targets; order depends on seed and epoch alone.
+    Batches of one process, of images with all of their counts; order depends on seed and epoch alone.
 
     Args:
-        inputs: `(images, ...)`, one for each image: pixels (uint8) or features.
-        rows: `(rows,)`, which of them each row is about.
-        targets: `(rows, 1 + classes)`: sigma, and the counts.
-        batch_size: rows in a batch.
+        inputs: `(images, ...)`: pixels (uint8) or features.
+        targets: `(images, levels, 1 + classes)`: sigma, and the counts.
+        batch_size: images in a batch.
         seed: of the order.
         process_index, num_processes: this process, and how many there are.
     """
@@ -40,31 +39,48 @@ class CountBatches:
     def __init__(
         self,
         inputs: torch.Tensor,
-        rows: np.ndarray,
         targets: torch.Tensor,
         batch_size: int,
         seed: int,
         process_index: int = 0,
         num_processes: int = 1,
     ):
-        self.inputs, self.rows, self.targets, self.seed = inputs, rows, targets, seed
+        self.inputs, self.targets, self.seed = inputs, targets, seed
         self.batch_size = batch_size
-        self.total: int | None = len(rows)
+        self.total: int | None = len(inputs)
         self.process_index, self.num_processes = process_index, num_processes
         if not len(self):
             raise ValueError(
-                f"{self.total} counts do not fill a batch of {batch_size} on {num_processes} processes: take a smaller "
+                f"{self.total} images do not fill a batch of {batch_size} on {num_processes} processes: take a smaller "
                 "per_device_train_batch_size."
             )
 
     def __len__(self) -> int:
-        return len(self.rows) // (self.batch_size * self.num_processes)
+        return len(self.inputs) // (self.batch_size * self.num_processes)
 
     def epoch(self, number: int, first: int = 0) -> Iterator[Batch]:
-        order = np.random.default_rng([self.seed, number]).permutation(len(self.rows))
+        order = np.random.default_rng([self.seed, number]).permutation(len(self.inputs))
         order = order[: len(self) * self.num_processes * self.batch_size]
         for chosen in order.reshape(len(self), self.num_processes, self.batch_size)[first:, self.process_index]:
-            yield self.inputs[self.rows[chosen]], self.targets[chosen]
+            yield self.inputs[chosen], self.targets[chosen]
+
+
+def counts_by_image(counts: Counts) -> tuple[np.ndarray, torch.Tensor]:
+    """
+    Counts of the images that were counted at all noise levels; those that failed at one are left out.
+
+    Args:
+        counts: of any run.
+
+    Returns:
+        Their places in the split `(images,)`, and `(images, levels, 1 + classes)`: sigma, and the counts.
+    """
+    images, times = np.unique(counts.indices, return_counts=True)
+    images = images[times == len(np.unique(counts.sigmas))]
+    rows = np.lexsort((counts.sigmas, counts.indices))
+    rows = rows[np.isin(counts.indices[rows], images)]
+    targets = np.concatenate([counts.sigmas[rows, None], counts.counts[rows]], 1)
+    return images, torch.from_numpy(targets).float().view(len(images), -1, targets.shape[1])
 
 
 @torch.no_grad()
@@ -123,25 +139,25 @@ def build_count_model(
 
 @torch.no_grad()
 def prediction_errors(
-    model: MixedNoiseViTForCountPrediction, inputs: torch.Tensor, sigmas: torch.Tensor, counts: torch.Tensor
+    model: MixedNoiseViTForCountPrediction, inputs: torch.Tensor, targets: torch.Tensor
 ) -> dict[str, float]:
     """
-    How far predictions are off, over the rows given.
+    How far predictions are off, over the images and noise levels given.
 
     Args:
         model: the count head.
-        inputs: `(rows, ...)`: pixels (uint8) or features.
-        sigmas: `(rows,)`.
-        counts: `(rows, classes)`.
+        inputs: `(images, ...)`: pixels (uint8) or features.
+        targets: `(images, levels, 1 + classes)`: sigma, and the counts.
 
     Returns:
-        `jensen_shannon` (nats), `top1_disagreement` (share of rows whose most frequent class is another than predicted), and
+        `jensen_shannon` (nats), `top1_disagreement` (share whose most frequent class is another than predicted), and
         `top_frequency_error` (mean of the predicted less the measured frequency of the class measured most often).
     """
-    predicted = []
-    for batch, levels in zip(inputs.split(512), sigmas.split(512)):
-        predicted.append(model(**_as_inputs(batch), sigma=levels).logits)
-    logits = torch.cat(predicted)
+    predicted = [
+        model(**_as_inputs(batch), sigma=asked[..., 0]).logits
+        for batch, asked in zip(inputs.split(512), targets.split(512))
+    ]
+    logits, counts = torch.cat(predicted).flatten(0, 1), targets[..., 1:].flatten(0, 1)
     frequencies = counts / counts.sum(1, keepdim=True)
     top = counts.argmax(1)
     off = logits.softmax(1).gather(1, top[:, None]) - frequencies.gather(1, top[:, None])
@@ -189,7 +205,7 @@ def train_count_head(
     processor = AutoImageProcessor.from_pretrained(base)
     images = counts.open()
     images.meet(counts.settings["label_names"], Preparation.of(processor))
-    wanted, rows = np.unique(counts.indices, return_inverse=True)
+    wanted, targets = counts_by_image(counts)
     reading = tqdm(wanted.tolist(), "reading images", disable=not accelerator.is_main_process)
     inputs = torch.stack([(images.pixels(images.source[index]) * 255).round().byte() for index in reading])
     model.to(accelerator.device)
@@ -197,12 +213,10 @@ def train_count_head(
         model.mixed_noise_vit.requires_grad_(False)
         model.classifier.requires_grad_(False)
         inputs = features_of(model, inputs)
-    targets = torch.cat([torch.from_numpy(counts.sigmas)[:, None], torch.from_numpy(counts.counts)], 1).float()
     held_out = np.random.default_rng(settings.seed).permutation(len(wanted))[: round(eval_share * len(wanted))]
-    aside = np.isin(rows, held_out)
+    aside = np.isin(np.arange(len(wanted)), held_out)
     batches = CountBatches(
-        inputs,
-        rows[~aside],
+        inputs[~aside],
         targets[~aside],
         settings.per_device_train_batch_size,
         settings.seed,
@@ -213,9 +227,9 @@ def train_count_head(
     preparation_seconds = time.perf_counter() - started
 
     def compute_loss(model: Any, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return model(**_as_inputs(inputs), sigma=targets[:, 0], counts=targets[:, 1:], loss=loss).loss
+        return model(**_as_inputs(inputs), sigma=targets[..., 0], counts=targets[..., 1:], loss=loss).loss
 
-    held = [one.to(accelerator.device) for one in (inputs[rows[aside]], targets[aside, 0], targets[aside, 1:])]
+    held = [one.to(accelerator.device) for one in (inputs[aside], targets[aside])]
     output_dir = Path(settings.output_dir)
 
     def save(model: Any) -> None:
@@ -230,7 +244,7 @@ def train_count_head(
         settings,
         accelerator,
         save=save,
-        identity={**chosen, "counts": counts.settings, "rows": len(rows)},
+        identity={**chosen, "counts": counts.settings, "images": len(wanted)},
         evaluate=(lambda model: prediction_errors(model, *held)) if aside.any() else None,
     )
     results = {

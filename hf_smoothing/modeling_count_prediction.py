@@ -17,8 +17,8 @@ class CountPredictionOutput(ModelOutput):
     """
     Args:
         loss: where counts were given.
-        logits: `(batch, num_labels)`.
-        probabilities: `(batch, num_labels)`, their softmax: the expected share of each class among noisy copies.
+        logits: `(batch, num_labels)`, or `(batch, levels, num_labels)` where each image has several noise levels.
+        probabilities: their softmax: the expected share of each class among noisy copies.
     """
 
     loss: torch.Tensor | None = None
@@ -81,11 +81,13 @@ class CountHead(nn.Module):
         self.act = nn.GELU()
 
     def forward(self, features: torch.Tensor, logits: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        level = torch.log2(sigma)[:, None]
-        modulation = self.modulation(torch.cat([level, level**2 / 4, sigma[:, None]], 1))
-        scale, shift, log_gain = modulation.split([features.shape[1], features.shape[1], 1], 1)
-        modulated = self.norm(features) * (1 + scale) + shift
-        return logits * log_gain.exp() + self.output(self.act(self.hidden(modulated)))
+        level = torch.log2(sigma)[..., None]
+        modulation = self.modulation(torch.cat([level, level**2 / 4, sigma[..., None]], -1))
+        scale, shift, log_gain = modulation.split([features.shape[1], features.shape[1], 1], -1)
+        normed = self.norm(features)
+        if sigma.ndim == 2:  # several levels for each image
+            normed, logits = normed[:, None], logits[:, None]
+        return logits * log_gain.exp() + self.output(self.act(self.hidden(normed * (1 + scale) + shift)))
 
 
 class MixedNoiseViTForCountPrediction(MixedNoiseViTPreTrainedModel):
@@ -136,8 +138,9 @@ class MixedNoiseViTForCountPrediction(MixedNoiseViTPreTrainedModel):
         """
         Args:
             pixel_values: clean images `(batch, channels, height, width)` in `[0, 1]`.
-            sigma: noise level in `[0, 1]` pixels, one for all or `(batch,)`.
-            counts: `(batch, num_labels)`, measured; with them the output holds the loss.
+            sigma: noise level in `[0, 1]` pixels, one for all, `(batch,)`, or `(batch, levels)` for several of each image:
+                it goes through the encoder once.
+            counts: measured, of the shape of the logits; with them the output holds the loss.
             features: what [`features`] makes of the images, instead of them.
             loss: one of [`LOSSES`].
             return_dict: `False` for a plain tuple.
@@ -152,7 +155,9 @@ class MixedNoiseViTForCountPrediction(MixedNoiseViTPreTrainedModel):
             if pixel_values is None:
                 raise ValueError("Give pixel_values, or features.")
             features = self.features(pixel_values)
-        sigma = torch.as_tensor(sigma, dtype=features.dtype, device=features.device).expand(len(features))
+        sigma = torch.as_tensor(sigma, dtype=features.dtype, device=features.device)
+        if sigma.ndim < 2:
+            sigma = sigma.expand(len(features))
         levels = self.config.count_sigmas or ()
         if not bool(((sigma >= min(levels) - _SLACK) & (sigma <= max(levels) + _SLACK)).all()):
             asked = dict.fromkeys(f"{level:g}" for level in (float(sigma.min()), float(sigma.max())))
@@ -165,8 +170,9 @@ class MixedNoiseViTForCountPrediction(MixedNoiseViTPreTrainedModel):
         found: Any = None
         if counts is not None:
             targets = counts.to(logits.dtype)
-            found = LOSSES[loss](logits, targets / targets.sum(1, keepdim=True))
-        output = CountPredictionOutput(loss=found, logits=logits, probabilities=logits.softmax(1))
+            targets = targets / targets.sum(-1, keepdim=True)
+            found = LOSSES[loss](logits.flatten(0, -2), targets.flatten(0, -2))
+        output = CountPredictionOutput(loss=found, logits=logits, probabilities=logits.softmax(-1))
         return output if return_dict is not False else output.to_tuple()
 
 

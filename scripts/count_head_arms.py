@@ -96,7 +96,7 @@ def judge(arm: Arm, measured: Counts, args: argparse.Namespace) -> dict[str, Any
         settings = TrainingSettings(
             folder,
             max_train_steps=args.own_backbone_steps if arm.own_backbone else args.steps,
-            per_device_train_batch_size=min(args.batch_size, len(arm.counts.indices)),
+            per_device_train_batch_size=min(args.batch_size, len(np.unique(arm.counts.indices))),
             learning_rate=args.own_backbone_learning_rate if arm.own_backbone else args.learning_rate,
             checkpointing_steps="1000000",
             seed=args.seed,
@@ -160,7 +160,7 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="of each arm (default: 1e-3)")
     parser.add_argument("--own_backbone_steps", type=int, default=100, help="updates of the own one (default: 100)")
     parser.add_argument("--own_backbone_learning_rate", type=float, default=2e-4, help="of it (default: 2e-4)")
-    parser.add_argument("--batch_size", type=int, default=256, help="counts in a batch (default: 256)")
+    parser.add_argument("--batch_size", type=int, default=128, help="images in a batch (default: 128)")
     parser.add_argument("--seed", type=int, default=0, help="of everything that is random")
     args = parser.parse_args()
     path = Path(args.output_dir) / "arms.json"

@@ -44,7 +44,7 @@ class CountHeadSettings:
 
 def main() -> None:
     parser = argument_parser((CountHeadSettings, TrainingSettings, HubSettings), __doc__)
-    parser.set_defaults(learning_rate=1e-3, per_device_train_batch_size=512)
+    parser.set_defaults(learning_rate=1e-3, per_device_train_batch_size=128)
     try:
         head, settings, hub = parser.parse_args_into_dataclasses()
         accelerator = settings.start()

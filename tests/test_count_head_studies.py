@@ -35,7 +35,7 @@ def folder(model, parquet, tmp_path_factory):
         )
     train = (
         sys.executable, ROOT / "scripts" / "train_count_head.py", "--model_name_or_path", model, "--counts",
-        folder / "counts", "--num_train_epochs", 20, "--per_device_train_batch_size", 40, "--output_dir", folder / "head",
+        folder / "counts", "--num_train_epochs", 20, "--per_device_train_batch_size", 13, "--output_dir", folder / "head",
     )  # fmt: skip
     subprocess.run([str(word) for word in train], check=True)
     calibrate_count_head(folder / "head", folder / "others")

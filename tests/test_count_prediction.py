@@ -64,6 +64,22 @@ def test_the_noise_level_counts_and_each_image_may_have_its_own(model):
     assert not torch.allclose(model(images[1:], sigma=0.25).logits[0], together[1])
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+def test_an_image_may_have_several_noise_levels_of_one_pass(model, loss):
+    images, counts = torch.rand(2, 3, 8, 8), torch.randint(1, 9, (2, 2, 3))
+    with torch.no_grad():
+        model.count_head.modulation[2].weight.normal_()
+    together = model(images, sigma=torch.tensor([[0.25, 1.0], [0.5, 0.25]]), counts=counts, loss=loss)
+    asked = [(0, 0.25), (0, 1.0), (1, 0.5), (1, 0.25)]
+    apart = [
+        model(images[image, None], sigma=sigma, counts=one[None], loss=loss)
+        for (image, sigma), one in zip(asked, counts.flatten(0, 1))
+    ]
+    torch.testing.assert_close(together.logits.flatten(0, 1), torch.cat([one.logits for one in apart]))
+    torch.testing.assert_close(together.probabilities.sum(-1), torch.ones(2, 2))
+    torch.testing.assert_close(together.loss, torch.stack([one.loss for one in apart]).mean())
+
+
 @pytest.mark.parametrize("sigma", [0.2, 1.1, 0.0, float("nan")])
 def test_levels_outside_the_trained_range_are_refused(model, sigma):
     with pytest.raises(ValueError, match=r"outside what the count head was trained for \(0.25 to 1\)"):

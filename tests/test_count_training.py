@@ -10,6 +10,7 @@ from hf_smoothing import GaussianNoise, SmoothedClassifier
 from hf_smoothing.count_training import (
     CountBatches,
     build_count_model,
+    counts_by_image,
     prediction_errors,
     train_count_head,
 )
@@ -77,7 +78,7 @@ def test_a_head_learns_the_counts(counts_dir, tmp_path, own_backbone, loss):
     model = build_count_model(base, counts)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     settings = TrainingSettings(
-        str(tmp_path / "out"), num_train_epochs=40, per_device_train_batch_size=38, learning_rate=3e-3
+        str(tmp_path / "out"), num_train_epochs=40, per_device_train_batch_size=19, learning_rate=3e-3
     )
     found = train_count_head(
         model, counts, settings, settings.start(), base=base, loss=loss, own_backbone=own_backbone, eval_share=0.05
@@ -95,29 +96,40 @@ def test_a_head_learns_the_counts(counts_dir, tmp_path, own_backbone, loss):
 def test_prediction_errors_by_hand():
     class Says:
         def __call__(self, features, sigma):
-            return type("Output", (), {"logits": features.log()})
+            return type("Output", (), {"logits": features.log()[:, None]})
 
     predicted = torch.tensor([[0.7, 0.3], [0.4, 0.6]])
-    counts = torch.tensor([[6, 4], [8, 2]])
-    errors = prediction_errors(Says(), predicted, torch.tensor([0.5, 0.5]), counts)
+    targets = torch.tensor([[[0.5, 6, 4]], [[0.5, 8, 2]]])
+    errors = prediction_errors(Says(), predicted, targets)
     assert errors["top1_disagreement"] == 0.5
     assert errors["top_frequency_error"] == pytest.approx(((0.7 - 0.6) + (0.4 - 0.8)) / 2)
 
 
-def test_batches_cover_all_rows_once_and_processes_share_them():
-    inputs = torch.arange(10)[:, None]
-    rows = np.repeat(np.arange(10), 2)
-    targets = torch.arange(20)[:, None]
+def test_batches_cover_all_images_once_and_processes_share_them():
+    inputs = torch.arange(20)[:, None]
+    targets = torch.arange(20)[:, None, None] * 10
     seen = []
     for process in range(2):
-        batches = CountBatches(inputs, rows, targets, 5, 0, process, 2)
+        batches = CountBatches(inputs, targets, 5, 0, process, 2)
         assert len(batches) == 2
         for batch, target in batches.epoch(3):
-            assert (batch.flatten() == target.flatten() // 2).all()
-            seen += target.flatten().tolist()
+            assert (batch.flatten() * 10 == target.flatten()).all()
+            seen += batch.flatten().tolist()
         late = list(batches.epoch(3, 1))
         assert len(late) == 1
-        assert torch.equal(late[0][1].flatten(), torch.tensor(seen[-5:]))
+        assert torch.equal(late[0][0].flatten(), torch.tensor(seen[-5:]))
     assert sorted(seen) == list(range(20))
-    with pytest.raises(ValueError, match="20 counts do not fill"):
-        CountBatches(inputs, rows, targets, 21, 0)
+    with pytest.raises(ValueError, match="20 images do not fill"):
+        CountBatches(inputs, targets, 21, 0)
+
+
+def test_counts_come_by_image_and_incomplete_ones_are_left_out(counts_dir):
+    counts = read_counts(counts_dir)
+    shuffled = np.random.default_rng(0).permutation(len(counts.indices))[1:]  # and one is missing
+    columns = ("indices", "sigmas", "counts", "labels", "predictions", "p_lower")
+    images, targets = counts_by_image(replace(counts, **{name: getattr(counts, name)[shuffled] for name in columns}))
+    assert targets.shape == (99, 2, 1 + counts.counts.shape[1])
+    for image, found in zip(images, targets.numpy()):
+        for sigma, measured in zip((0.25, 1.0), found):
+            (row,) = np.flatnonzero((counts.indices == image) & (counts.sigmas == sigma))
+            np.testing.assert_array_equal(measured, [sigma, *counts.counts[row]])
