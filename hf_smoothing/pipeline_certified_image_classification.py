@@ -66,6 +66,8 @@ class CertifiedImageClassificationPipeline(Pipeline):
         super().__init__(*args, batch_size=batch_size, **kwargs)
         self._count_heads: dict[str, CountPredictor] = {}
         self._preparations: dict[NoiseResolution, Preparation] = {}
+        if (head := self._forward_params.get("count_head")) is not None:
+            self._load_count_head(str(head))
 
     def _sanitize_parameters(self, **settings: Any) -> tuple[dict, dict, dict]:
         for name in settings:

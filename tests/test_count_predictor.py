@@ -99,6 +99,8 @@ def test_the_answer_does_not_depend_on_the_batch(head):
 def test_what_cannot_be_asked_or_calibrated(head, model, fixed_run, certify, tmp_path):
     with pytest.raises(ValueError, match="has no count head"):
         CountPredictor.from_pretrained(model)
+    with pytest.raises(ValueError, match="has no count head"):
+        pipeline("certified-image-classification", model=model, count_head=model)
     with pytest.raises(ValueError, match="cannot be loaded"):
         CountPredictor.from_pretrained(str(tmp_path / "nothing"))
     with pytest.raises(ValueError, match="has the classes"):
