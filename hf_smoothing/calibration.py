@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,20 @@ class Calibration:
     """
     Held-out images, for each of which the estimate was compared with a Monte-Carlo certificate.
 
-    A score is by how much the predicted p_A must be lowered, as log-odds, for the estimate that follows from it not to
-    exceed the Monte-Carlo lower bound: where Monte-Carlo abstains or answers otherwise, not to exceed 1/2; where the
-    estimate claims nothing, or Monte-Carlo as much as its draws can show, minus infinity. Lowered by a quantile of the
-    scores, the estimate of a further image exceeds its own Monte-Carlo bound with probability at most delta, over
-    calibration and test images that are exchangeable (split conformal prediction).
+    A score is by how much the predicted p_A must be lowered, as log-odds, for the radius that is then claimed not to exceed
+    what Monte-Carlo proves: nothing, where that abstains or answers otherwise. Minus infinity is the score of an image of
+    which too much cannot be claimed. Lowered by a quantile of the scores, the claim about a further image exceeds what
+    Monte-Carlo proves of it with probability at most delta, over calibration and test images that are exchangeable (split
+    conformal prediction).
+
+    What is claimed is the radius that follows from the lowered prediction, or, where a few radii are to be decided, the
+    largest of these below it. The second takes far less lowering: an estimate between two of the radii may be too large by
+    the way down to the lower one.
 
     Args:
-        scores: for each noise level, in `[0, 1]` pixels, the scores of the images.
+        predicted: for each noise level, in `[0, 1]` pixels, what was predicted of the images: log-odds of p_A.
+        allowed: for each level, the log-odds from which Monte-Carlo's own bound would have followed: more is too much.
+            Infinity where it proves as much as its draws can show.
         n: draws of the Monte-Carlo bound, and nominal draws of the estimate.
         alpha: level of either.
         dataset: what the images are, in words: dataset, split, and which of it.
@@ -35,12 +41,13 @@ class Calibration:
         conditions: what else must be as it was, such as the weights of classifier and head; by name.
 
     Raises:
-        ValueError: for no scores.
+        ValueError: for no images, or levels at which not every prediction has its bound.
 
     Source: split conformal prediction, Vovk et al. 2005; Lei et al. 2018 (arXiv 1604.04173), theorem 2.2.
     """
 
-    scores: Mapping[float, tuple[float, ...]]
+    predicted: Mapping[float, tuple[float, ...]]
+    allowed: Mapping[float, tuple[float, ...]]
     n: int
     alpha: float
     dataset: str
@@ -48,36 +55,69 @@ class Calibration:
     conditions: Mapping[str, str | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.scores or not all(self.scores.values()):
-            raise ValueError("A calibration takes scores of one or more images at each noise level.")
+        sizes = {sigma: len(found) for sigma, found in self.predicted.items()}
+        if not sizes or not all(sizes.values()) or sizes != {sigma: len(one) for sigma, one in self.allowed.items()}:
+            raise ValueError("A calibration takes one or more images at each noise level.")
 
-    def shift(self, sigma: float, delta: float) -> float:
+    @property
+    def images(self) -> dict[float, int]:
+        """How many there are at each noise level."""
+        return {sigma: len(found) for sigma, found in self.predicted.items()}
+
+    def scores(self, sigma: float, p_needed: Sequence[float] | None = None) -> NDArray[np.float64]:
+        """
+        Scores of the images, ascending.
+
+        Args:
+            sigma: one of the levels calibrated.
+            p_needed: the probabilities that the radii to be decided need, ascending; `None` where each image's is claimed.
+
+        Raises:
+            ValueError: for another level.
+        """
+        # a quantile at one level says nothing of another
+        level = next((level for level in self.predicted if math.isclose(level, sigma, rel_tol=1e-6)), None)
+        if level is None:
+            known = ", ".join(f"{level:g}" for level in self.predicted)
+            raise ValueError(
+                f"sigma={sigma:g} was not calibrated, only {known} was: calibrate it, or leave delta out."
+            )
+        predicted, allowed = np.array(self.predicted[level]), np.array(self.allowed[level])
+        if p_needed is None:
+            claims = predicted > _allowed(0.5, self.n, self.alpha)
+            return np.sort(np.where(claims, predicted - allowed, -np.inf))
+        needed = _allowed(p_needed, self.n, self.alpha)
+        proved = (needed < allowed[:, None]).sum(1)  # of the radii; the next one is the first that is too much
+        return np.sort(predicted - np.append(needed, np.inf)[proved])
+
+    def shift(self, sigma: float, delta: float, p_needed: Sequence[float] | None = None) -> float:
         """
         By how much, in log-odds, predictions are to be lowered at this noise level.
 
         Args:
             sigma: one of the levels calibrated.
             delta: share of images that may be wrong, in (0, 1).
+            p_needed: as in [`scores`].
 
         Raises:
             ValueError: for another level, or a delta that takes more images.
         """
-        # a quantile at one level says nothing of another
-        scores = next(
-            (found for level, found in self.scores.items() if math.isclose(level, sigma, rel_tol=1e-6)), None
-        )
-        if scores is None:
-            known = ", ".join(f"{level:g}" for level in self.scores)
-            raise ValueError(
-                f"sigma={sigma:g} was not calibrated, only {known} was: calibrate it, or leave delta out."
-            )
+        scores = self.scores(sigma, p_needed)
         rank = math.ceil((len(scores) + 1) * (1 - delta) - 1e-9)
         if rank > len(scores):
             raise ValueError(
                 f"delta={delta:g} takes at least {math.ceil(1 / delta - 1e-9) - 1} images to calibrate; these are "
                 f"{len(scores)}."
             )
-        return max(0.0, sorted(scores)[rank - 1])  # it is not raised: the estimate is the most that is ever claimed
+        return max(0.0, float(scores[rank - 1]))  # it is not raised: the estimate is the most that is ever claimed
+
+    def lowered(self, probability: ArrayLike, shift: float) -> NDArray[np.float64]:
+        """The estimated lower bound of p_A (see [`estimated_lower_bound`]) of predictions lowered by [`shift`]."""
+        return estimated_lower_bound(special.expit(_log_odds(probability) - shift), self.n, self.alpha)
+
+    def claimed(self, probability: ArrayLike, shift: float, p_needed: Sequence[float]) -> NDArray[np.int64]:
+        """How many of some radii, which need these probabilities, are claimed of predictions lowered by [`shift`]."""
+        return (_log_odds(probability)[..., None] - _allowed(p_needed, self.n, self.alpha) > shift).sum(-1)
 
     def check(self, conditions: Mapping[str, str | None]) -> None:
         """
@@ -93,18 +133,14 @@ class Calibration:
                 "claim here. Calibrate it anew, or leave delta out."
             )
 
-    def lowered(self, probability: float, sigma: float, delta: float) -> float:
-        """The estimated lower bound of p_A (see [`estimated_lower_bound`]) once its prediction is lowered by [`shift`]."""
-        lower = special.expit(_log_odds(probability) - self.shift(sigma, delta))
-        return float(estimated_lower_bound(lower, self.n, self.alpha))
-
     def save(self, path: Path) -> None:
         """Write it as JSON."""
         # JSON knows no infinity
-        scores = {
-            repr(sigma): [None if one == -math.inf else one for one in found] for sigma, found in self.scores.items()
+        columns = {
+            name: {repr(sigma): [None if one == math.inf else one for one in found] for sigma, found in column.items()}
+            for name, column in (("predicted", self.predicted), ("allowed", self.allowed))
         }
-        path.write_text(json.dumps({**asdict(self), "scores": scores}, indent=1) + "\n")
+        path.write_text(json.dumps({**asdict(self), **columns}, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> "Calibration":
@@ -117,11 +153,12 @@ class Calibration:
         """
         try:
             found: dict[str, Any] = json.loads(path.read_text())
-            scores = {
-                float(sigma): tuple(-math.inf if one is None else one for one in values)
-                for sigma, values in found.pop("scores").items()
-            }
-            return cls(scores, **found)
+            for name in ("predicted", "allowed"):
+                found[name] = {
+                    float(sigma): tuple(math.inf if one is None else float(one) for one in values)
+                    for sigma, values in found[name].items()
+                }
+            return cls(**found)
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} holds no calibration: hf-smoothing calibrate makes one.") from error
 
@@ -140,15 +177,15 @@ def estimated_lower_bound(probability: ArrayLike, n: int, alpha: float) -> NDArr
     return np.asarray(special.betaincinv(np.maximum(hits, 1e-9), np.maximum(n - hits, 0.0) + 1, alpha), np.float64)
 
 
-def conformal_scores(
+def compared(
     probabilities: NDArray[np.float64],
     predictions: NDArray[np.int64],
     p_lower: NDArray[np.float64],
     n: int,
     alpha: float,
-) -> NDArray[np.float64]:
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """
-    Scores of images, see [`Calibration`].
+    Estimates beside Monte-Carlo certificates of the same images.
 
     Args:
         probabilities: `(images, classes)`, predicted.
@@ -158,13 +195,16 @@ def conformal_scores(
         alpha: level.
 
     Returns:
-        `(images,)`.
+        What is `predicted` and what is `allowed` of each image, see [`Calibration`].
     """
-    top = probabilities.max(1)
     proved = np.where(probabilities.argmax(1) == predictions, np.maximum(p_lower, 0.5), 0.5)
-    hits = special.bdtrik(1 - alpha, n, proved) + 1  # with as many hits Clopper-Pearson says what was proved
-    allowed = np.where(hits > n - 1e-6, np.inf, special.logit(np.minimum(hits / n, 1.0)))
-    return np.where(estimated_lower_bound(top, n, alpha) > 0.5, _log_odds(top) - allowed, -np.inf)
+    return tuple(_log_odds(probabilities.max(1)).tolist()), tuple(_allowed(proved, n, alpha).tolist())
+
+
+def _allowed(p_lower: ArrayLike, n: int, alpha: float) -> NDArray[np.float64]:
+    """Log-odds of the prediction from which [`estimated_lower_bound`] makes `p_lower`; infinity where it takes all draws."""
+    hits = special.bdtrik(1 - alpha, n, np.asarray(p_lower, np.float64)) + 1
+    return np.where(hits > n - 1e-6, np.inf, special.logit(np.minimum(hits / n, 1.0)))
 
 
 def _log_odds(probability: ArrayLike) -> NDArray[np.float64]:

@@ -6,6 +6,7 @@ distribution; they know nothing of models.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from decimal import ROUND_FLOOR, Decimal
 from numbers import Integral, Real
@@ -209,6 +210,14 @@ def check_share(name: str, value: float) -> None:
 def check_radius(radius: float) -> None:
     if not isinstance(radius, Real) or isinstance(radius, bool) or not 0 <= radius < math.inf:
         raise ValueError(f"radius={radius!r} must be a finite number, 0 or above.")
+
+
+def check_radii(radii: Sequence[float]) -> None:
+    """Raise a `ValueError` unless these are radii to decide."""
+    if not radii:
+        raise ValueError("radii=() asks for nothing: give one or more radii, or None to find the radius.")
+    for radius in radii:
+        check_radius(radius)
 
 
 def probability_in_reach(noise: NoiseDistribution, radius: float) -> float:

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from transformers import AutoImageProcessor
 
 from .bounds import FloatArray
-from .calibration import CALIBRATION_FILE, Calibration, conformal_scores
+from .calibration import CALIBRATION_FILE, Calibration
 from .count_errors import Comparison
 from .count_predictor import CountPredictor
 from .loading import weights_digest
@@ -46,9 +46,12 @@ def calibrate_count_head(count_head: str | Path, run_dir: str | Path) -> Calibra
     refuse_training_images(folder, settings)
     probabilities = predict_counts(predictor, measured, folder)
     n = int(measured.counts[0].sum())
-    scores = conformal_scores(probabilities, measured.predictions, measured.p_lower, n, settings["alpha"])
+    predicted, allowed = {}, {}
+    for one in compare(measured, probabilities):
+        predicted[one.sigma], allowed[one.sigma] = one.compared()
     calibration = Calibration(
-        {float(sigma): tuple(scores[measured.sigmas == sigma].tolist()) for sigma in np.unique(measured.sigmas)},
+        predicted,
+        allowed,
         n=n,
         alpha=settings["alpha"],
         dataset=measured.images,

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from .bounds import FloatArray, clopper_pearson_lower
-from .calibration import Calibration, conformal_scores, estimated_lower_bound
+from .calibration import Calibration, compared, estimated_lower_bound
 from .certificates import ABSTAIN
 from .noise import GaussianNoise
 
@@ -65,9 +65,9 @@ class Comparison:
         columns = ("probabilities", "counts", "predictions", "p_lower", "labels")
         return replace(self, **{name: getattr(self, name)[chosen] for name in columns})
 
-    def scores(self) -> FloatArray:
-        """Of [`calibration.conformal_scores`]."""
-        return conformal_scores(self.probabilities, self.predictions, self.p_lower, self.n, self.alpha)
+    def compared(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Of [`calibration.compared`]."""
+        return compared(self.probabilities, self.predictions, self.p_lower, self.n, self.alpha)
 
 
 def errors(one: Comparison, radii: Sequence[float], bins: int = 10) -> dict[str, Any]:
@@ -156,7 +156,13 @@ def expected_at(one: Comparison, n: int, radii: Sequence[float]) -> dict[str, An
 
 
 def random_splits(
-    one: Comparison, delta: float, radii: Sequence[float], splits: int = 200, seed: int = 0
+    one: Comparison,
+    delta: float,
+    radii: Sequence[float],
+    splits: int = 200,
+    seed: int = 0,
+    *,
+    decided: Sequence[float] | None = None,
 ) -> dict[str, Any]:
     """
     Calibrate on a random half of the images, judge on the other; again and again.
@@ -167,32 +173,42 @@ def random_splits(
         radii: to count at.
         splits: how many.
         seed: of the halves.
+        decided: as in [`lowered`].
 
     Returns:
-        `miss_rate`, the share of images whose lowered estimate exceeds what Monte-Carlo proves, over all splits;
-        `binomial_error`, the standard error that one half of so many images has; and the accuracy of the lowered estimates.
+        `miss_rate`, the share of images of which more is claimed than Monte-Carlo proves, over all splits; `binomial_error`,
+        the standard error that one half of so many images has; and the accuracy of the claims.
     """
     generator = np.random.default_rng(seed)
-    scores = one.scores()
+    images = len(one.labels)
     found = []
     for _ in range(splits):
-        order = generator.permutation(len(scores))
-        half, rest = order[: len(order) // 2], order[len(order) // 2 :]
-        calibration = Calibration({one.sigma: tuple(scores[half])}, one.n, one.alpha, "a random half", "")
-        found.append(lowered(one.rows(rest), calibration, delta, radii))
+        order = generator.permutation(images)
+        half, rest = one.rows(order[: images // 2]), one.rows(order[images // 2 :])
+        predicted, allowed = half.compared()
+        calibration = Calibration({one.sigma: predicted}, {one.sigma: allowed}, one.n, one.alpha, "a random half", "")
+        found.append(lowered(rest, calibration, delta, radii, decided=decided))
     shares = [[share["share"] for share in split["accuracy"]] for split in found]
     return {
         "delta": delta,
+        "decided": _listed(decided),
         "splits": splits,
         "miss_rate": float(np.mean([split["miss_rate"] for split in found])),
-        "binomial_error": float(np.sqrt(delta * (1 - delta) / (len(scores) - len(scores) // 2))),
+        "binomial_error": float(np.sqrt(delta * (1 - delta) / (images - images // 2))),
         "accuracy": [
             {"radius": radius, "share": float(share)} for radius, share in zip(radii, np.mean(shares, axis=0))
         ],
     }
 
 
-def lowered(one: Comparison, calibration: Calibration, delta: float, radii: Sequence[float]) -> dict[str, Any]:
+def lowered(
+    one: Comparison,
+    calibration: Calibration,
+    delta: float,
+    radii: Sequence[float],
+    *,
+    decided: Sequence[float] | None = None,
+) -> dict[str, Any]:
     """
     What becomes of the estimates once a calibration has lowered them.
 
@@ -201,20 +217,34 @@ def lowered(one: Comparison, calibration: Calibration, delta: float, radii: Sequ
         calibration: of the same noise level, draws and alpha.
         delta: share of images about which the claim may be wrong.
         radii: to count at.
+        decided: the radii that are claimed, the largest that can be of each image; `None` claims the lowered radius.
 
     Returns:
-        `miss_rate`, the share of images whose lowered estimate exceeds what Monte-Carlo proves, and `accuracy` at the radii.
+        `miss_rate`, the share of images of which more is claimed than Monte-Carlo proves, and `accuracy` at the radii.
 
     Raises:
         ValueError: see [`Calibration.shift`].
     """
     tops = one.probabilities.max(1)
-    claimed = one.radii(np.array([calibration.lowered(float(p), one.sigma, delta) for p in tops]))
-    proved = np.where(one.top == one.predictions, one.measured, 0.0)
+    if decided is None:
+        claimed = one.radii(calibration.lowered(tops, calibration.shift(one.sigma, delta)))
+        answered = claimed > 0
+    else:
+        needed = [GaussianNoise(one.sigma).probability_needed(radius) for radius in sorted(decided)]
+        number = calibration.claimed(tops, calibration.shift(one.sigma, delta, needed), needed)
+        claimed, answered = np.append(0.0, sorted(decided))[number], number > 0
+    # an answer with a radius of 0 claims no more than that Monte-Carlo gives it
+    holds = np.where(one.top == one.predictions, claimed <= one.measured, ~answered)
     return {
-        "miss_rate": float((claimed > proved).mean()),
-        "accuracy": _accuracy((one.top == one.labels) & (claimed > 0), claimed, radii),
+        "delta": delta,
+        "decided": _listed(decided),
+        "miss_rate": float((~holds).mean()),
+        "accuracy": _accuracy((one.top == one.labels) & answered, claimed, radii),
     }
+
+
+def _listed(radii: Sequence[float] | None) -> list[float] | None:
+    return None if radii is None else list(radii)
 
 
 def _accuracy(right: NDArray[np.bool_], found: FloatArray, radii: Sequence[float]) -> list[dict[str, float]]:

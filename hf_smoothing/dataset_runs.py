@@ -29,7 +29,7 @@ from .records import (
     error_record,
     record,
 )
-from .rules import make_rule
+from .rules import SurrogateRule, make_rule
 from .run_folder import Plan, RunSummary, check_folder, is_right, merge, prepare, session_of
 from .smoothing import SmoothedClassifier
 
@@ -53,7 +53,7 @@ class RunSettings:
         label_column: column of the labels; found if it has a usual name.
         every: take the images whose index in the split is a multiple of this.
         max_samples: take at most this many images.
-        radii: radii to decide; `None` finds the radius of each image.
+        radii: radii to decide (`surrogate`: with `delta`); `None` finds the radius of each image.
         method: `sequential`, `fixed`, `surrogate` or `counts`, see [`make_rule`].
         count_head: a count head on the Hub or in a local folder: `surrogate` asks it alone, `sequential` draws less with it.
         noise_resolution: where noise is added: `input`, `native`, or pixels a side.
@@ -300,10 +300,13 @@ def _certify(
 
 
 def _calibration(settings: RunSettings, smoothed: SmoothedClassifier) -> Record | None:
-    found = smoothed.calibration
-    if settings.delta is None or found is None:
+    found, shifts = smoothed.calibration, {}
+    for sigma in settings.sigmas:
+        rule = settings.rule(sigma)[0]
+        if isinstance(rule, SurrogateRule) and rule.delta is not None:
+            shifts[f"{sigma:g}"] = rule.shift(GaussianNoise(sigma))
+    if not shifts or found is None:
         return None
-    shifts = {f"{sigma:g}": found.shift(sigma, settings.delta) for sigma in settings.sigmas}
     return {"dataset": found.dataset, "model": found.model, "n": found.n, "alpha": found.alpha, "shifts": shifts}
 
 

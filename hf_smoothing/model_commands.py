@@ -15,6 +15,7 @@ from .count_calibration import calibrate_count_head
 from .failure import fail
 from .labelled_images import LabelledImages
 from .loading import loading
+from .metrics.certified_accuracy import DEFAULT_THRESHOLDS
 from .model_check import check_model
 from .noise import GaussianNoise
 from .options import Alpha, BatchSize, Denoiser, NoiseResolution
@@ -39,7 +40,8 @@ def calibrate(
     Find out how far a count head's estimates must be lowered to be right about most images.
 
     Afterwards `--method surrogate --delta 0.05` claims radii that exceed what Monte-Carlo certifies for at most one image
-    in twenty, among images like those of the run: guarantee `marginal`.
+    in twenty, among images like those of the run: guarantee `marginal`. With `--radii` it claims the largest of these that
+    it can, which takes less lowering than each image's own radius.
 
     Example: `hf-smoothing calibrate my-counts runs/held-out`
     """
@@ -47,23 +49,23 @@ def calibrate(
         found = calibrate_count_head(count_head, run)
     except (OSError, ValueError) as error:
         fail(error)
-    rows = [
-        {
-            "sigma": f"{sigma:g}",
-            "images": len(scores),
-            "overestimated": f"{100 * sum(score > 0 for score in scores) / len(scores):.1f} %",
-            "lowered at delta = 0.1": _shift(found, sigma, 0.1),
-            "at 0.05": _shift(found, sigma, 0.05),
-        }
-        for sigma, scores in found.scores.items()
-    ]
+    rows = []
+    for sigma, images in found.images.items():
+        noise, most = GaussianNoise(sigma), found.alpha ** (1 / found.n)  # what so many draws can show
+        decided = {one: p for one in DEFAULT_THRESHOLDS if one > 0 and (p := noise.probability_needed(one)) < most}
+        listed = ", ".join(f"{radius:g}" for radius in decided)
+        for claims, needed in (("each image's own", None), (listed, list(decided.values())))[: 1 + bool(decided)]:
+            row = {"sigma": f"{sigma:g}", "images": str(images), "radii": claims}
+            row |= {f"at delta = {delta:g}": _shift(found, sigma, delta, needed) for delta in (0.1, 0.05)}
+            row["without it too large"] = f"{100 * (found.scores(sigma, needed) > 0).mean():.1f} %"
+            rows.append(row)
     print_table(Console(), "How far the log-odds of p_A are lowered", rows)
     typer.echo(f"Wrote {Path(count_head) / CALIBRATION_FILE}.")
 
 
-def _shift(calibration: Calibration, sigma: float, delta: float) -> str:
+def _shift(calibration: Calibration, sigma: float, delta: float, p_needed: list[float] | None) -> str:
     try:
-        return f"{calibration.shift(sigma, delta):.3f}"
+        return f"{calibration.shift(sigma, delta, p_needed):.3f}"
     except ValueError:
         return "too few images"
 

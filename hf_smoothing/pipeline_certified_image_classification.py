@@ -33,6 +33,7 @@ class CertifiedImageClassificationPipeline(Pipeline):
     - `sigma`: standard deviation of the Gaussian noise, in `[0, 1]` pixels. There is no default.
     - `alpha` (0.001): probability that a certificate is wrong.
     - `radius` or `radii`: decide these radii and stop as soon as that is settled. Without them the radius is found.
+      `"surrogate"` with `delta` claims the largest of them that it can.
     - `method` (`"sequential"`): or `"fixed"`, the usual protocol with a fixed number of draws; or `"surrogate"`, what the
       count head says without any draw, an estimate.
     - `count_head`: a count head on the Hub or in a local folder. With it, `sequential` draws less.

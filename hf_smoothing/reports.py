@@ -205,23 +205,28 @@ def notes(report: dict[str, Any]) -> list[str]:
 
 def _early_stops(entries: Sequence[dict[str, Any]]) -> list[str]:
     """One note for all runs and noise levels at which the same radii were decided: what of their figures is a bound only."""
-    alike: dict[tuple[tuple[float, ...], ...], list[str]] = {}
+    alike: dict[tuple[tuple[float, ...], tuple[float, ...], bool], list[str]] = {}
     for entry in entries:
         if entry["decided_radii"]:
-            radii = (tuple(entry["decided_radii"]), tuple(entry["radii_out_of_reach"]))
+            estimated = entry.get("delta") is not None
+            radii = (tuple(entry["decided_radii"]), tuple(entry["radii_out_of_reach"]), estimated)
             alike.setdefault(radii, []).append(entry["title"])
     said = []
-    for (decided, beyond), titles in alike.items():
-        start = (
-            f"{'; '.join(titles)}: sampling stopped once the radii {_listed(decided)} were settled. Everywhere but at "
+    for (decided, beyond, estimated), titles in alike.items():
+        how, drawn = (
+            f"sampling stopped once the radii {_listed(decided)} were settled",
+            " The draws are those that settling these radii took.",
         )
+        if estimated:
+            how, drawn = f"the largest of the radii {_listed(decided)} is claimed that can be", ""
+        start = f"{'; '.join(titles)}: {how}. Everywhere but at "
         bounds = "the figures are bounds only: shares and mean radius from below (>=)"
         if 0 in decided:
             text = f"these radii {bounds}"
         else:
             text = f"these radii, radius 0 and the abstention rate included, {bounds}, abstentions from above (<=)"
         out_of_reach = f" Out of reach of its budget, and so 0: {_listed(beyond)}." if beyond else ""
-        said.append(f"{start}{text}. The draws are those that settling these radii took.{out_of_reach}")
+        said.append(f"{start}{text}.{drawn}{out_of_reach}")
     return said
 
 

@@ -20,6 +20,7 @@ from .certificates import (
     Outcome,
     Rule,
     check_count,
+    check_radii,
     check_radius,
     check_share,
     probability_in_reach,
@@ -66,11 +67,7 @@ class FixedRule:
         return self.n0 + self.n
 
     def check(self, noise: NoiseDistribution) -> None:
-        radius = self.radius or 0.0
-        p0 = probability_in_reach(noise, radius)
-        if self.alpha ** (1 / self.n) <= p0:  # Clopper-Pearson for n of n
-            needed = math.floor(math.log(self.alpha) / math.log(p0)) + 1
-            raise too_few("n", self.n, radius, noise.radius(self.alpha ** (1 / self.n)), needed)
+        _check_reach(self.n, self.alpha, noise, self.radius or 0.0)
 
     def start(self, noise: NoiseDistribution, clean: CleanPass) -> "_FixedRun":
         return _FixedRun(self, noise, len(clean.scores))
@@ -208,9 +205,11 @@ class SurrogateRule:
         delta: the share of images about which the claim may be wrong, in (0, 1): it lowers the radius as far as
             `calibration` says that takes. Without it the radius is an estimate that guarantees nothing.
         calibration: of the head; of the same `n` and `alpha`.
+        radii: with `delta`, the radii that matter to you: the largest of them that can be claimed is. That takes far less
+            lowering than to claim each image's own radius. A radius of 0 asks for the answer alone.
 
     Raises:
-        ValueError: for a setting out of range, or a calibration of other draws.
+        ValueError: for a setting out of range, a calibration of other draws, or radii of an estimate.
 
     Source: Accelerated Smoothing (arXiv 2402.07498); split conformal prediction for `delta`, see [`Calibration`].
     """
@@ -219,6 +218,7 @@ class SurrogateRule:
     alpha: float = 0.001
     delta: float | None = None
     calibration: Calibration | None = None
+    radii: tuple[float, ...] | None = None
 
     method: ClassVar[str] = "surrogate"
     uses_clean_pass: ClassVar[bool] = True
@@ -228,7 +228,14 @@ class SurrogateRule:
         check_count("n", self.n)
         check_share("alpha", self.alpha)
         if self.delta is None:
+            if self.radii is not None:
+                raise ValueError(
+                    f"radii={self.radii} have no meaning for an estimate, which says each image's radius: leave them out, "
+                    "or give delta."
+                )
             return
+        if self.radii is not None:
+            check_radii(self.radii)
         check_share("delta", self.delta)
         if self.calibration is None:
             raise ValueError(
@@ -245,8 +252,20 @@ class SurrogateRule:
         return "none" if self.delta is None else "marginal"
 
     def check(self, noise: NoiseDistribution) -> None:
-        if self.calibration is not None and self.delta is not None:
-            self.calibration.shift(noise.sigma, self.delta)
+        for radius in self.radii or ():
+            _check_reach(self.n, self.alpha, noise, radius)
+        if self.delta is not None:
+            self.shift(noise)
+
+    def shift(self, noise: NoiseDistribution) -> float:
+        """By how much the predicted log-odds of p_A are lowered, see [`Calibration.shift`]; takes `delta`."""
+        assert self.calibration is not None
+        assert self.delta is not None
+        return self.calibration.shift(noise.sigma, self.delta, self.needed(noise))
+
+    def needed(self, noise: NoiseDistribution) -> list[float] | None:
+        """The probabilities that the radii need, ascending."""
+        return None if self.radii is None else [noise.probability_needed(radius) for radius in sorted(self.radii)]
 
     def start(self, noise: NoiseDistribution, clean: CleanPass) -> "_SurrogateRun":
         if not clean.frequencies:
@@ -258,12 +277,18 @@ class _SurrogateRun:
     def __init__(self, rule: SurrogateRule, noise: NoiseDistribution, frequencies: NDArray[np.float64]):
         self.counts = np.zeros(len(frequencies), np.int64)
         top = int(frequencies.argmax())
-        if rule.calibration is not None and rule.delta is not None:
-            p_lower = rule.calibration.lowered(frequencies[top], noise.sigma, rule.delta)
-            on: str | None = rule.calibration.dataset
+        calibration, needed = rule.calibration, rule.needed(noise)
+        if rule.delta is None or calibration is None:
+            p_lower, claims = float(estimated_lower_bound(frequencies[top], rule.n, rule.alpha)), None
+        elif needed is None:
+            p_lower, claims = float(calibration.lowered(frequencies[top], rule.shift(noise))), None
         else:
-            p_lower, on = float(estimated_lower_bound(frequencies[top], rule.n, rule.alpha)), None
-        claimed = Outcome(top, p_lower, 1 - p_lower) if noise.radius(p_lower) > 0 else ABSTENTION
+            claims = int(calibration.claimed(frequencies[top], rule.shift(noise), needed))
+            p_lower = _showing(sorted(rule.radii or ())[claims - 1], noise) if claims else 0.0
+        claimed = ABSTENTION
+        if noise.radius(p_lower) > 0 or claims:  # a radius of 0 may be what was asked
+            claimed = Outcome(top, p_lower, 1 - p_lower)
+        on = None if rule.delta is None or calibration is None else calibration.dataset
         self._outcome = replace(claimed, delta=rule.delta, calibration=on)
 
     def next_draws(self) -> int:
@@ -274,6 +299,21 @@ class _SurrogateRun:
 
     def outcome(self) -> Outcome:
         return self._outcome
+
+
+def _check_reach(n: int, alpha: float, noise: NoiseDistribution, radius: float) -> None:
+    p0 = probability_in_reach(noise, radius)
+    if alpha ** (1 / n) <= p0:  # Clopper-Pearson for n of n
+        needed = math.floor(math.log(alpha) / math.log(p0)) + 1
+        raise too_few("n", n, radius, noise.radius(alpha ** (1 / n)), needed)
+
+
+def _showing(radius: float, noise: NoiseDistribution) -> float:
+    """The smallest probability that shows a radius, in floating point too."""
+    probability = noise.probability_needed(radius)
+    while noise.radius(probability) < radius:
+        probability = math.nextafter(probability, 1.0)
+    return probability
 
 
 def make_rule(
@@ -295,7 +335,7 @@ def make_rule(
     Args:
         method: `"sequential"` or `"fixed"`; `"surrogate"` asks a count head alone; `"counts"` only counts.
         alpha: probability of a wrong certificate, in (0, 1); without meaning for `counts`, which claims nothing.
-        radius: one radius to decide.
+        radius: one radius to decide; for `surrogate` with `delta` only.
         radii: several radii to decide, instead of `radius`.
         max_samples: the most draws for one image (for `fixed` it is `n`, unless a smaller one is given).
         n0: draws that choose the class, `fixed` only.
@@ -328,11 +368,11 @@ def make_rule(
             refused["tolerance"] = tolerance
         settings = {"radii": asked, "max_samples": max_samples, "tolerance": tolerance}
     elif method == "surrogate":
-        rule, refused = SurrogateRule, {"radius": radius, "radii": radii, "max_samples": max_samples}
-        refused |= {"n0": n0, "tolerance": tolerance}
+        rule, refused = SurrogateRule, {"max_samples": max_samples, "n0": n0, "tolerance": tolerance}
         # without delta a calibration that happens to lie beside the head changes nothing
         used = None if delta is None else calibration
         settings = {"n": n if n is not None or used is None else used.n, "delta": delta, "calibration": used}
+        settings["radii"] = asked
     elif method == "counts":
         rule = lambda alpha, **chosen: CountRule(**chosen)  # noqa: E731
         refused = {"radius": radius, "radii": radii, "n0": n0, "tolerance": tolerance}

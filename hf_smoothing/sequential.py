@@ -23,7 +23,7 @@ from .certificates import (
     NoiseDistribution,
     Outcome,
     check_count,
-    check_radius,
+    check_radii,
     check_share,
     probability_in_reach,
     too_few,
@@ -81,10 +81,7 @@ class SequentialRule:
         check_share("weight_floor", self.weight_floor)
         check_count("max_samples", self.max_samples)
         if self.radii is not None:
-            if not self.radii:
-                raise ValueError("radii=() asks for nothing: give one or more radii, or None to find the radius.")
-            for radius in self.radii:
-                check_radius(radius)
+            check_radii(self.radii)
 
     @property
     def budget(self) -> int:

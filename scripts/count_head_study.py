@@ -162,10 +162,17 @@ def as_calibrated(one: Comparison, predictor: CountPredictor, images: str) -> li
     if calibration.dataset == images:
         raise ValueError("The head was calibrated on this very run: judge it on another.")
     return [
-        {"delta": delta, "calibrated_on": calibration.dataset, **lowered(one, calibration, delta, RADII)}
+        {"calibrated_on": calibration.dataset, **lowered(one, calibration, delta, RADII, decided=decided)}
         for delta in DELTAS
-        if delta * (len(calibration.scores[one.sigma]) + 1) >= 1
+        if delta * (calibration.images[one.sigma] + 1) >= 1
+        for decided in to_decide(one)
     ]
+
+
+def to_decide(one: Comparison) -> tuple[list[float] | None, list[float]]:
+    """What a calibrated head may be asked: each image's radius, or those of the radii that the draws can show."""
+    noise, most = GaussianNoise(one.sigma), one.alpha ** (1 / one.n)
+    return None, [radius for radius in RADII if radius > 0 and noise.probability_needed(radius) < most]
 
 
 def read_sequential(runs: list[Path], measured: Counts, count_head: str) -> list[dict[str, Any]]:
@@ -270,9 +277,10 @@ def main() -> None:
         "errors": found,
         "expected": [{"sigma": one.sigma, **expected_at(one, args.expected_n, RADII)} for one in all_of_them],
         "conformal": [
-            {"sigma": one.sigma, **random_splits(one, delta, RADII, args.splits, args.seed)}
+            {"sigma": one.sigma, **random_splits(one, delta, RADII, args.splits, args.seed, decided=decided)}
             for one in all_of_them
             for delta in DELTAS
+            for decided in to_decide(one)
         ],
         "calibrated": calibrated,
         "sequential": sequential,

@@ -6,7 +6,7 @@ import pytest
 from scipy import special
 
 from hf_smoothing import GaussianNoise, clopper_pearson_lower
-from hf_smoothing.calibration import Calibration, conformal_scores, estimated_lower_bound
+from hf_smoothing.calibration import Calibration, compared, estimated_lower_bound
 from hf_smoothing.certificates import CleanPass
 from hf_smoothing.rules import SurrogateRule, make_rule
 
@@ -23,18 +23,24 @@ def simulate(generator, images, n=1000, alpha=0.001):
     return np.stack([guess, 1 - guess], 1), predictions, p_lower
 
 
+def calibrated(predicted, allowed, n=1000, sigma=0.5):
+    return Calibration({sigma: tuple(predicted)}, {sigma: tuple(allowed)}, n, 0.001, "images", "model")
+
+
+@pytest.mark.parametrize("radii", [None, (0.0, 0.25, 0.5, 0.75)])
 @pytest.mark.parametrize("delta", [0.1, 0.05])
-def test_lowered_estimates_exceed_the_monte_carlo_bound_about_delta_of_the_time(delta):
+def test_claims_exceed_what_monte_carlo_proves_about_delta_of_the_time(delta, radii):
     generator = np.random.default_rng(0)
     missed, claimed = [], []
     for _ in range(300):
         probabilities, predictions, p_lower = simulate(generator, 150)
-        scores = conformal_scores(probabilities[:100], predictions[:100], p_lower[:100], 1000, 0.001)
-        calibration = Calibration({0.5: tuple(scores)}, 1000, 0.001, "simulated", "simulated")
-        rule = SurrogateRule(1000, 0.001, delta, calibration)
+        calibration = calibrated(*compared(probabilities[:100], predictions[:100], p_lower[:100], 1000, 0.001))
+        rule = SurrogateRule(1000, 0.001, delta, calibration, radii)
         for frequencies, prediction, proved in zip(probabilities[100:], predictions[100:], p_lower[100:]):
             found = rule.start(NOISE, CleanPass(frequencies, frequencies=True)).outcome()
-            holds = found.prediction == -1 or (found.prediction == prediction and found.p_lower <= proved)
+            holds = found.prediction == -1 or (
+                found.prediction == prediction and NOISE.radius(found.p_lower) <= NOISE.radius(proved)
+            )
             missed.append(not holds)
             claimed.append(found.prediction != -1)
     # binomial error of 15,000 images in 300 groups that share a calibration: measured, not assumed
@@ -46,23 +52,48 @@ def test_lowered_estimates_exceed_the_monte_carlo_bound_about_delta_of_the_time(
 
 def test_scores():
     probabilities = np.array([[0.9, 0.1], [0.1, 0.9], [0.9, 0.1], [0.5, 0.5], [0.9, 0.1]])
-    scores = conformal_scores(
-        probabilities, np.array([0, 0, -1, 0, 0]), np.array([0.8, 0.8, 0.0, 0.8, 0.99]), 1000, 0.001
-    )
-    for score, proved in ((scores[0], 0.8), (scores[1], 0.5), (scores[2], 0.5), (scores[4], 0.99)):
+    predictions, p_lower = np.array([0, 0, -1, 0, 0]), np.array([0.8, 0.8, 0.0, 0.8, 0.99])
+    for image, proved in enumerate((0.8, 0.5, 0.5, None, 0.99)):
+        one = slice(image, image + 1)
+        (score,) = calibrated(*compared(probabilities[one], predictions[one], p_lower[one], 1000, 0.001)).scores(0.5)
+        if proved is None:
+            assert score == -np.inf  # nothing is claimed
+            continue
         # another answer, and none: every claim is too much
         lowered = special.expit(special.logit(0.9) - score)
         assert estimated_lower_bound(lowered, 1000, 0.001) == pytest.approx(proved, rel=1e-9)
-    assert scores[0] > 0 > scores[4]
-    assert scores[3] == -np.inf  # nothing is claimed
+        assert (score > 0) == (proved < 0.9)
     # Monte-Carlo proves as much as its draws can show: no estimate exceeds it
-    most = clopper_pearson_lower(1000, 1000, 0.001)
-    sure = conformal_scores(np.array([[1.0, 0.0]]), np.array([0]), np.array([most]), 1000, 0.001)
-    assert sure.tolist() == [-np.inf]
-    nearly = conformal_scores(
-        np.array([[1.0, 0.0]]), np.array([0]), clopper_pearson_lower([999], 1000, 0.001), 1000, 0.001
-    )
-    assert 15 < nearly[0] < 25
+    for hits, low, high in ((1000, -np.inf, -np.inf), (999, 15, 25)):
+        most = clopper_pearson_lower([hits], 1000, 0.001)
+        sure = calibrated(*compared(np.array([[1.0, 0.0]]), np.array([0]), most, 1000, 0.001))
+        assert low <= sure.scores(0.5)[0] <= high
+
+
+def test_scores_of_radii_to_decide():
+    needed = [NOISE.probability_needed(radius) for radius in (0.0, 0.25, 0.5)]
+    estimates = np.array([0.76, 0.9, 0.9, 0.6, 0.99])  # claim 0.25, 0.5 (twice), 0, 0.5
+    probabilities = np.stack([estimates, 1 - estimates], 1)
+    predictions = np.array([0, 0, -1, 0, 0])
+    p_lower = np.array([0.75, 0.75, 0.0, 0.505, 0.95])  # prove 0.25, 0.25, nothing, 0, 0.5
+    for image, (claims, proves) in enumerate(((2, 2), (3, 2), (3, 0), (1, 1), (3, 3))):
+        one = slice(image, image + 1)
+        calibration = calibrated(*compared(probabilities[one], predictions[one], p_lower[one], 1000, 0.001))
+        assert calibration.claimed(estimates[image], 0.0, needed) == claims
+        (score,) = calibration.scores(0.5, needed)
+        if proves == len(needed):
+            assert score == -np.inf
+            continue
+        # lowered by just the score the first radius too many is no longer claimed, by less it is
+        assert calibration.claimed(estimates[image], score, needed) == proves
+        assert calibration.claimed(estimates[image], score - 1e-9, needed) == proves + 1
+    # what is claimed shows the radius asked for, not a little less
+    rule = SurrogateRule(1000, 0.001, 0.5, calibrated([0.0] * 9, [np.inf] * 9), (0.25, 0.0, 0.5))
+    for estimate, prediction, radius in ((0.9, 0, 0.5), (0.75, 0, 0.25), (0.6, 0, 0.0), (0.51, -1, 0.0)):
+        found = rule.start(NOISE, CleanPass(np.array([estimate, 1 - estimate]), frequencies=True)).outcome()
+        assert found.prediction == prediction
+        assert radius <= NOISE.radius(found.p_lower) <= radius * (1 + 1e-12)
+        assert (found.delta, found.calibration) == (0.5, "images")
 
 
 def test_the_estimate_is_what_the_paper_says():
@@ -74,16 +105,21 @@ def test_the_estimate_is_what_the_paper_says():
 
 
 def test_the_quantile_is_that_of_split_conformal_prediction(tmp_path):
-    scores = tuple(np.random.default_rng(0).permutation(np.arange(1.0, 20.0)))
-    calibration = Calibration({0.25: scores, 0.5: (-1.0,) * 19}, 1000, 0.001, "images", "model")
+    scores = np.random.default_rng(0).permutation(np.arange(1.0, 20.0))
+    calibration = Calibration(
+        {0.25: tuple(scores + 3), 0.5: (1.0,) * 19},
+        {0.25: (3.0,) * 19, 0.5: (2.0,) * 18 + (np.inf,)},
+        1000,
+        0.001,
+        "images",
+        "model",
+    )
     assert calibration.shift(0.25, 0.1) == 18  # the 18th of 19: ceil(20 * 0.9)
     assert calibration.shift(0.25, 0.05) == 19
     assert calibration.shift(0.5, 0.1) == 0  # an estimate is never raised
-    assert calibration.lowered(0.9, 0.5, 0.1) == pytest.approx(float(estimated_lower_bound(0.9, 1000, 0.001)))
-    assert calibration.lowered(0.9, 0.25, 0.1) < 1e-3
-    assert calibration.lowered(1.0, 0.25, 0.1) == pytest.approx(
-        float(estimated_lower_bound(1.0, 1000, 0.001)), rel=1e-3
-    )
+    assert calibration.lowered(0.9, 0) == pytest.approx(float(estimated_lower_bound(0.9, 1000, 0.001)))
+    assert calibration.lowered(0.9, 18) < 1e-3
+    assert calibration.lowered(1.0, 18) == pytest.approx(float(estimated_lower_bound(1.0, 1000, 0.001)), rel=1e-3)
     with pytest.raises(ValueError, match="takes at least 99 images"):
         calibration.shift(0.25, 0.01)
     with pytest.raises(ValueError, match=r"sigma=1 was not calibrated, only 0\.25, 0\.5 was"):
@@ -93,16 +129,23 @@ def test_the_quantile_is_that_of_split_conformal_prediction(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", ["no json", "[]", json.dumps({"scores": {}}), json.dumps({"scores": {"0.5": [1]}})]
+    "content",
+    [
+        "no json",
+        "[]",
+        json.dumps({"predicted": {}}),
+        json.dumps({"predicted": {"0.5": [1]}, "allowed": {"0.5": [1]}}),
+        json.dumps({"predicted": {"0.5": [1]}, "allowed": {}, "n": 1, "alpha": 0.1, "dataset": "", "model": ""}),
+    ],
 )
 def test_a_file_that_holds_no_calibration(tmp_path, content):
     (tmp_path / "calibration.json").write_text(content)
-    with pytest.raises(ValueError, match=r"holds no calibration|takes scores"):
+    with pytest.raises(ValueError, match=r"holds no calibration|one or more images"):
         Calibration.load(tmp_path / "calibration.json")
 
 
 def test_settings_that_do_not_fit():
-    calibration = Calibration({0.5: (0.1,) * 19}, 1000, 0.001, "images", "model")
+    calibration = calibrated([1.1] * 19, [1.0] * 19)
     assert make_rule("surrogate", delta=0.1, calibration=calibration).n == 1000
     for settings, message in (
         ({"delta": 0.1}, "takes a calibrated count head"),
@@ -112,7 +155,9 @@ def test_settings_that_do_not_fit():
             "alpha=0.01 is not that of the calibration, 0.001",
         ),
         ({"delta": 0.1, "calibration": calibration, "n": 10}, "n=10 is not that of the calibration, 1000"),
-        ({"radius": 0.5}, "radius=0.5 has no meaning for method 'surrogate'"),
+        ({"radius": 0.5}, "radii=(0.5,) have no meaning for an estimate"),
+        ({"delta": 0.1, "calibration": calibration, "radii": ()}, "radii=() asks for nothing"),
+        ({"delta": 0.1, "calibration": calibration, "radius": -1}, "radius=-1 must be"),
         ({"max_samples": 5}, "max_samples=5 has no meaning"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
@@ -121,3 +166,6 @@ def test_settings_that_do_not_fit():
         make_rule("sequential", delta=0.1)
     with pytest.raises(ValueError, match="sigma=1 was not"):
         make_rule("surrogate", delta=0.1, calibration=calibration).check(GaussianNoise(1.0))
+    assert make_rule("surrogate", delta=0.1, calibration=calibration, radius=0.5).radii == (0.5,)
+    with pytest.raises(ValueError, match=r"n=1000 draws can never certify radius 1\.5"):
+        make_rule("surrogate", delta=0.1, calibration=calibration, radii=[0.5, 1.5]).check(NOISE)

@@ -4,10 +4,14 @@ import numpy as np
 import pytest
 from scipy import special
 
-from hf_smoothing import clopper_pearson_lower
-from hf_smoothing.count_errors import Comparison, errors, expected_at, random_splits
+from hf_smoothing import GaussianNoise, clopper_pearson_lower
+from hf_smoothing.calibration import Calibration
+from hf_smoothing.certificates import CleanPass
+from hf_smoothing.count_errors import Comparison, errors, expected_at, lowered, random_splits
+from hf_smoothing.rules import SurrogateRule
 
 N, ALPHA = 1000, 0.001
+NOISE = GaussianNoise(0.5)
 
 
 def simulated(images=400, bias=0.0, spread=0.5, classes=3, seed=0):
@@ -66,8 +70,9 @@ def test_errors_by_hand():
 
 @pytest.mark.parametrize("delta", [0.1, 0.05])
 @pytest.mark.parametrize("bias", [0.0, 0.5])
-def test_over_random_splits_at_most_delta_are_missed(delta, bias):
-    found = random_splits(simulated(bias=bias), delta, (0.0, 0.25, 0.5), splits=100)
+@pytest.mark.parametrize("decided", [None, (0.25, 0.5)])
+def test_over_random_splits_at_most_delta_are_missed(delta, bias, decided):
+    found = random_splits(simulated(bias=bias), delta, (0.0, 0.25, 0.5), splits=100, decided=decided)
     assert found["miss_rate"] <= delta + 2 * found["binomial_error"] / np.sqrt(10)
     assert found["miss_rate"] > delta / 3
     shares = [row["share"] for row in found["accuracy"]]
@@ -83,6 +88,26 @@ def test_a_head_that_is_right_loses_little():
     best = errors(exact, (0.25,))["accuracy"]["monte_carlo"][0]["share"]
     assert found["vague"] < found["exact"] <= best
     assert found["exact"] > best - 0.1
+
+
+def test_deciding_a_few_radii_takes_less_lowering_than_claiming_every_images_own():
+    radii, head = (0.25, 0.5), simulated(spread=0.6)
+    own, decided = (random_splits(head, 0.05, radii, splits=50, decided=which) for which in (None, radii))
+    for lowered_share, decided_share in zip(own["accuracy"], decided["accuracy"]):
+        assert decided_share["share"] > 1.2 * lowered_share["share"]
+    # the engine claims what was counted here
+    rows, calibration = (
+        head.rows(np.arange(200)),
+        Calibration(
+            *({0.5: column} for column in head.rows(np.arange(200, 400)).compared()), N, ALPHA, "the others", ""
+        ),
+    )
+    rule = SurrogateRule(N, ALPHA, 0.05, calibration, radii)
+    claims = [rule.start(NOISE, CleanPass(one, frequencies=True)).outcome() for one in rows.probabilities]
+    claimed = np.array([NOISE.radius(claim.p_lower) for claim in claims])
+    right = np.array([claim.prediction for claim in claims]) == rows.labels
+    for row in lowered(rows, calibration, 0.05, radii, decided=radii)["accuracy"]:
+        assert row["share"] == (right & (claimed >= row["radius"])).mean() > 0
 
 
 def test_what_more_draws_can_be_expected_to_certify():

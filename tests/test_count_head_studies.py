@@ -67,12 +67,10 @@ def test_a_study_of_a_head(model, folder):
     found = json.loads((folder / "found" / "study.json").read_text())
     assert [row["sigma"] for row in found["errors"]] == list(SIGMAS)
     assert all(row["images"] == 40 and row["n"] == 60 for row in found["errors"])
-    assert [(row["sigma"], row["delta"]) for row in found["conformal"]] == [
-        (s, d) for s in SIGMAS for d in (0.1, 0.05)
-    ]
-    assert {(row["sigma"], row["delta"]) for row in found["calibrated"]} == {
-        (s, d) for s in SIGMAS for d in (0.1, 0.05)
-    }
+    shown = {0.25: [0.25], 0.5: [0.25, 0.5], 1.0: [0.25, 0.5, 0.75, 1.0]}  # by 60 draws
+    asked = [(sigma, delta, decided) for sigma in SIGMAS for delta in (0.1, 0.05) for decided in (None, shown[sigma])]
+    for claims in (found["conformal"], found["calibrated"]):
+        assert [(row["sigma"], row["delta"], row["decided"]) for row in claims] == asked
     assert all("every 4" in row["calibrated_on"] and 0 <= row["miss_rate"] < 0.5 for row in found["calibrated"])
     assert [(one["sigma"], one["with_head"]) for one in found["sequential"]] == [
         (sigma, steered) for steered in (False, True) for sigma in SIGMAS
@@ -91,6 +89,7 @@ def test_a_study_of_a_head(model, folder):
     assert f"{found['errors'][0]['disagreement']:.1%}" in text
     assert f"{times['ratio']:,.0f} times as long" in text
     assert "sequential with the head, " in text
+    assert "| radii decided by its calibration, delta = 0.05 |" in text
     shares = found["errors"][0]["accuracy"]
     gap = shares["estimate"][1]["share"] - shares["monte_carlo"][1]["share"]
     assert (f"sigma 0.25, r = 0.25 ({gap * 100:+.1f})" in text) == (abs(gap) > 0.015)

@@ -19,6 +19,8 @@ from hf_smoothing.count_training import build_count_model
 from hf_smoothing.crew import start_processes
 from hf_smoothing.dataset_runs import RunSettings, certify_dataset
 from hf_smoothing.measured_counts import read_counts
+from hf_smoothing.reports import notes, summarize
+from hf_smoothing.results import read_results
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +59,7 @@ def test_from_head_to_claims_about_most_images(head, model, fixed_run, certify, 
     assert done.exit_code == 0, done.output
     assert "50" in done.output
     calibration = Calibration.load(Path(head) / CALIBRATION_FILE)
-    assert (calibration.n, calibration.alpha, set(calibration.scores)) == (60, 0.001, {0.25, 1.0})
+    assert (calibration.n, calibration.alpha, calibration.images) == (60, 0.001, {0.25: 50, 1.0: 50})
     assert "every 4" in calibration.dataset
 
     certify(tmp_path / "lowered", sigmas=(0.25,), delta=0.1, **estimated)
@@ -67,13 +69,24 @@ def test_from_head_to_claims_about_most_images(head, model, fixed_run, certify, 
     settings = json.loads((tmp_path / "lowered" / "run.json").read_text())["settings"]
     assert settings["calibration"]["shifts"] == {"0.25": calibration.shift(0.25, 0.1)}
     assert settings["count_head_weights"] != settings["model_weights"]
+    # deciding a few radii it claims these, and takes no more lowering
+    certify(tmp_path / "decided", sigmas=(0.25,), delta=0.1, radii=(0.0, 0.1), **estimated)
+    assert {round(row["radius"], 9) for row in rows(tmp_path / "decided")} <= {0.0, 0.1}
+    settings = json.loads((tmp_path / "decided" / "run.json").read_text())["settings"]
+    assert settings["radii_decided"] == {"0.25": [0.0, 0.1]}
+    assert settings["calibration"]["shifts"]["0.25"] <= calibration.shift(0.25, 0.1)
+    report = summarize(read_results([tmp_path / "decided"]), (0.0, 0.1, 0.2))
+    (entry,) = report["results"]
+    assert any("the largest of the radii 0, 0.1 is claimed that can be" in note for note in notes(report))
+    assert [share["standing"] for share in entry["certified_accuracy"]] == ["counted", "counted", "floor"]
+    with pytest.raises(ValueError, match=r"n=60 draws can never certify radius 0\.9"):
+        certify(tmp_path / "beyond", sigmas=(0.25,), delta=0.1, radii=(0.1, 0.9), **estimated)
     # at a level that was not calibrated there is no claim
     with pytest.raises(ValueError, match=r"sigma=0\.5 was not calibrated"):
         certify(tmp_path / "other-level", sigmas=(0.5,), delta=0.1, **estimated)
     # and another calibration makes another run of it
-    Calibration({**calibration.scores, 0.25: (3.0,) * 50}, 60, 0.001, "others", model).save(
-        Path(head) / CALIBRATION_FILE
-    )
+    other = {0.25: (3.0,) * 50}
+    Calibration(other, other, 60, 0.001, "others", model).save(Path(head) / CALIBRATION_FILE)
     with pytest.raises(ValueError, match="calibration"):
         certify(tmp_path / "lowered", sigmas=(0.25,), delta=0.1, **estimated)
 
