@@ -70,7 +70,7 @@ class Calibration:
 
         Args:
             sigma: one of the levels calibrated.
-            p_needed: the probabilities that the radii to be decided need, ascending; `None` where each image's is claimed.
+            p_needed: the probabilities that the radii to be decided need; `None` where each image's own is claimed.
 
         Raises:
             ValueError: for another level.
@@ -86,7 +86,7 @@ class Calibration:
         if p_needed is None:
             claims = predicted > _allowed(0.5, self.n, self.alpha)
             return np.sort(np.where(claims, predicted - allowed, -np.inf))
-        needed = _allowed(p_needed, self.n, self.alpha)
+        needed = _allowed(np.sort(p_needed), self.n, self.alpha)
         proved = (needed < allowed[:, None]).sum(1)  # of the radii; the next one is the first that is too much
         return np.sort(predicted - np.append(needed, np.inf)[proved])
 
@@ -159,7 +159,7 @@ class Calibration:
                     for sigma, values in found[name].items()
                 }
             return cls(**found)
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:  # or one of an earlier version
             raise ValueError(f"{path} holds no calibration: hf-smoothing calibrate makes one.") from error
 
 
@@ -204,7 +204,7 @@ def compared(
 def _allowed(p_lower: ArrayLike, n: int, alpha: float) -> NDArray[np.float64]:
     """Log-odds of the prediction from which [`estimated_lower_bound`] makes `p_lower`; infinity where it takes all draws."""
     hits = special.bdtrik(1 - alpha, n, np.asarray(p_lower, np.float64)) + 1
-    return np.where(hits > n - 1e-6, np.inf, special.logit(np.minimum(hits / n, 1.0)))
+    return np.where(hits <= n - 1e-6, special.logit(np.minimum(hits / n, 1.0)), np.inf)  # no hits do for a p above 1
 
 
 def _log_odds(probability: ArrayLike) -> NDArray[np.float64]:

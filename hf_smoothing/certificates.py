@@ -53,7 +53,7 @@ class Certificate:
         compiled: whether they went through `torch.compile`.
         denoiser: what was in front of the classifier and part of it, if anything.
         delta: `marginal` only: the share of images, over calibration and test images, about which the claim may be wrong
-            besides alpha.
+            besides alpha: of which Monte-Carlo would prove a smaller radius, or not this answer.
         calibration: `marginal` only: the images that it was calibrated on, in words.
     """
 

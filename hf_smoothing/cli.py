@@ -62,7 +62,10 @@ def certify(
     alpha: Alpha = 0.001,
     radius: Annotated[
         float | None,
-        typer.Option(help="Decide this radius and stop once it is settled. Without it the radius is found."),
+        typer.Option(
+            help="Decide this radius and stop once it is settled. Without it the radius is found. (`surrogate`: with "
+            "`--delta`, to claim this radius or nothing.)"
+        ),
     ] = None,
     max_samples: Annotated[int | None, typer.Option(help="The most draws for one picture.")] = None,
     method: Method = "sequential",
@@ -143,7 +146,10 @@ def certify_dataset(
     streaming: Annotated[bool, typer.Option(help="Read the dataset as a stream, without storing it.")] = False,
     radii: Annotated[
         list[float] | None,
-        typer.Option(help="Decide this radius; repeat it for several. Without it each image's radius is found."),
+        typer.Option(
+            help="Decide this radius; repeat it for several. Without it each image's radius is found. (`surrogate`: with "
+            "`--delta`, to claim the largest of them that can be.)"
+        ),
     ] = None,
     method: Method = "sequential",
     alpha: Alpha = 0.001,

@@ -13,6 +13,7 @@ from .bounds import FloatArray, clopper_pearson_lower
 from .calibration import Calibration, compared, estimated_lower_bound
 from .certificates import ABSTAIN
 from .noise import GaussianNoise
+from .rules import probabilities_showing
 
 
 @dataclass(frozen=True)
@@ -230,7 +231,7 @@ def lowered(
         claimed = one.radii(calibration.lowered(tops, calibration.shift(one.sigma, delta)))
         answered = claimed > 0
     else:
-        needed = [GaussianNoise(one.sigma).probability_needed(radius) for radius in sorted(decided)]
+        needed = probabilities_showing(decided, GaussianNoise(one.sigma))
         number = calibration.claimed(tops, calibration.shift(one.sigma, delta, needed), needed)
         claimed, answered = np.append(0.0, sorted(decided))[number], number > 0
     # an answer with a radius of 0 claims no more than that Monte-Carlo gives it

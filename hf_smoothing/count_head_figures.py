@@ -15,6 +15,11 @@ def count_head(results: dict[str, Any]) -> str:
     def shares(rows: list[dict[str, float]]) -> list[str]:
         return [f"{row['share']:.1%}" for row in rows]
 
+    def claimed(row: dict[str, Any]) -> list[str]:
+        # below the smallest radius decided nothing is claimed, and nothing counted
+        known = [radius >= min(row["decided"] or [0]) for radius in radii]
+        return [text if there else "-" for text, there in zip(shares(row["accuracy"]), known)]
+
     def length(value: float | None) -> str:
         return "-" if value is None else f"{value:.3f}"
 
@@ -54,11 +59,11 @@ def count_head(results: dict[str, Any]) -> str:
     ]
     for row in results["errors"]:
         kinds = [
-            (f"Monte-Carlo, n = {n:,}", row["accuracy"]["monte_carlo"]),
-            ("estimate", row["accuracy"]["estimate"]),
+            (f"Monte-Carlo, n = {n:,}", shares(row["accuracy"]["monte_carlo"])),
+            ("estimate", shares(row["accuracy"]["estimate"])),
         ]
         kinds += [
-            (name.format(one["n"]), one[which])
+            (name.format(one["n"]), shares(one[which]))
             for one in results["expected"]
             if one["sigma"] == row["sigma"]
             for name, which in (
@@ -67,7 +72,7 @@ def count_head(results: dict[str, Any]) -> str:
             )
         ]
         kinds += [
-            (f"{_claims(one)} by {by}, delta = {one['delta']:g}", one["accuracy"])
+            (f"{_claims(one)} by {by}, delta = {one['delta']:g}", claimed(one))
             for by, ones in (("random halves", results["conformal"]), ("its calibration", results["calibrated"]))
             for one in ones
             if one["sigma"] == row["sigma"]
@@ -76,12 +81,12 @@ def count_head(results: dict[str, Any]) -> str:
             (
                 f"sequential{' with the head' * one['with_head']}, {one['draws']:,.0f} draws an image, at most "
                 f"{one['budget']:,}",
-                one["accuracy"],
+                shares(one["accuracy"]),
             )
             for one in results["sequential"]
             if one["sigma"] == row["sigma"]
         ]
-        lines += [f"| {row['sigma']:g} | {name} | " + " | ".join(shares(found)) + " |" for name, found in kinds]
+        lines += [f"| {row['sigma']:g} | {name} | " + " | ".join(found) + " |" for name, found in kinds]
     lines += [
         "",
         f"What can be expected at n = {results['expected'][0]['n']:,} is reckoned from the {n:,} draws, by Jeffreys' "

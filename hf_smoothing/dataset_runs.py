@@ -8,13 +8,14 @@ process takes it, when, or beside which others.
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
+from .calibration import Calibration
 from .certificates import Rule, check_count
 from .count_predictor import CountPredictor, read_calibration
 from .crew import Crew, Progress, on_main_first
@@ -139,9 +140,13 @@ class RunSettings:
             self.method,
             radii=radii,
             max_samples=self.max_draws,
-            calibration=read_calibration(self.count_head) if self.count_head and self.delta is not None else None,
+            calibration=self._calibration,
             **{name: getattr(self, name) for name in names},
         )
+
+    @cached_property
+    def _calibration(self) -> Calibration | None:
+        return read_calibration(self.count_head) if self.count_head and self.delta is not None else None
 
     def _shows(self, radius: float, noise: GaussianNoise) -> bool:
         rule = self._rule((radius,))

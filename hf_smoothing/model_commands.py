@@ -20,6 +20,7 @@ from .model_check import check_model
 from .noise import GaussianNoise
 from .options import Alpha, BatchSize, Denoiser, NoiseResolution
 from .preparation import read_resolution
+from .rules import probabilities_showing, radii_in_reach
 from .smoothing import SmoothedClassifier
 from .tables import print_table
 
@@ -40,8 +41,9 @@ def calibrate(
     Find out how far a count head's estimates must be lowered to be right about most images.
 
     Afterwards `--method surrogate --delta 0.05` claims radii that exceed what Monte-Carlo certifies for at most one image
-    in twenty, among images like those of the run: guarantee `marginal`. With `--radii` it claims the largest of these that
-    it can, which takes less lowering than each image's own radius.
+    in twenty, among images like those of the run: guarantee `marginal`. Where radii are named (`--radius`, `--radii`) it
+    claims the largest of them that it can, which takes less lowering than each image's own: name them before you see any
+    results.
 
     Example: `hf-smoothing calibrate my-counts runs/held-out`
     """
@@ -51,10 +53,12 @@ def calibrate(
         fail(error)
     rows = []
     for sigma, images in found.images.items():
-        noise, most = GaussianNoise(sigma), found.alpha ** (1 / found.n)  # what so many draws can show
-        decided = {one: p for one in DEFAULT_THRESHOLDS if one > 0 and (p := noise.probability_needed(one)) < most}
-        listed = ", ".join(f"{radius:g}" for radius in decided)
-        for claims, needed in (("each image's own", None), (listed, list(decided.values())))[: 1 + bool(decided)]:
+        noise = GaussianNoise(sigma)
+        decided = radii_in_reach(DEFAULT_THRESHOLDS[1:], noise, found.n, found.alpha)
+        asked = {"each image's own": None, ", ".join(map(str, decided)): probabilities_showing(decided, noise)}
+        for claims, needed in asked.items():
+            if needed == []:  # so few draws show none of them
+                continue
             row = {"sigma": f"{sigma:g}", "images": str(images), "radii": claims}
             row |= {f"at delta = {delta:g}": _shift(found, sigma, delta, needed) for delta in (0.1, 0.05)}
             row["without it too large"] = f"{100 * (found.scores(sigma, needed) > 0).mean():.1f} %"

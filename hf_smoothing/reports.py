@@ -208,25 +208,27 @@ def _early_stops(entries: Sequence[dict[str, Any]]) -> list[str]:
     alike: dict[tuple[tuple[float, ...], tuple[float, ...], bool], list[str]] = {}
     for entry in entries:
         if entry["decided_radii"]:
-            estimated = entry.get("delta") is not None
-            radii = (tuple(entry["decided_radii"]), tuple(entry["radii_out_of_reach"]), estimated)
+            calibrated = entry.get("delta") is not None
+            radii = (tuple(entry["decided_radii"]), tuple(entry["radii_out_of_reach"]), calibrated)
             alike.setdefault(radii, []).append(entry["title"])
     said = []
-    for (decided, beyond, estimated), titles in alike.items():
-        how, drawn = (
-            f"sampling stopped once the radii {_listed(decided)} were settled",
-            " The draws are those that settling these radii took.",
+    for (decided, beyond, calibrated), titles in alike.items():
+        out_of_reach = f" Out of reach of its budget, and so 0: {_listed(beyond)}." if beyond else ""
+        if calibrated:
+            said.append(
+                f"{'; '.join(titles)}: of each image the largest of the radii {_listed(decided)} is claimed that can be; at "
+                f"other radii the shares count these claims.{out_of_reach}"
+            )
+            continue
+        start = (
+            f"{'; '.join(titles)}: sampling stopped once the radii {_listed(decided)} were settled. Everywhere but at "
         )
-        if estimated:
-            how, drawn = f"the largest of the radii {_listed(decided)} is claimed that can be", ""
-        start = f"{'; '.join(titles)}: {how}. Everywhere but at "
         bounds = "the figures are bounds only: shares and mean radius from below (>=)"
         if 0 in decided:
             text = f"these radii {bounds}"
         else:
             text = f"these radii, radius 0 and the abstention rate included, {bounds}, abstentions from above (<=)"
-        out_of_reach = f" Out of reach of its budget, and so 0: {_listed(beyond)}." if beyond else ""
-        said.append(f"{start}{text}.{drawn}{out_of_reach}")
+        said.append(f"{start}{text}. The draws are those that settling these radii took.{out_of_reach}")
     return said
 
 

@@ -206,7 +206,8 @@ class SurrogateRule:
             `calibration` says that takes. Without it the radius is an estimate that guarantees nothing.
         calibration: of the head; of the same `n` and `alpha`.
         radii: with `delta`, the radii that matter to you: the largest of them that can be claimed is. That takes far less
-            lowering than to claim each image's own radius. A radius of 0 asks for the answer alone.
+            lowering than to claim each image's own radius. A radius of 0 asks for the answer alone. Choose them before you
+            see what comes of them.
 
     Raises:
         ValueError: for a setting out of range, a calibration of other draws, or radii of an estimate.
@@ -252,20 +253,17 @@ class SurrogateRule:
         return "none" if self.delta is None else "marginal"
 
     def check(self, noise: NoiseDistribution) -> None:
+        if self.delta is not None and self.calibration is not None:
+            self.calibration.shift(noise.sigma, self.delta)
         for radius in self.radii or ():
             _check_reach(self.n, self.alpha, noise, radius)
-        if self.delta is not None:
-            self.shift(noise)
 
     def shift(self, noise: NoiseDistribution) -> float:
         """By how much the predicted log-odds of p_A are lowered, see [`Calibration.shift`]; takes `delta`."""
         assert self.calibration is not None
         assert self.delta is not None
-        return self.calibration.shift(noise.sigma, self.delta, self.needed(noise))
-
-    def needed(self, noise: NoiseDistribution) -> list[float] | None:
-        """The probabilities that the radii need, ascending."""
-        return None if self.radii is None else [noise.probability_needed(radius) for radius in sorted(self.radii)]
+        needed = None if self.radii is None else probabilities_showing(self.radii, noise)
+        return self.calibration.shift(noise.sigma, self.delta, needed)
 
     def start(self, noise: NoiseDistribution, clean: CleanPass) -> "_SurrogateRun":
         if not clean.frequencies:
@@ -277,19 +275,18 @@ class _SurrogateRun:
     def __init__(self, rule: SurrogateRule, noise: NoiseDistribution, frequencies: NDArray[np.float64]):
         self.counts = np.zeros(len(frequencies), np.int64)
         top = int(frequencies.argmax())
-        calibration, needed = rule.calibration, rule.needed(noise)
+        calibration, claims = rule.calibration, False
         if rule.delta is None or calibration is None:
-            p_lower, claims = float(estimated_lower_bound(frequencies[top], rule.n, rule.alpha)), None
-        elif needed is None:
-            p_lower, claims = float(calibration.lowered(frequencies[top], rule.shift(noise))), None
+            p_lower = float(estimated_lower_bound(frequencies[top], rule.n, rule.alpha))
+        elif rule.radii is None:
+            p_lower = float(calibration.lowered(frequencies[top], rule.shift(noise)))
         else:
-            claims = int(calibration.claimed(frequencies[top], rule.shift(noise), needed))
-            p_lower = _showing(sorted(rule.radii or ())[claims - 1], noise) if claims else 0.0
-        claimed = ABSTENTION
-        if noise.radius(p_lower) > 0 or claims:  # a radius of 0 may be what was asked
-            claimed = Outcome(top, p_lower, 1 - p_lower)
+            needed = probabilities_showing(rule.radii, noise)
+            claimed = int(calibration.claimed(frequencies[top], rule.shift(noise), needed))
+            p_lower, claims = [0.0, *needed][claimed], claimed > 0  # if only a radius of 0, which was asked for
+        found = Outcome(top, p_lower, 1 - p_lower) if claims or noise.radius(p_lower) > 0 else ABSTENTION
         on = None if rule.delta is None or calibration is None else calibration.dataset
-        self._outcome = replace(claimed, delta=rule.delta, calibration=on)
+        self._outcome = replace(found, delta=rule.delta, calibration=on)
 
     def next_draws(self) -> int:
         return 0
@@ -301,19 +298,27 @@ class _SurrogateRun:
         return self._outcome
 
 
+def radii_in_reach(radii: Sequence[float], noise: NoiseDistribution, n: int, alpha: float) -> list[float]:
+    """Those of the radii that Clopper-Pearson shows where all of `n` draws hit."""
+    return [radius for radius in radii if noise.probability_needed(radius) < alpha ** (1 / n)]
+
+
+def probabilities_showing(radii: Sequence[float], noise: NoiseDistribution) -> list[float]:
+    """The smallest probabilities that show the radii, in floating point too; ascending."""
+    found = []
+    for radius in sorted(radii):
+        probability = noise.probability_needed(radius)
+        while noise.radius(probability) < radius and probability < 1:
+            probability = math.nextafter(probability, 1.0)
+        found.append(probability)
+    return found
+
+
 def _check_reach(n: int, alpha: float, noise: NoiseDistribution, radius: float) -> None:
     p0 = probability_in_reach(noise, radius)
-    if alpha ** (1 / n) <= p0:  # Clopper-Pearson for n of n
+    if not radii_in_reach([radius], noise, n, alpha):
         needed = math.floor(math.log(alpha) / math.log(p0)) + 1
         raise too_few("n", n, radius, noise.radius(alpha ** (1 / n)), needed)
-
-
-def _showing(radius: float, noise: NoiseDistribution) -> float:
-    """The smallest probability that shows a radius, in floating point too."""
-    probability = noise.probability_needed(radius)
-    while noise.radius(probability) < radius:
-        probability = math.nextafter(probability, 1.0)
-    return probability
 
 
 def make_rule(
@@ -369,6 +374,8 @@ def make_rule(
         settings = {"radii": asked, "max_samples": max_samples, "tolerance": tolerance}
     elif method == "surrogate":
         rule, refused = SurrogateRule, {"max_samples": max_samples, "n0": n0, "tolerance": tolerance}
+        if delta is None:  # an estimate says each image's radius
+            refused |= {"radius": radius, "radii": radii}
         # without delta a calibration that happens to lie beside the head changes nothing
         used = None if delta is None else calibration
         settings = {"n": n if n is not None or used is None else used.n, "delta": delta, "calibration": used}
@@ -383,8 +390,10 @@ def make_rule(
         refused["delta"] = delta
     for name, value in refused.items():
         if value is not None:
-            why = (
-                "when radii are given" if name == "tolerance" and method == "sequential" else f"for method {method!r}"
-            )
+            why = f"for method {method!r}"
+            if name == "tolerance" and method == "sequential":
+                why = "when radii are given"
+            elif name in ("radius", "radii") and method == "surrogate":
+                why += " without delta"
             raise ValueError(f"{name}={value} has no meaning {why}: leave it out.")
     return rule(alpha=alpha, **{name: value for name, value in settings.items() if value is not None})

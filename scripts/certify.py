@@ -33,7 +33,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--streaming", action="store_true", help="read the dataset as a stream, without storing it")
     parser.add_argument("--sigma", type=float, nargs="+", required=True, help="noise levels, in [0, 1] pixels")
     parser.add_argument(
-        "--radii", type=float, nargs="+", help="decide these radii; without them each image's radius is found"
+        "--radii",
+        type=float,
+        nargs="+",
+        help="decide these radii; without them each image's radius is found "
+        "(surrogate: with --delta, to claim the largest of them that can be)",
     )
     parser.add_argument(
         "--method",

@@ -35,6 +35,7 @@ from hf_smoothing.provenance import command_line, package_versions
 from hf_smoothing.records import write_json
 from hf_smoothing.reports import summarize
 from hf_smoothing.results import read_results
+from hf_smoothing.rules import radii_in_reach
 from hf_smoothing.simulation import simulate, wald_draws
 
 RADII = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -169,10 +170,10 @@ def as_calibrated(one: Comparison, predictor: CountPredictor, images: str) -> li
     ]
 
 
-def to_decide(one: Comparison) -> tuple[list[float] | None, list[float]]:
-    """What a calibrated head may be asked: each image's radius, or those of the radii that the draws can show."""
-    noise, most = GaussianNoise(one.sigma), one.alpha ** (1 / one.n)
-    return None, [radius for radius in RADII if radius > 0 and noise.probability_needed(radius) < most]
+def to_decide(one: Comparison) -> list[list[float] | None]:
+    """What a calibrated head may be asked: each image's own radius, or those of the radii that the draws can show."""
+    reached = radii_in_reach(RADII[1:], GaussianNoise(one.sigma), one.n, one.alpha)
+    return [None, reached] if reached else [None]
 
 
 def read_sequential(runs: list[Path], measured: Counts, count_head: str) -> list[dict[str, Any]]:

@@ -3,12 +3,13 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from scipy import special
 
 from hf_smoothing import GaussianNoise, clopper_pearson_lower
 from hf_smoothing.calibration import Calibration, compared, estimated_lower_bound
 from hf_smoothing.certificates import CleanPass
-from hf_smoothing.rules import SurrogateRule, make_rule
+from hf_smoothing.rules import SurrogateRule, make_rule, probabilities_showing
 
 NOISE = GaussianNoise(0.5)
 
@@ -80,20 +81,40 @@ def test_scores_of_radii_to_decide():
         one = slice(image, image + 1)
         calibration = calibrated(*compared(probabilities[one], predictions[one], p_lower[one], 1000, 0.001))
         assert calibration.claimed(estimates[image], 0.0, needed) == claims
-        (score,) = calibration.scores(0.5, needed)
+        (score,) = calibration.scores(0.5, needed[::-1])  # in any order
         if proves == len(needed):
             assert score == -np.inf
             continue
         # lowered by just the score the first radius too many is no longer claimed, by less it is
         assert calibration.claimed(estimates[image], score, needed) == proves
         assert calibration.claimed(estimates[image], score - 1e-9, needed) == proves + 1
-    # what is claimed shows the radius asked for, not a little less
+
+
+def noises():
+    """The distribution, and pictures that take a little, or much, off its bounds."""
+    small, large = torch.zeros(3, 8, 8), torch.zeros(3, 2000, 2000)
+    return [NOISE, NOISE.around(small, 0), NOISE.around(large, 0)]
+
+
+@pytest.mark.parametrize("noise", noises(), ids=["distribution", "small picture", "large picture"])
+def test_what_is_claimed_shows_the_radius_asked_for_and_no_more(noise):
     rule = SurrogateRule(1000, 0.001, 0.5, calibrated([0.0] * 9, [np.inf] * 9), (0.25, 0.0, 0.5))
-    for estimate, prediction, radius in ((0.9, 0, 0.5), (0.75, 0, 0.25), (0.6, 0, 0.0), (0.51, -1, 0.0)):
-        found = rule.start(NOISE, CleanPass(np.array([estimate, 1 - estimate]), frequencies=True)).outcome()
+    for estimate, prediction, radius in ((0.9, 0, 0.5), (0.76, 0, 0.25), (0.6, 0, 0.0), (0.51, -1, 0.0)):
+        found = rule.start(noise, CleanPass(np.array([estimate, 1 - estimate]), frequencies=True)).outcome()
         assert found.prediction == prediction
-        assert radius <= NOISE.radius(found.p_lower) <= radius * (1 + 1e-12)
+        assert radius <= noise.radius(found.p_lower) <= radius * (1 + 1e-12)
         assert (found.delta, found.calibration) == (0.5, "images")
+
+
+def test_a_radius_that_no_probability_shows_does_not_undo_the_lowering():
+    """A large picture's slack can ask for a probability above 1: that radius is never claimed, and never allowed."""
+    noise = NOISE.around(torch.zeros(3, 2000, 2000), 0)
+    radii = (0.25, 1.5)
+    needed = probabilities_showing(radii, noise)
+    assert needed[1] > 1
+    calibration = calibrated([2.0] * 19, [0.5] * 19)
+    assert calibration.shift(0.5, 0.1, needed) == calibration.shift(0.5, 0.1, needed[:1]) > 0.5
+    assert calibration.claimed(1.0, 0.0, needed) == 1
 
 
 def test_the_estimate_is_what_the_paper_says():
@@ -155,7 +176,8 @@ def test_settings_that_do_not_fit():
             "alpha=0.01 is not that of the calibration, 0.001",
         ),
         ({"delta": 0.1, "calibration": calibration, "n": 10}, "n=10 is not that of the calibration, 1000"),
-        ({"radius": 0.5}, "radii=(0.5,) have no meaning for an estimate"),
+        ({"radius": 0.5}, "radius=0.5 has no meaning for method 'surrogate' without delta"),
+        ({"radii": [0.5]}, "radii=[0.5] has no meaning for method 'surrogate' without delta"),
         ({"delta": 0.1, "calibration": calibration, "radii": ()}, "radii=() asks for nothing"),
         ({"delta": 0.1, "calibration": calibration, "radius": -1}, "radius=-1 must be"),
         ({"max_samples": 5}, "max_samples=5 has no meaning"),
@@ -164,6 +186,11 @@ def test_settings_that_do_not_fit():
             make_rule("surrogate", **settings)
     with pytest.raises(ValueError, match=r"delta=0\.1 has no meaning for method 'sequential'"):
         make_rule("sequential", delta=0.1)
+    with pytest.raises(ValueError, match="have no meaning for an estimate"):
+        SurrogateRule(radii=(0.5,))
+    for radii in (None, (0.25, 20.0)):  # not that 20 is out of reach
+        with pytest.raises(ValueError, match="sigma=1 was not"):
+            SurrogateRule(1000, 0.001, 0.1, calibration, radii).check(GaussianNoise(1.0))
     with pytest.raises(ValueError, match="sigma=1 was not"):
         make_rule("surrogate", delta=0.1, calibration=calibration).check(GaussianNoise(1.0))
     assert make_rule("surrogate", delta=0.1, calibration=calibration, radius=0.5).radii == (0.5,)

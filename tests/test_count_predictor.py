@@ -11,7 +11,7 @@ from transformers import pipeline
 from typer.testing import CliRunner
 
 import hf_smoothing  # noqa: F401
-from hf_smoothing import MixedNoiseViTForCountPrediction, SmoothedClassifier, UniformNoise
+from hf_smoothing import GaussianNoise, MixedNoiseViTForCountPrediction, SmoothedClassifier, UniformNoise
 from hf_smoothing.calibration import CALIBRATION_FILE, Calibration
 from hf_smoothing.cli import app
 from hf_smoothing.count_predictor import CountPredictor
@@ -21,6 +21,7 @@ from hf_smoothing.dataset_runs import RunSettings, certify_dataset
 from hf_smoothing.measured_counts import read_counts
 from hf_smoothing.reports import notes, summarize
 from hf_smoothing.results import read_results
+from hf_smoothing.rules import probabilities_showing
 
 
 @pytest.fixture(scope="module")
@@ -71,13 +72,16 @@ def test_from_head_to_claims_about_most_images(head, model, fixed_run, certify, 
     assert settings["count_head_weights"] != settings["model_weights"]
     # deciding a few radii it claims these, and takes no more lowering
     certify(tmp_path / "decided", sigmas=(0.25,), delta=0.1, radii=(0.0, 0.1), **estimated)
-    assert {round(row["radius"], 9) for row in rows(tmp_path / "decided")} <= {0.0, 0.1}
+    assert {row["radius"] for row in rows(tmp_path / "decided")} <= {0.0, 0.1}
     settings = json.loads((tmp_path / "decided" / "run.json").read_text())["settings"]
     assert settings["radii_decided"] == {"0.25": [0.0, 0.1]}
-    assert settings["calibration"]["shifts"]["0.25"] <= calibration.shift(0.25, 0.1)
+    needed = probabilities_showing((0.0, 0.1), GaussianNoise(0.25))
+    assert settings["calibration"]["shifts"]["0.25"] == calibration.shift(0.25, 0.1, needed)
+    with pytest.raises(ValueError, match="radii"):  # of other radii it is another run
+        certify(tmp_path / "decided", sigmas=(0.25,), delta=0.1, radii=(0.1,), **estimated)
     report = summarize(read_results([tmp_path / "decided"]), (0.0, 0.1, 0.2))
     (entry,) = report["results"]
-    assert any("the largest of the radii 0, 0.1 is claimed that can be" in note for note in notes(report))
+    assert any("of each image the largest of the radii 0, 0.1 is claimed" in note for note in notes(report))
     assert [share["standing"] for share in entry["certified_accuracy"]] == ["counted", "counted", "floor"]
     with pytest.raises(ValueError, match=r"n=60 draws can never certify radius 0\.9"):
         certify(tmp_path / "beyond", sigmas=(0.25,), delta=0.1, radii=(0.1, 0.9), **estimated)
