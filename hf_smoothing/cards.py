@@ -284,7 +284,7 @@ def _arguments(entry: dict[str, Any], share: dict[str, Any]) -> dict[str, Any]:
         "noise_resolution": str(settings.get("noise_resolution", "input")),
         **{name: settings[name] for name in ("delta", "denoiser") if settings.get(name) is not None},
         # how far a calibrated head is lowered depends on them
-        **({"radii": entry["decided_radii"]} if entry["delta"] is not None and entry["decided_radii"] else {}),
+        **({"radii": entry["decided_radii"]} if settings.get("delta") is not None and entry["decided_radii"] else {}),
     }
 
 
