@@ -42,7 +42,7 @@ def calibrate_count_head(count_head: str | Path, run_dir: str | Path) -> Calibra
     folder = Path(count_head)
     if not folder.is_dir():
         raise ValueError(f"{str(count_head)!r} is no folder: the calibration is written beside the count head.")
-    predictor = CountPredictor.from_pretrained(folder, class_names=settings["label_names"])
+    predictor = CountPredictor.from_pretrained(folder, class_names=settings["label_names"], calibrated=False)
     refuse_training_images(folder, settings)
     probabilities = predict_counts(predictor, measured, folder)
     n = int(measured.counts[0].sum())

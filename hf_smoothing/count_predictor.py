@@ -53,6 +53,7 @@ class CountPredictor:
         device: torch.device | str | None = None,
         class_names: Sequence[str] | None = None,
         image_processor: Any = None,
+        calibrated: bool = True,
         **model_kwargs: Any,
     ) -> "CountPredictor":
         """
@@ -63,6 +64,7 @@ class CountPredictor:
             device: where to put it; by default the CPU.
             class_names: those of the base classifier.
             image_processor: that of the base classifier: the head is shown the pixels that the classifier is.
+            calibrated: whether to bring its calibration; not where it is to get another.
             model_kwargs: passed on to `from_pretrained`, such as `revision`.
 
         Raises:
@@ -74,7 +76,7 @@ class CountPredictor:
             if config.get("count_sigmas") is None:
                 raise ValueError(f"{name!r} has no count head: scripts/train_count_head.py trains one.")
             model = MixedNoiseViTForCountPrediction.from_pretrained(name, dtype=torch.float32, **model_kwargs)
-        predictor = cls(model, read_calibration(name, **model_kwargs), device)
+        predictor = cls(model, read_calibration(name, **model_kwargs) if calibrated else None, device)
         if class_names is not None and list(class_names) != predictor.class_names:
             raise ValueError(
                 f"The count head {name!r} has the classes {predictor.class_names}, the classifier {list(class_names)}."

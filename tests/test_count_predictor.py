@@ -56,6 +56,10 @@ def test_from_head_to_claims_about_most_images(head, model, fixed_run, certify, 
     with pytest.raises(ValueError, match="takes a calibrated count head"):
         certify(tmp_path / "too-early", delta=0.1, **estimated)
 
+    # whatever is there before, such as a calibration of an earlier version
+    (Path(head) / CALIBRATION_FILE).write_text('{"scores": {}}')
+    with pytest.raises(ValueError, match="holds no calibration: hf-smoothing calibrate makes one"):
+        CountPredictor.from_pretrained(head)
     done = CliRunner().invoke(app, ["calibrate", head, str(fixed_run)])
     assert done.exit_code == 0, done.output
     assert "50" in done.output
