@@ -27,7 +27,7 @@ class Calibration:
     conformal prediction).
 
     What is claimed is the radius that follows from the lowered prediction, or, where a few radii are to be decided, the
-    largest of these below it. The second takes far less lowering: an estimate between two of the radii may be too large by
+    largest of these below it. The second takes less lowering: an estimate between two of the radii may be too large by
     the way down to the lower one.
 
     Args:

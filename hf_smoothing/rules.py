@@ -205,7 +205,7 @@ class SurrogateRule:
         delta: the share of images about which the claim may be wrong, in (0, 1): it lowers the radius as far as
             `calibration` says that takes. Without it the radius is an estimate that guarantees nothing.
         calibration: of the head; of the same `n` and `alpha`.
-        radii: with `delta`, the radii that matter to you: the largest of them that can be claimed is. That takes far less
+        radii: with `delta`, the radii that matter to you: the largest of them that can be claimed is. That takes less
             lowering than to claim each image's own radius. A radius of 0 asks for the answer alone. Choose them before you
             see what comes of them.
 

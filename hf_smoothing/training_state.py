@@ -130,6 +130,18 @@ def _checkpoints(output_dir: Path) -> list[Path]:
     return sorted(found, key=lambda one: int(one.name.removeprefix(_CHECKPOINT)))
 
 
+def _differences(before: dict[str, Any], now: dict[str, Any], within: str = "") -> list[str]:
+    """Settings that are not what they were, by name; of nested ones, such as a config's, no more than those that differ."""
+    found = []
+    for name in {**before, **now}:
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _differences(old, new, f"{within}{name}.")
+        elif old != new:
+            found.append(f"{within}{name}: {old!r} -> {new!r}")
+    return found
+
+
 def find_checkpoint(output_dir: Path, asked: str | None, identity: dict[str, Any]) -> Path | None:
     there = _checkpoints(output_dir)
     if asked is None:
@@ -152,11 +164,7 @@ def find_checkpoint(output_dir: Path, asked: str | None, identity: dict[str, Any
                 f"There is no checkpoint at {asked!r}; {output_dir} has: {', '.join(map(str, there)) or 'none'}."
             )
     before = json.loads((found / "settings.json").read_text())
-    differing = [
-        f"{name}: {before.get(name)!r} -> {identity.get(name)!r}"
-        for name in {**before, **identity}
-        if before.get(name) != identity.get(name)
-    ]
+    differing = _differences(before, identity)
     if differing:
         raise ValueError(
             f"{found} is of a training with other settings ({'; '.join(differing)}): go on with those, or start a new one."

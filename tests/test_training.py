@@ -189,12 +189,16 @@ def test_a_folder_with_a_training_is_not_overwritten(settings):
 
 
 def test_a_checkpoint_of_another_training_is_refused(settings):
-    run(settings, identity={"dataset": "one"})
+    identity = {"dataset": "one", "config": {"stem": "conv", "norm_layer": "layernorm"}}
+    run(settings, identity=identity)
     again = replace(settings, resume_from_checkpoint="latest")
     with pytest.raises(ValueError, match="dataset: 'one' -> 'two'"):
-        run(again, identity={"dataset": "two"})
+        run(again, identity={**identity, "dataset": "two"})
     with pytest.raises(ValueError, match=r"learning_rate: 0.0015 -> 0.1"):
-        run(replace(again, learning_rate=0.1), identity={"dataset": "one"})
+        run(replace(again, learning_rate=0.1), identity=identity)
+    other = {**identity, "config": {"stem": "conv", "norm_layer": "batchnorm"}}  # of which only what differs is named
+    with pytest.raises(ValueError, match=r"other settings \(config\.norm_layer: 'layernorm' -> 'batchnorm'\)"):
+        run(again, identity=other)
     with pytest.raises(ValueError, match="no checkpoint at 'nowhere'"):
         run(replace(settings, resume_from_checkpoint="nowhere"))
 
