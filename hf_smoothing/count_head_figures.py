@@ -15,10 +15,10 @@ def count_head(results: dict[str, Any]) -> str:
     def shares(rows: list[dict[str, float]]) -> list[str]:
         return [f"{row['share']:.1%}" for row in rows]
 
-    def claimed(row: dict[str, Any]) -> list[str]:
-        # below the smallest radius decided nothing is claimed, and nothing counted
-        known = [radius >= min(row["decided"] or [0]) for radius in radii]
-        return [text if there else "-" for text, there in zip(shares(row["accuracy"]), known)]
+    def claimed(rows: list[dict[str, Any]]) -> list[str]:
+        return [
+            next((f"{share:.1%}" for row in rows if (share := _at(row, radius)) is not None), "-") for radius in radii
+        ]
 
     def length(value: float | None) -> str:
         return "-" if value is None else f"{value:.3f}"
@@ -72,10 +72,17 @@ def count_head(results: dict[str, Any]) -> str:
             )
         ]
         kinds += [
-            (f"{_claims(one)} by {by}, delta = {one['delta']:g}", claimed(one))
-            for by, ones in (("random halves", results["conformal"]), ("its calibration", results["calibrated"]))
-            for one in ones
-            if one["sigma"] == row["sigma"]
+            (f"{claims} by {by}, delta = {delta:g}", claimed(ones))
+            for by, which in (("random halves", "conformal"), ("its calibration", "calibrated"))
+            for delta in dict.fromkeys(one["delta"] for one in results[which])
+            for claims in _CLAIMS
+            if (
+                ones := [
+                    one
+                    for one in results[which]
+                    if (one["sigma"], one["delta"], _claims(one)) == (row["sigma"], delta, claims)
+                ]
+            )
         ]
         kinds += [
             (
@@ -108,39 +115,36 @@ def count_head(results: dict[str, Any]) -> str:
         lines.append(f"- at n = {at:,} " + (f"but for {', '.join(far)}" if far else "everywhere"))
     lines += [
         "",
-        "A calibrated head claims each image's radius, lowered, or decides the radii above 0 of this table: of those, it "
-        "claims the largest that it can. Images of which more is claimed than Monte-Carlo proves, over "
+        "A calibrated head claims each image's radius, lowered, or decides radii that are named in advance: of those, it "
+        "claims the largest that it can. Here these are all above 0 of this table together, or each of them by itself. "
+        "Images of which more is claimed than Monte-Carlo proves, over "
         f"{results['conformal'][0]['splits']} random halves to calibrate on and to judge (in brackets, the standard error "
-        "of one half):",
+        "of one half)"
+        + (
+            f"; and by the head's own calibration ({results['calibrated'][0]['calibrated_on']}):"
+            if results["calibrated"]
+            else ":"
+        ),
         "",
+        *_misses(results),
     ]
-    lines += [
-        f"- {_claims(one)}, sigma {one['sigma']:g}, delta {one['delta']:g}: {one['miss_rate']:.1%} "
-        f"({one['binomial_error']:.1%})"
-        for one in results["conformal"]
-    ]
-    for one in results["calibrated"]:
-        lines.append(
-            f"- {_claims(one)}, sigma {one['sigma']:g}, delta {one['delta']:g}, by the head's calibration "
-            f"({one['calibrated_on']}): {one['miss_rate']:.1%}"
-        )
     smallest = min(one["delta"] for one in results["conformal"])
-    for decided in (False, True):
+    for claims, words in _CLAIMS.items():
         gaps = [
-            (proved["share"] - kept["share"]) * 100
+            (proved["share"] - kept) * 100
             for one in results["conformal"]
-            if one["delta"] == smallest and (one["decided"] is not None) == decided
+            if one["delta"] == smallest and _claims(one) == claims
             for row in results["errors"]
             if row["sigma"] == one["sigma"]
-            for proved, kept in zip(row["accuracy"]["monte_carlo"], one["accuracy"])
+            for proved in row["accuracy"]["monte_carlo"]
             if proved["share"] > 0 and proved["radius"] in (one["decided"] or radii)
+            if (kept := _at(one, proved["radius"])) is not None
         ]
         if gaps:
             lines += [
                 "",
-                f"{'Deciding the radii' if decided else 'Lowered'} by random halves at the smallest delta, the accuracy is "
-                f"{min(gaps):.1f} to {max(gaps):.1f} points below Monte-Carlo's where that proves anything"
-                f"{', at the radii decided' if decided else ''}.",
+                f"{words} by random halves at the smallest delta, the accuracy less Monte-Carlo's is {-max(gaps):+.1f} to "
+                f"{-min(gaps):+.1f} points, where Monte-Carlo proves anything.",
             ]
     names = {
         "without": "without",
@@ -152,8 +156,9 @@ def count_head(results: dict[str, Any]) -> str:
     lines += [
         "",
         "Mean draws of the sequential rule to decide a radius (simulated from the measured frequencies; images that a "
-        "quarter of the budget of 100,000 can decide by Wald's bound; the rest of them were given up), and with heads made "
-        "wrong on purpose. Wald's bound is that of a test that sees hits and misses; the rule bounds the runner-up too:",
+        "quarter of the budget of 100,000 can decide by Wald's bound; the rest of them were given up): without the head, "
+        "where the classifier's answer to the clean image ranks the classes; with it; and with heads made wrong on purpose. "
+        "Wald's bound is that of a test that sees hits and misses; the rule bounds the runner-up too:",
         "",
         "| sigma | radius | images | Wald's bound | "
         + " | ".join(names.values())
@@ -194,8 +199,49 @@ def count_head(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+_CLAIMS = {
+    "lowered": "Lowered",
+    "radii decided together": "Deciding the radii together",
+    "each radius decided by itself": "Deciding each radius by itself",
+}
+"""What a calibrated head may be asked, and how a sentence about it begins."""
+
+
 def _claims(calibrated: dict[str, Any]) -> str:
-    return "lowered" if calibrated["decided"] is None else "radii decided"
+    own, together, alone = _CLAIMS
+    return own if calibrated["decided"] is None else together if len(calibrated["decided"]) > 1 else alone
+
+
+def _named(calibrated: dict[str, Any]) -> str:
+    decided = calibrated["decided"]
+    return _claims(calibrated) if decided is None or len(decided) > 1 else f"r = {decided[0]:g} decided"
+
+
+def _misses(results: dict[str, Any]) -> list[str]:
+    """The table of how often more is claimed than Monte-Carlo proves."""
+    deltas = list(dict.fromkeys(one["delta"] for one in results["conformal"]))
+    heads = [f"delta = {delta:g}, {by}" for delta in deltas for by in ("random halves", "own calibration")]
+    rows: dict[tuple[float, str], dict[str, str]] = {}
+    for one in results["conformal"]:
+        row = rows.setdefault((one["sigma"], _named(one)), dict.fromkeys(heads, "-"))
+        row[f"delta = {one['delta']:g}, random halves"] = f"{one['miss_rate']:.1%} ({one['binomial_error']:.1%})"
+    for one in results["calibrated"]:
+        rows[one["sigma"], _named(one)][f"delta = {one['delta']:g}, own calibration"] = f"{one['miss_rate']:.1%}"
+    return [
+        f"| sigma | claimed | {' | '.join(heads)} |",
+        "|---" * (2 + len(heads)) + "|",
+        *(f"| {sigma:g} | {named} | {' | '.join(row.values())} |" for (sigma, named), row in rows.items()),
+    ]
+
+
+def _at(calibrated: dict[str, Any], radius: float) -> float | None:
+    """
+    The accuracy of what is claimed at a radius. Below the smallest radius decided nothing is claimed; one decided by itself
+    says nothing of others.
+    """
+    decided = calibrated["decided"]
+    known = decided is None or radius in decided or (len(decided) > 1 and radius > decided[0])
+    return next(row["share"] for row in calibrated["accuracy"] if row["radius"] == radius) if known else None
 
 
 def _bound(radius: float | None) -> str:

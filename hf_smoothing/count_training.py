@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoImageProcessor
 from .configuration_mixed_noise_vit import MixedNoiseViTConfig
 from .loading import loading, refuse_other_weights
 from .measured_counts import Counts
-from .modeling_count_prediction import LOSSES, MixedNoiseViTForCountPrediction
+from .modeling_count_prediction import OF_FREQUENCIES, MixedNoiseViTForCountPrediction
 from .preparation import Preparation
 from .provenance import command_line, package_versions
 from .records import write_json
@@ -162,7 +162,7 @@ def prediction_errors(
     top = counts.argmax(1)
     off = logits.softmax(1).gather(1, top[:, None]) - frequencies.gather(1, top[:, None])
     return {
-        "jensen_shannon": float(LOSSES["jensen_shannon"](logits, frequencies)),
+        "jensen_shannon": float(OF_FREQUENCIES["jensen_shannon"](logits, frequencies)),
         "top1_disagreement": float((logits.argmax(1) != top).float().mean()),
         "top_frequency_error": float(off.mean()),
     }
@@ -181,6 +181,7 @@ def train_count_head(
     base: str,
     loss: str = "jensen_shannon",
     own_backbone: bool = False,
+    hflip: float = 0.5,
     eval_share: float = 0.05,
 ) -> dict[str, Any]:
     """
@@ -193,9 +194,11 @@ def train_count_head(
         settings: how to train.
         accelerator: the processes, from `settings.start()`.
         base: the model that it takes its encoder and classifier from.
-        loss: one of [`LOSSES`].
+        loss: one of [`LOSSES`] of `modeling_count_prediction`.
         own_backbone: train encoder and classifier along; by default they stay as they are, and each image goes through the
             encoder once in all.
+        hflip: with an own backbone, the probability that an image is shown flipped from left to right. Its counts are taken
+            to be those of the image as it is, which holds well enough for classifiers that were trained so too.
         eval_share: share of the images that is held out, to look at the errors after each epoch.
 
     Raises:
@@ -227,6 +230,9 @@ def train_count_head(
     preparation_seconds = time.perf_counter() - started
 
     def compute_loss(model: Any, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        if own_backbone and hflip:
+            flipped = torch.rand(len(inputs), 1, 1, 1, device=inputs.device) < hflip
+            inputs = torch.where(flipped, inputs.flip(-1), inputs)
         return model(**_as_inputs(inputs), sigma=targets[..., 0], counts=targets[..., 1:], loss=loss).loss
 
     held = [one.to(accelerator.device) for one in (inputs[aside], targets[aside])]
@@ -236,7 +242,7 @@ def train_count_head(
         model.save_pretrained(output_dir)
         processor.save_pretrained(output_dir)
 
-    chosen = {"loss": loss, "own_backbone": own_backbone, "eval_share": eval_share, "base": base}
+    chosen = {"loss": loss, "own_backbone": own_backbone, "hflip": hflip, "eval_share": eval_share, "base": base}
     found = train(
         model,
         batches,

@@ -50,6 +50,31 @@ def soft_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Ten
     return nn.functional.cross_entropy(logits, targets)
 
 
+def logistic_normal(logits: torch.Tensor, counts: torch.Tensor, log_spread: torch.Tensor) -> torch.Tensor:
+    """
+    Mean negative log-likelihood of the counts, in nats a draw, where the logits are known up to normal errors.
+
+    The other losses learn the mean of what the frequencies may be, given what the head knows of an image: where p is near 1
+    that is well below what they mostly are, and radii come out too small. Here the logits are the middle of what is
+    possible, and the errors, whose size is learned along, explain the rest. For two draws an image or more: one alone does
+    not tell errors of the logits from chance.
+
+    Args:
+        logits: `(batch, classes)`.
+        counts: `(batch, classes)`, whole numbers of draws.
+        log_spread: `(batch,)`, logarithm of the standard deviation of the errors. They are drawn from torch's global
+            generator, and paired with their negatives.
+    """
+    errors = torch.randn(len(logits), _ERRORS // 2, logits.shape[1], dtype=logits.dtype, device=logits.device)
+    errors = log_spread.clamp(-4, 2).exp()[:, None, None] * torch.cat([errors, -errors], 1)
+    likelihoods = ((logits[:, None] + errors).log_softmax(-1) * counts[:, None]).sum(-1)
+    return -((likelihoods.logsumexp(1) - math.log(_ERRORS)) / counts.sum(1)).mean()
+
+
+_ERRORS = 128
+"""Errors that the likelihood of an image's counts is averaged over."""
+
+
 def kullback_leibler(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """
     Mean divergence of the measured from the predicted frequencies: [`soft_cross_entropy`] less what no prediction can
@@ -58,7 +83,8 @@ def kullback_leibler(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tenso
     return nn.functional.kl_div(logits.log_softmax(1), targets, reduction="batchmean")
 
 
-LOSSES = {"jensen_shannon": jensen_shannon, "cross_entropy": soft_cross_entropy, "kl": kullback_leibler}
+OF_FREQUENCIES = {"jensen_shannon": jensen_shannon, "cross_entropy": soft_cross_entropy, "kl": kullback_leibler}
+LOSSES = (*OF_FREQUENCIES, "logistic_normal")
 
 
 class CountHead(nn.Module):
@@ -77,17 +103,21 @@ class CountHead(nn.Module):
         self.norm = nn.GroupNorm(parts, width)  # each part by itself: layers differ in scale
         self.modulation = nn.Sequential(nn.Linear(3, 64), nn.GELU(), nn.Linear(64, 2 * width + 1))
         self.hidden = nn.Linear(width, hidden_size)
-        self.output = nn.Linear(hidden_size, num_labels)
+        self.output = nn.Linear(hidden_size, num_labels + 1)
         self.act = nn.GELU()
 
-    def forward(self, features: torch.Tensor, logits: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, features: torch.Tensor, logits: torch.Tensor, sigma: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Class logits, and the logarithm of the spread of their errors, which only [`logistic_normal`] looks at."""
         level = torch.log2(sigma)[..., None]
         modulation = self.modulation(torch.cat([level, level**2 / 4, sigma[..., None]], -1))
         scale, shift, log_gain = modulation.split([features.shape[1], features.shape[1], 1], -1)
         normed = self.norm(features)
         if sigma.ndim == 2:  # several levels for each image
             normed, logits = normed[:, None], logits[:, None]
-        return logits * log_gain.exp() + self.output(self.act(self.hidden(normed * (1 + scale) + shift)))
+        added = self.output(self.act(self.hidden(normed * (1 + scale) + shift)))
+        return logits * log_gain.exp() + added[..., :-1], added[..., -1]
 
 
 class MixedNoiseViTForCountPrediction(MixedNoiseViTPreTrainedModel):
@@ -166,12 +196,14 @@ class MixedNoiseViTForCountPrediction(MixedNoiseViTPreTrainedModel):
                 f"({min(levels):g} to {max(levels):g})."
             )
         pooled = features[:, : self.config.hidden_size]
-        logits = self.count_head(features, self.classifier(pooled), sigma)
+        logits, log_spread = self.count_head(features, self.classifier(pooled), sigma)
         found: Any = None
         if counts is not None:
-            targets = counts.to(logits.dtype)
-            targets = targets / targets.sum(-1, keepdim=True)
-            found = LOSSES[loss](logits.flatten(0, -2), targets.flatten(0, -2))
+            rows, targets = logits.flatten(0, -2), counts.to(logits.dtype).flatten(0, -2)
+            if loss in OF_FREQUENCIES:
+                found = OF_FREQUENCIES[loss](rows, targets / targets.sum(-1, keepdim=True))
+            else:
+                found = logistic_normal(rows, targets, log_spread.flatten())
         output = CountPredictionOutput(loss=found, logits=logits, probabilities=logits.softmax(-1))
         return output if return_dict is not False else output.to_tuple()
 

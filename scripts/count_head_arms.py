@@ -4,10 +4,10 @@
         --max_samples 5000 --sigma 0.25 0.5 1 --method counts --n 16 --output_dir counts
     python scripts/count_head_arms.py --model my-model --counts counts --run runs/fixed --output_dir my-counts/results
 
-Arms: the loss (Jensen-Shannon, cross-entropy, Kullback-Leibler); the classifier's frozen backbone or an own one, which has
-steps of its own; one head for all noise levels or one for each; noise levels between and beyond those trained on; and, with
-`--same_cost`, few draws of many images or many of few. `--run` is of --method fixed, on test images. Writes
-OUTPUT_DIR/arms.json; run again, it goes on.
+Arms: the loss (Jensen-Shannon, cross-entropy, Kullback-Leibler, logistic-normal); the classifier's frozen backbone or an
+own one, which has steps of its own; one head for all noise levels or one for each; noise levels between and beyond those
+trained on; and, with `--same_cost`, few draws of many images or many of few. `--run` is of --method fixed, on test images.
+Writes OUTPUT_DIR/arms.json; run again, it goes on.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from hf_smoothing.count_errors import errors
 from hf_smoothing.count_predictor import CountPredictor
 from hf_smoothing.count_training import build_count_model, train_count_head
 from hf_smoothing.measured_counts import Counts, read_counts
-from hf_smoothing.modeling_count_prediction import LOSSES
+from hf_smoothing.modeling_count_prediction import LOSSES, OF_FREQUENCIES
 from hf_smoothing.provenance import command_line, package_versions
 from hf_smoothing.records import write_json
 from hf_smoothing.training import TrainingSettings
@@ -76,7 +76,10 @@ def arms(counts: Counts, same_cost: Sequence[Counts]) -> list[Arm]:
     """All of them."""
     levels = sorted(set(counts.sigmas.tolist()))
     found = [Arm(loss, counts, loss=loss) for loss in LOSSES]
-    found.append(Arm("own backbone", counts, own_backbone=True))
+    found += [
+        Arm(f"own backbone, {loss}", counts, loss=loss, own_backbone=True)
+        for loss in ("jensen_shannon", "logistic_normal")
+    ]
     found += [Arm(f"for sigma {level:g} alone", at(counts, [level]), judged_at=[level]) for level in levels]
     if len(levels) > 2:
         found.append(Arm(f"without sigma {levels[1]:g}", at(counts, levels[::2]), judged_at=[levels[1]]))
@@ -129,7 +132,7 @@ def judge(arm: Arm, measured: Counts, args: argparse.Namespace) -> dict[str, Any
         rows.append(
             {
                 "sigma": one.sigma,
-                "jensen_shannon": float(LOSSES["jensen_shannon"](logits, targets)),
+                "jensen_shannon": float(OF_FREQUENCIES["jensen_shannon"](logits, targets)),
                 "accuracy_gap": float(np.abs(np.subtract(proved, estimated)).max()),
                 **{name: found_here[name] for name in ("disagreement", "overestimated", "mean_excess")},
             }

@@ -46,13 +46,13 @@ _REPEATS = 4
 """Simulations of an image: a few hard ones make up most of a mean."""
 
 
-def heads(frequencies: np.ndarray, predicted: np.ndarray) -> dict[str, CleanPass]:
-    """What the sampler may be told of an image: nothing but a ranking, the head's word, and two lies."""
+def heads(frequencies: np.ndarray, predicted: np.ndarray, clean: np.ndarray) -> dict[str, CleanPass]:
+    """What the sampler may be told of an image: the classifier's clean pass, the head's word, two lies, or the truth."""
     permuted = np.roll(predicted, 1)
     sure = np.full(len(predicted), 0.001 / (len(predicted) - 1))
     sure[permuted.argmax()] = 0.999
     return {
-        "without": CleanPass(np.log(predicted)),
+        "without": CleanPass(clean),
         "with": CleanPass(predicted, frequencies=True),
         "permuted": CleanPass(permuted, frequencies=True),
         "permuted_and_sure": CleanPass(sure, frequencies=True),
@@ -60,8 +60,16 @@ def heads(frequencies: np.ndarray, predicted: np.ndarray) -> dict[str, CleanPass
     }
 
 
-def draws_to_decide(one: Comparison, radius: float, seed: int) -> dict[str, Any] | None:
-    """Mean draws over the images whose measured p_A clears the radius and that a quarter of the budget can decide."""
+def draws_to_decide(one: Comparison, clean: np.ndarray, radius: float, seed: int) -> dict[str, Any] | None:
+    """
+    Mean draws over the images whose measured p_A clears the radius and that a quarter of the budget can decide.
+
+    Args:
+        one: estimates and certificates.
+        clean: `(images, classes)`, what the base classifier says of the clean images.
+        radius: to decide.
+        seed: of the simulated draws.
+    """
     noise = GaussianNoise(one.sigma)
     p0 = noise.probability_needed(radius)
     frequencies = one.counts / one.n
@@ -75,10 +83,10 @@ def draws_to_decide(one: Comparison, radius: float, seed: int) -> dict[str, Any]
     spent: dict[str, list[int]] = {}
     claimed: dict[str, list[bool]] = {}
     for image in tqdm(chosen, f"sigma {one.sigma:g}, radius {radius:g}", leave=False):
-        for name, clean in heads(frequencies[image], one.probabilities[image]).items():
+        for name, told in heads(frequencies[image], one.probabilities[image], clean[image]).items():
             for repeat in range(_REPEATS):
                 generator = np.random.default_rng([seed, int(image), repeat])
-                found, draws = simulate(rule, noise, frequencies[image], clean, generator)
+                found, draws = simulate(rule, noise, frequencies[image], told, generator)
                 spent.setdefault(name, []).append(1 + draws)  # the clean pass counts
                 claimed.setdefault(name, []).append(noise.radius(found.p_lower, found.p_upper) >= radius)
     wald = float(bounds[chosen].mean())
@@ -92,14 +100,28 @@ def draws_to_decide(one: Comparison, radius: float, seed: int) -> dict[str, Any]
     }
 
 
+@torch.inference_mode()
+def clean_logits(smoothed: SmoothedClassifier, measured: Counts) -> np.ndarray:
+    """What the base classifier says of the clean images: `(rows, classes)`."""
+    images = measured.open()
+    images.meet(measured.settings["label_names"], smoothed.preparation)
+    wanted, rows = np.unique(measured.indices, return_inverse=True)
+    logits = [
+        smoothed.base([torch.stack([images.pixels(images.source[int(one)]) for one in some]).to(smoothed.device)], 0.0)
+        for some in np.array_split(wanted, range(smoothed.batch_size, len(wanted), smoothed.batch_size))
+    ]
+    return torch.cat(logits).double().cpu().numpy()[rows]
+
+
 def seconds_an_image(
-    args: argparse.Namespace, predictor: CountPredictor, measured: Counts, sequential: list[dict[str, Any]]
+    args: argparse.Namespace,
+    smoothed: SmoothedClassifier,
+    predictor: CountPredictor,
+    measured: Counts,
+    sequential: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """Of the estimate, in batches, and of the sampling rules, from the rate at which the same model is drawn from."""
     images = measured.open()
-    smoothed = SmoothedClassifier.from_pretrained(
-        args.model, GaussianNoise(0.5), batch_size=args.batch_size, device=args.device
-    )
     images.meet(predictor.class_names, smoothed.preparation)
     index = np.unique(measured.indices)[: args.batch_size]
     batch = torch.stack([images.pixels(images.source[int(one)]) for one in index])
@@ -171,9 +193,9 @@ def as_calibrated(one: Comparison, predictor: CountPredictor, images: str) -> li
 
 
 def to_decide(one: Comparison) -> list[list[float] | None]:
-    """What a calibrated head may be asked: each image's own radius, or those of the radii that the draws can show."""
+    """What a calibrated head may be asked: each image's own radius, or of the radii that the draws can show all or one."""
     reached = radii_in_reach(RADII[1:], GaussianNoise(one.sigma), one.n, one.alpha)
-    return [None, reached] if reached else [None]
+    return [None, *([reached] if len(reached) > 1 else []), *([radius] for radius in reached)]
 
 
 def read_sequential(runs: list[Path], measured: Counts, count_head: str) -> list[dict[str, Any]]:
@@ -258,6 +280,10 @@ def main() -> None:
         )
         sequential = read_sequential([Path(one) for one in args.sequential], measured, weights_digest(predictor.model))
         all_of_them = compare(measured, predict_counts(predictor, measured, args.count_head))
+        smoothed = SmoothedClassifier.from_pretrained(
+            args.model, GaussianNoise(0.5), batch_size=args.batch_size, device=args.device
+        )
+        clean = clean_logits(smoothed, measured)
         calibrated = [
             {"sigma": one.sigma, **row}
             for one in all_of_them
@@ -267,7 +293,7 @@ def main() -> None:
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     found = [errors(one, RADII) for one in all_of_them]
-    times = seconds_an_image(args, predictor, measured, sequential)
+    times = seconds_an_image(args, smoothed, predictor, measured, sequential)
     results = {
         "command": command_line(),
         "settings": {
@@ -289,7 +315,8 @@ def main() -> None:
             row
             for one in all_of_them
             for share in (0.5, 1.0)
-            if (row := draws_to_decide(one, share * one.sigma, args.seed)) is not None
+            if (row := draws_to_decide(one, clean[measured.sigmas == one.sigma], share * one.sigma, args.seed))
+            is not None
         ],
         "seconds_an_image": times,
         "payback": payback(Path(args.count_head), counting, times),

@@ -29,8 +29,13 @@ class CountHeadSettings:
 
     model_name_or_path: str = HfArg(help="mixed-noise ViT whose encoder and classifier the head stands on")
     counts: str = HfArg(help="folder of a finished run of --method counts")
-    loss: str = HfArg(default="jensen_shannon", help="jensen_shannon, cross_entropy or kl")
+    loss: str = HfArg(default="jensen_shannon", help="jensen_shannon, cross_entropy, kl or logistic_normal")
     own_backbone: bool = HfArg(default=False, help="train encoder and classifier along, instead of the head alone")
+    hflip: float = HfArg(
+        default=0.5,
+        help="with own_backbone: probability that an image is flipped from left to right, whose counts are taken to be the "
+        "same; 0 for digits and letters",
+    )
     eval_share: float = HfArg(
         default=0.05, help="share of the images held out, to look at the errors after each epoch"
     )
@@ -38,6 +43,8 @@ class CountHeadSettings:
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
             raise ValueError(f"loss={self.loss!r} is unknown: use {', '.join(LOSSES)}.")
+        if not 0 <= self.hflip <= 1:
+            raise ValueError(f"hflip={self.hflip:g} must be a probability, between 0 and 1.")
         if not 0 <= self.eval_share < 1:
             raise ValueError(f"eval_share={self.eval_share} must be 0 or above, and below 1.")
 
@@ -60,6 +67,7 @@ def main() -> None:
             base=head.model_name_or_path,
             loss=head.loss,
             own_backbone=head.own_backbone,
+            hflip=head.hflip,
             eval_share=head.eval_share,
         )
         if accelerator.is_main_process:

@@ -67,8 +67,9 @@ def test_a_study_of_a_head(model, folder):
     found = json.loads((folder / "found" / "study.json").read_text())
     assert [row["sigma"] for row in found["errors"]] == list(SIGMAS)
     assert all(row["images"] == 40 and row["n"] == 60 for row in found["errors"])
-    shown = {0.25: [0.25], 0.5: [0.25, 0.5], 1.0: [0.25, 0.5, 0.75, 1.0]}  # by 60 draws
-    asked = [(sigma, delta, decided) for sigma in SIGMAS for delta in (0.1, 0.05) for decided in (None, shown[sigma])]
+    each = [[0.25], [0.5], [0.75], [1.0]]
+    shown = {0.25: each[:1], 0.5: [[0.25, 0.5], *each[:2]], 1.0: [[0.25, 0.5, 0.75, 1.0], *each]}  # by 60 draws
+    asked = [(sigma, delta, decided) for sigma in SIGMAS for delta in (0.1, 0.05) for decided in (None, *shown[sigma])]
     for claims in (found["conformal"], found["calibrated"]):
         assert [(row["sigma"], row["delta"], row["decided"]) for row in claims] == asked
     assert all("every 4" in row["calibrated_on"] and 0 <= row["miss_rate"] < 0.5 for row in found["calibrated"])
@@ -89,7 +90,13 @@ def test_a_study_of_a_head(model, folder):
     assert f"{found['errors'][0]['disagreement']:.1%}" in text
     assert f"{times['ratio']:,.0f} times as long" in text
     assert "sequential with the head, " in text
-    assert "| radii decided by its calibration, delta = 0.05 |" in text
+    assert "| radii decided together by its calibration, delta = 0.05 |" in text
+    alone = [row for row in found["conformal"] if row["decided"] == [0.5] and row["delta"] == 0.05]
+    at_half = [f"{share['share']:.1%}" for row in alone for share in row["accuracy"] if share["radius"] == 0.5]
+    lines = [
+        line for line in text.splitlines() if "each radius decided by itself by random halves, delta = 0.05" in line
+    ]
+    assert [line.split(" | ")[4] for line in lines] == ["-", *at_half]
     shares = found["errors"][0]["accuracy"]
     gap = shares["estimate"][1]["share"] - shares["monte_carlo"][1]["share"]
     assert (f"sigma 0.25, r = 0.25 ({gap * 100:+.1f})" in text) == (abs(gap) > 0.015)

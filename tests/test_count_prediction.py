@@ -3,10 +3,16 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from scipy.spatial.distance import jensenshannon
+from scipy.special import softmax
 from scipy.stats import entropy
 
 from hf_smoothing import MixedNoiseViTConfig, MixedNoiseViTForImageClassification
-from hf_smoothing.modeling_count_prediction import LOSSES, MixedNoiseViTForCountPrediction
+from hf_smoothing.modeling_count_prediction import (
+    OF_FREQUENCIES,
+    MixedNoiseViTForCountPrediction,
+    logistic_normal,
+    soft_cross_entropy,
+)
 
 
 @pytest.fixture
@@ -17,7 +23,7 @@ def model(tiny_model_dir):
 
 def test_a_share_that_underflows_leaves_a_gradient():
     logits = torch.tensor([[120.0, 0.0, 0.0]], requires_grad=True)
-    loss = LOSSES["jensen_shannon"](logits, torch.tensor([[0.5, 0.5, 0.0]]))
+    loss = OF_FREQUENCIES["jensen_shannon"](logits, torch.tensor([[0.5, 0.5, 0.0]]))
     loss.backward()
     assert loss.isfinite()
     assert logits.grad.isfinite().all()
@@ -33,12 +39,37 @@ def test_losses_are_what_scipy_says():
         "kl": np.mean([entropy(truth, guess) for truth, guess in zip(measured, predicted)]),
         "cross_entropy": np.mean([-(truth * np.log(guess)).sum() for truth, guess in zip(measured, predicted)]),
     }
-    assert expected.keys() == LOSSES.keys()
-    for name, loss in LOSSES.items():
+    assert expected.keys() == OF_FREQUENCIES.keys()
+    for name, loss in OF_FREQUENCIES.items():
         assert float(loss(logits, targets)) == pytest.approx(expected[name])
         leaf = logits.clone().requires_grad_()
         loss(leaf, targets).backward()
         assert torch.isfinite(leaf.grad).all()
+
+
+def test_the_logistic_normal_loss_learns_the_middle_and_the_spread():
+    generator = np.random.default_rng(0)
+    middle, spread, draws, images = np.array([4.0, 0.0, 0.0]), 1.5, 8, 1500
+    likely = softmax(middle + spread * generator.standard_normal((images, 3)), 1)
+    counts = torch.from_numpy(generator.multinomial(draws, likely)).float()
+    torch.manual_seed(0)
+
+    def learned(loss, *more):
+        logits = torch.zeros(3, requires_grad=True)
+        optimizer = torch.optim.Adam([logits, *more], lr=0.1)
+        for step in range(150):
+            optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / 150)
+            optimizer.zero_grad()
+            loss(logits.expand(images, 3)).backward()
+            optimizer.step()
+        return (logits[0] - logits[1:].mean()).item()
+
+    log_spread = torch.zeros((), requires_grad=True)
+    assert learned(lambda rows: logistic_normal(rows, counts, log_spread.expand(images)), log_spread) == pytest.approx(
+        4, abs=0.25
+    )
+    assert log_spread.exp().item() == pytest.approx(spread, abs=0.25)
+    assert learned(lambda rows: soft_cross_entropy(rows, counts / draws)) < 3.5  # the mean is well below
 
 
 def test_it_stands_on_its_base_classifier(model, tiny_model_dir):
@@ -64,7 +95,7 @@ def test_the_noise_level_counts_and_each_image_may_have_its_own(model):
     assert not torch.allclose(model(images[1:], sigma=0.25).logits[0], together[1])
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", OF_FREQUENCIES)
 def test_an_image_may_have_several_noise_levels_of_one_pass(model, loss):
     images, counts = torch.rand(2, 3, 8, 8), torch.randint(1, 9, (2, 2, 3))
     with torch.no_grad():
