@@ -3,7 +3,7 @@
 import difflib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from importlib.resources import files
 from pathlib import Path
@@ -192,7 +192,9 @@ def write(folder: Path) -> list[Path]:
     return changed
 
 
-def begin(folder: Path, *, summary: str, dataset: str, base_model: str | None = None) -> None:
+def begin(
+    folder: Path, *, summary: str, dataset: str, base_model: str | None = None, sources: Sequence[str] = ()
+) -> None:
     """
     Give a model just trained a card to go on from; one that is there keeps its words.
 
@@ -201,6 +203,7 @@ def begin(folder: Path, *, summary: str, dataset: str, base_model: str | None = 
         summary: what it is, in a sentence.
         dataset: what it was trained on. The metadata name it if it is one of the Hub.
         base_model: what it was trained from, likewise.
+        sources: papers that it rests on, besides those that all models here do.
     """
     if not (folder / DESCRIPTION).is_file():
         words: dict[str, Any] = {
@@ -208,6 +211,7 @@ def begin(folder: Path, *, summary: str, dataset: str, base_model: str | None = 
             "datasets": [dataset] if _on_the_hub(dataset) else [],
             "sections": [],
             "sources": [
+                *sources,
                 "Exploring Transferability for Randomized Smoothing (arXiv 2312.09020)",
                 "Certified Adversarial Robustness via Randomized Smoothing (arXiv 1902.02918)",
             ],

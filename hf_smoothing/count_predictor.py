@@ -9,7 +9,7 @@ from transformers import AutoImageProcessor, PreTrainedConfig
 from transformers.utils import cached_file
 
 from .calibration import CALIBRATION_FILE, Calibration
-from .loading import loading
+from .loading import loading, refuse_other_weights
 from .modeling_count_prediction import MixedNoiseViTForCountPrediction
 from .noise import GaussianNoise
 from .preparation import same_pixels
@@ -75,7 +75,10 @@ class CountPredictor:
             config, _ = PreTrainedConfig.get_config_dict(name, **model_kwargs)  # of whatever class
             if config.get("count_sigmas") is None:
                 raise ValueError(f"{name!r} has no count head: scripts/train_count_head.py trains one.")
-            model = MixedNoiseViTForCountPrediction.from_pretrained(name, dtype=torch.float32, **model_kwargs)
+            model, info = MixedNoiseViTForCountPrediction.from_pretrained(
+                name, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **model_kwargs
+            )
+        refuse_other_weights(name, info, ())
         predictor = cls(model, read_calibration(name, **model_kwargs) if calibrated else None, device)
         if class_names is not None and list(class_names) != predictor.class_names:
             raise ValueError(

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoImageProcessor
 from .configuration_mixed_noise_vit import MixedNoiseViTConfig
 from .loading import loading, refuse_other_weights
 from .measured_counts import Counts
-from .modeling_count_prediction import OF_FREQUENCIES, MixedNoiseViTForCountPrediction
+from .modeling_count_prediction import DRAWS, OF_FREQUENCIES, MixedNoiseViTForCountPrediction
 from .preparation import Preparation
 from .provenance import command_line, package_versions
 from .records import write_json
@@ -34,6 +34,7 @@ class CountBatches:
         batch_size: images in a batch.
         seed: of the order.
         process_index, num_processes: this process, and how many there are.
+        most_draws: of an image at a noise level; of more, so many are chosen by chance, others in each epoch.
     """
 
     def __init__(
@@ -44,9 +45,10 @@ class CountBatches:
         seed: int,
         process_index: int = 0,
         num_processes: int = 1,
+        most_draws: int | None = None,
     ):
         self.inputs, self.targets, self.seed = inputs, targets, seed
-        self.batch_size = batch_size
+        self.batch_size, self.most_draws = batch_size, most_draws
         self.total: int | None = len(inputs)
         self.process_index, self.num_processes = process_index, num_processes
         if not len(self):
@@ -62,7 +64,31 @@ class CountBatches:
         order = np.random.default_rng([self.seed, number]).permutation(len(self.inputs))
         order = order[: len(self) * self.num_processes * self.batch_size]
         for chosen in order.reshape(len(self), self.num_processes, self.batch_size)[first:, self.process_index]:
-            yield self.inputs[chosen], self.targets[chosen]
+            targets = self.targets[chosen]
+            if self.most_draws is not None:
+                generator = np.random.default_rng([self.seed, number, int(chosen[0])])
+                targets = torch.cat([targets[..., :1], thinned(targets[..., 1:], self.most_draws, generator)], -1)
+            yield self.inputs[chosen], targets
+
+
+def thinned(counts: torch.Tensor, draws: int, generator: np.random.Generator) -> torch.Tensor:
+    """
+    Counts of some of the draws, chosen by chance: distributed as if no more had been made.
+
+    Args:
+        counts: `(..., classes)`, whole numbers.
+        draws: to keep of each row, which keeps all if it has fewer.
+        generator: of the choice.
+    """
+    found = torch.empty_like(counts)
+    left = counts.sum(-1).long().numpy()
+    wanted = np.minimum(left, draws)
+    for index, one in enumerate(counts.long().unbind(-1)):
+        left = left - one.numpy()
+        taken = generator.hypergeometric(one.numpy(), left, wanted)
+        wanted = wanted - taken
+        found[..., index] = torch.from_numpy(taken)
+    return found
 
 
 def counts_by_image(counts: Counts) -> tuple[np.ndarray, torch.Tensor]:
@@ -198,13 +224,17 @@ def train_count_head(
         own_backbone: train encoder and classifier along; by default they stay as they are, and each image goes through the
             encoder once in all.
         hflip: with an own backbone, the probability that an image is shown flipped from left to right. Its counts are taken
-            to be those of the image as it is, which holds well enough for classifiers that were trained so too.
+            to be those of the image as it is: nearly right for classifiers that were trained so too.
         eval_share: share of the images that is held out, to look at the errors after each epoch.
 
     Raises:
-        ValueError: see [`train`]; where images cannot be read or are no longer those counted.
+        ValueError: see [`train`]; where images cannot be read or are no longer those counted; for a single draw of an image,
+            with the loss `logistic_normal`.
     """
     started = time.perf_counter()
+    draws = int(counts.counts.sum(1).min())
+    if loss == "logistic_normal" and draws < DRAWS[0]:
+        raise ValueError(f"loss='logistic_normal' takes {DRAWS[0]} draws of an image: {draws} was counted.")
     processor = AutoImageProcessor.from_pretrained(base)
     images = counts.open()
     images.meet(counts.settings["label_names"], Preparation.of(processor))
@@ -225,6 +255,7 @@ def train_count_head(
         settings.seed,
         accelerator.process_index,
         accelerator.num_processes,
+        DRAWS[-1] if loss == "logistic_normal" else None,
     )
 
     preparation_seconds = time.perf_counter() - started
@@ -242,7 +273,8 @@ def train_count_head(
         model.save_pretrained(output_dir)
         processor.save_pretrained(output_dir)
 
-    chosen = {"loss": loss, "own_backbone": own_backbone, "hflip": hflip, "eval_share": eval_share, "base": base}
+    chosen = {"loss": loss, "own_backbone": own_backbone, "eval_share": eval_share, "base": base}
+    chosen |= {"hflip": hflip} if own_backbone else {}
     found = train(
         model,
         batches,

@@ -59,7 +59,7 @@ def calibrate(
         for claims, needed in asked.items():
             if needed == []:  # so few draws show none of them
                 continue
-            row = {"sigma": f"{sigma:g}", "images": str(images), "radii": claims}
+            row = {"claimed": f"sigma {sigma:g}, {claims}", "images": str(images)}
             row |= {f"at delta = {delta:g}": _shift(found, sigma, delta, needed) for delta in (0.1, 0.05)}
             row["without it too large"] = f"{100 * (found.scores(sigma, needed) > 0).mean():.1f} %"
             rows.append(row)

@@ -18,7 +18,8 @@ class CountPredictionOutput(ModelOutput):
     Args:
         loss: where counts were given.
         logits: `(batch, num_labels)`, or `(batch, levels, num_labels)` where each image has several noise levels.
-        probabilities: their softmax: the expected share of each class among noisy copies.
+        probabilities: their softmax: the share of each class among noisy copies that is to be expected; after training with
+            [`logistic_normal`] a typical one, which is nearer to 0 or 1 than the mean of what it may be.
     """
 
     loss: torch.Tensor | None = None
@@ -56,14 +57,14 @@ def logistic_normal(logits: torch.Tensor, counts: torch.Tensor, log_spread: torc
 
     The other losses learn the mean of what the frequencies may be, given what the head knows of an image: where p is near 1
     that is well below what they mostly are, and radii come out too small. Here the logits are the middle of what is
-    possible, and the errors, whose size is learned along, explain the rest. For two draws an image or more: one alone does
-    not tell errors of the logits from chance.
+    possible, and the errors, whose size is learned along, explain the rest. For [`DRAWS`] of an image: one draw alone does
+    not tell errors of the logits from chance, and many leave next to nothing of the errors that it averages over.
 
     Args:
         logits: `(batch, classes)`.
         counts: `(batch, classes)`, whole numbers of draws.
-        log_spread: `(batch,)`, logarithm of the standard deviation of the errors. They are drawn from torch's global
-            generator, and paired with their negatives.
+        log_spread: `(batch,)`, logarithm of the standard deviation of the errors; what is beyond -4 and 2 counts as these.
+            They are drawn from torch's global generator, and paired with their negatives.
     """
     errors = torch.randn(len(logits), _ERRORS // 2, logits.shape[1], dtype=logits.dtype, device=logits.device)
     errors = log_spread.clamp(-4, 2).exp()[:, None, None] * torch.cat([errors, -errors], 1)
@@ -73,6 +74,10 @@ def logistic_normal(logits: torch.Tensor, counts: torch.Tensor, log_spread: torc
 
 _ERRORS = 128
 """Errors that the likelihood of an image's counts is averaged over."""
+
+DRAWS = range(2, 17)
+"""How many draws of an image [`logistic_normal`] is for. With a hundred it takes the spread for more than it is, and the
+middle for less."""
 
 
 def kullback_leibler(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -84,6 +89,8 @@ def kullback_leibler(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tenso
 
 
 OF_FREQUENCIES = {"jensen_shannon": jensen_shannon, "cross_entropy": soft_cross_entropy, "kl": kullback_leibler}
+"""Losses that look at the shares alone, however many draws they are of."""
+
 LOSSES = (*OF_FREQUENCIES, "logistic_normal")
 
 
@@ -176,8 +183,8 @@ class MixedNoiseViTForCountPrediction(MixedNoiseViTPreTrainedModel):
             return_dict: `False` for a plain tuple.
 
         Raises:
-            ValueError: for a noise level outside those that the head was trained for, another loss; without images and
-                features.
+            ValueError: for a noise level outside those that the head was trained for, another loss, counts of another shape;
+                without images and features.
         """
         if loss not in LOSSES:
             raise ValueError(f"loss={loss!r} is unknown: use {', '.join(LOSSES)}.")
@@ -199,11 +206,15 @@ class MixedNoiseViTForCountPrediction(MixedNoiseViTPreTrainedModel):
         logits, log_spread = self.count_head(features, self.classifier(pooled), sigma)
         found: Any = None
         if counts is not None:
-            rows, targets = logits.flatten(0, -2), counts.to(logits.dtype).flatten(0, -2)
+            if counts.shape != logits.shape:
+                raise ValueError(f"counts have shape {tuple(counts.shape)}, the logits {tuple(logits.shape)}.")
+            # forward passes may be in 16 bits; sums over draws, and differences of their logarithms, may not
+            exact = torch.promote_types(logits.dtype, torch.float32)
+            rows, targets = logits.to(exact).flatten(0, -2), counts.to(exact).flatten(0, -2)
             if loss in OF_FREQUENCIES:
                 found = OF_FREQUENCIES[loss](rows, targets / targets.sum(-1, keepdim=True))
             else:
-                found = logistic_normal(rows, targets, log_spread.flatten())
+                found = logistic_normal(rows, targets, log_spread.to(exact).flatten())
         output = CountPredictionOutput(loss=found, logits=logits, probabilities=logits.softmax(-1))
         return output if return_dict is not False else output.to_tuple()
 

@@ -16,7 +16,7 @@ Method = Annotated[
 ]
 CountHead = Annotated[
     str | None,
-    typer.Option(help="Count head, on the Hub or in a local folder: `sequential` then draws less."),
+    typer.Option(help="Count head, on the Hub or in a local folder: `sequential` looks where it says first."),
 ]
 Delta = Annotated[
     float | None,

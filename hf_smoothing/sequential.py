@@ -55,7 +55,7 @@ class SequentialRule:
         weight_floor: the part of alpha shared equally over all classes; the rest follows their rank on the clean image, or
             that which a count head predicts.
         prior: prior of the e-processes; by default an [`OddsPrior`] for as many draws as there may be. A count head moves
-            most of its weight to where it expects p; a wrong head costs draws, never validity.
+            half of its weight to where it expects p; a wrong head costs draws, never validity.
 
     Raises:
         ValueError: for a setting out of range.
@@ -144,8 +144,9 @@ def class_weights(scores: NDArray[np.float64], floor: float) -> NDArray[np.float
     return (1 - floor) * falling / falling.sum() + floor / len(scores)
 
 
-_PRIOR_FLOOR = 0.3
-"""The share of the prior's weight that a count head has no say in: a wrong head costs log(1/0.3) of evidence at most."""
+_PRIOR_FLOOR = 0.5
+"""The share of the prior's weight that a count head has no say in: a wrong head costs log(1/0.5) of evidence at most. With
+more to say, a head costs more draws where it is off than it saves where it is right."""
 
 _PRIOR_SPREAD = 0.9
 """By how much the log-odds that a count head predicts are taken to be off. A smaller one costs more draws where a head is

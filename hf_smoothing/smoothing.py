@@ -55,7 +55,7 @@ class SmoothedClassifier:
             in the type of the weights. Certificates record either.
         compile: run the base classifier through `torch.compile`. Certificates record it.
         count_head: maps clean pixels and sigma to the class frequencies expected under noise, `(batch, classes)` of sum 1,
-            such as a [`CountPredictor`]. `sequential` then draws less, and `surrogate` not at all.
+            such as a [`CountPredictor`]. `sequential` looks where it says first, `surrogate` does not draw at all.
         calibration: of the count head, for `surrogate` with `delta`; by default the one that it brings.
 
     Raises:

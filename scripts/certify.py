@@ -44,7 +44,9 @@ def parse_args() -> argparse.Namespace:
         default="sequential",
         help="sequential (default); fixed: the usual protocol; surrogate: ask the count head alone; counts: only count",
     )
-    parser.add_argument("--count_head", help="count head, on the Hub or in a local folder: sequential then draws less")
+    parser.add_argument(
+        "--count_head", help="count head, on the Hub or in a local folder: sequential looks where it says first"
+    )
     parser.add_argument(
         "--delta", type=float, help="share of the images that a calibrated count head may be wrong about (surrogate)"
     )

@@ -1,4 +1,4 @@
-"""Which way of training a count head is best? Frozen arms at one budget of steps, judged on images that none has seen.
+"""Which way of training a count head is best? Small trainings, judged on images that none was made with.
 
     accelerate launch scripts/certify.py --model_name_or_path my-model --dataset_name uoft-cs/cifar10 --split train \\
         --max_samples 5000 --sigma 0.25 0.5 1 --method counts --n 16 --output_dir counts
@@ -161,8 +161,8 @@ def main() -> None:
     parser.add_argument("--output_dir", required=True, help="where arms.json goes")
     parser.add_argument("--steps", type=int, default=1000, help="updates of each arm (default: 1000)")
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="of each arm (default: 1e-3)")
-    parser.add_argument("--own_backbone_steps", type=int, default=100, help="updates of the own one (default: 100)")
-    parser.add_argument("--own_backbone_learning_rate", type=float, default=2e-4, help="of it (default: 2e-4)")
+    parser.add_argument("--own_backbone_steps", type=int, default=500, help="updates of an own one (default: 500)")
+    parser.add_argument("--own_backbone_learning_rate", type=float, default=5e-4, help="of it (default: 5e-4)")
     parser.add_argument("--batch_size", type=int, default=128, help="images in a batch (default: 128)")
     parser.add_argument("--seed", type=int, default=0, help="of everything that is random")
     args = parser.parse_args()

@@ -48,12 +48,13 @@ _REPEATS = 4
 
 
 def heads(frequencies: np.ndarray, predicted: np.ndarray, clean: np.ndarray) -> dict[str, CleanPass]:
-    """What the sampler may be told of an image: the classifier's clean pass, the head's word, two lies, or the truth."""
+    """What the sampler may be told: the classifier's clean pass, the head's ranking or all it says, lies, the truth."""
     permuted = np.roll(predicted, 1)
     sure = np.full(len(predicted), 0.001 / (len(predicted) - 1))
     sure[permuted.argmax()] = 0.999
     return {
         "without": CleanPass(clean),
+        "ranking": CleanPass(np.log(predicted)),
         "with": CleanPass(predicted, frequencies=True),
         "permuted": CleanPass(permuted, frequencies=True),
         "permuted_and_sure": CleanPass(sure, frequencies=True),
@@ -285,7 +286,7 @@ def main() -> None:
             for one in all_of_them
             for row in as_calibrated(one, predictor, measured.images)
         ]
-        counting = None if args.counts is None else float(read_seconds(Path(args.counts)))
+        counting = None if args.counts is None else read_seconds(Path(args.counts))
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     if predictor.calibration is not None and not calibrated:
@@ -339,8 +340,13 @@ def main() -> None:
 
 
 def read_seconds(run: Path) -> float:
-    """What a run took, summed over its processes."""
-    return float(np.sum(pq.read_table(run / "certificates.parquet", columns=["seconds"])["seconds"].to_numpy()))
+    """What a run took, with as many processes as it had on average."""
+    sessions = json.loads((run / "run.json").read_text())["sessions"]
+    processes = np.average(
+        [one["num_processes"] for one in sessions], weights=[one.get("num_new", 0) for one in sessions]
+    )
+    seconds = pq.read_table(run / "certificates.parquet", columns=["seconds"])["seconds"].to_numpy()
+    return float(np.sum(seconds) / processes)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Train a count head: it predicts from one clean pass how often each class comes out under noise (arXiv 2402.07498).
 
     accelerate launch scripts/certify.py --model_name_or_path my-model --dataset_name uoft-cs/cifar10 --split train \\
-        --sigma 0.25 0.5 1 --method counts --n 16 --output_dir counts
-    accelerate launch scripts/train_count_head.py --model_name_or_path my-model --counts counts --output_dir my-counts
+        --sigma 0.25 0.5 1 --method counts --n 8 --output_dir counts
+    accelerate launch scripts/train_count_head.py --model_name_or_path my-model --counts counts --output_dir my-counts \\
+        --loss logistic_normal --own_backbone --learning_rate 5e-4
 
 The first command counts, on the training split, and can be stopped and gone on with. What the head says is an estimate.
 """
@@ -27,9 +28,11 @@ from hf_smoothing.training import TrainingSettings
 class CountHeadSettings:
     """What to train."""
 
-    model_name_or_path: str = HfArg(help="mixed-noise ViT whose encoder and classifier the head stands on")
+    model_name_or_path: str = HfArg(help="mixed-noise ViT whose encoder and classifier the head starts from")
     counts: str = HfArg(help="folder of a finished run of --method counts")
-    loss: str = HfArg(default="jensen_shannon", help="jensen_shannon, cross_entropy, kl or logistic_normal")
+    loss: str = HfArg(
+        default="jensen_shannon", help="jensen_shannon, cross_entropy, kl, or logistic_normal for 2 to 16 draws"
+    )
     own_backbone: bool = HfArg(default=False, help="train encoder and classifier along, instead of the head alone")
     hflip: float = HfArg(
         default=0.5,
@@ -76,6 +79,7 @@ def main() -> None:
                 summary="A count head: what noisy copies of an image would be taken for, from one clean pass.",
                 dataset=counts.settings["dataset_name"],
                 base_model=head.model_name_or_path,
+                sources=["Accelerated Smoothing (arXiv 2402.07498)"],
             )
         hub.publish(settings.output_dir, accelerator)
     except (OSError, ValueError, FloatingPointError) as error:

@@ -3,7 +3,7 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from scipy.spatial.distance import jensenshannon
-from scipy.special import softmax
+from scipy.special import expit, softmax
 from scipy.stats import entropy
 
 from hf_smoothing import MixedNoiseViTConfig, MixedNoiseViTForImageClassification
@@ -70,6 +70,43 @@ def test_the_logistic_normal_loss_learns_the_middle_and_the_spread():
     )
     assert log_spread.exp().item() == pytest.approx(spread, abs=0.25)
     assert learned(lambda rows: soft_cross_entropy(rows, counts / draws)) < 3.5  # the mean is well below
+
+
+def test_the_logistic_normal_loss_is_what_integration_says():
+    counts, logits, spread = torch.tensor([[6.0, 2.0], [8.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.5, 0.0]]), 0.8
+    nodes, weights = np.polynomial.hermite_e.hermegauss(60)
+    expected = []
+    for (hits, misses), middle in zip(counts.numpy(), [1.0, 0.5]):
+        p = expit(middle + np.sqrt(2) * spread * nodes)  # of two logits with errors the difference alone counts
+        likelihood = (weights * p**hits * (1 - p) ** misses).sum() / weights.sum()
+        expected.append(-np.log(likelihood) / 8)
+    torch.manual_seed(0)
+    many = 500
+    found = logistic_normal(logits.repeat(many, 1), counts.repeat(many, 1), torch.full((2 * many,), np.log(spread)))
+    assert float(found) == pytest.approx(np.mean(expected), rel=0.01)
+
+
+def test_the_logistic_normal_loss_is_given_counts_and_the_spread_of_their_rows(model):
+    images, counts = torch.rand(2, 3, 8, 8), torch.randint(1, 9, (2, 2, 3))
+    sigma = torch.tensor([[0.25, 1.0], [0.5, 0.25]])
+    with torch.no_grad():
+        model.count_head.output.weight[-1].normal_()
+    torch.manual_seed(0)
+    output = model(images, sigma=sigma, counts=counts, loss="logistic_normal")
+    features = model.features(images)
+    pooled = features[:, : model.config.hidden_size]
+    logits, log_spread = model.count_head(features, model.classifier(pooled), sigma)
+    torch.manual_seed(0)
+    by_hand = logistic_normal(logits.flatten(0, 1), counts.flatten(0, 1).float(), log_spread.flatten())
+    torch.testing.assert_close(output.loss, by_hand)
+    output.loss.backward()
+    assert model.count_head.output.weight.grad[-1].abs().sum() > 0  # the spread learns too
+    # in 16 bits too the loss itself is computed in 32
+    torch.manual_seed(0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(images, sigma=sigma, counts=counts, loss="logistic_normal").loss.dtype == torch.float32
+    with pytest.raises(ValueError, match=r"counts have shape \(2, 3\), the logits \(2, 2, 3\)"):
+        model(images, sigma=sigma, counts=counts[0])
 
 
 def test_it_stands_on_its_base_classifier(model, tiny_model_dir):

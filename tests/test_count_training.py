@@ -5,6 +5,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from scipy.stats import multivariate_hypergeom
+from transformers import AutoImageProcessor
 
 from hf_smoothing import GaussianNoise, SmoothedClassifier
 from hf_smoothing.count_training import (
@@ -12,12 +14,14 @@ from hf_smoothing.count_training import (
     build_count_model,
     counts_by_image,
     prediction_errors,
+    thinned,
     train_count_head,
 )
 from hf_smoothing.crew import start_processes
 from hf_smoothing.dataset_runs import RunSettings, certify_dataset
 from hf_smoothing.figures import KINDS
 from hf_smoothing.measured_counts import read_counts
+from hf_smoothing.preparation import Preparation
 from hf_smoothing.rules import make_rule
 from hf_smoothing.training import TrainingSettings
 
@@ -91,6 +95,58 @@ def test_a_head_learns_the_counts(counts_dir, tmp_path, own_backbone, loss):
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert any(name.startswith("count_head") for name in changed)
     assert own_backbone == any(not name.startswith("count_head") for name in changed)
+
+
+@pytest.mark.parametrize("hflip", [0.0, 1.0])
+def test_an_own_backbone_may_see_images_mirrored(counts_dir, tmp_path, hflip):
+    counts = read_counts(counts_dir)
+    base = counts.settings["model_name_or_path"]
+    model, seen = build_count_model(base, counts, own_backbone=True), []
+    model.register_forward_pre_hook(
+        lambda model, args, kwargs: seen.append(kwargs["pixel_values"]) if model.training else None, with_kwargs=True
+    )
+    settings = TrainingSettings(str(tmp_path / "out"), max_train_steps=1, per_device_train_batch_size=4)
+    accelerator = settings.start()
+    chosen = {"base": base, "own_backbone": True, "hflip": hflip, "eval_share": 0.0}
+    found = train_count_head(model, counts, settings, accelerator, **chosen)
+    assert found["settings"]["hflip"] == hflip
+    images, places = counts.open(), counts_by_image(counts)[0]
+    images.meet(counts.settings["label_names"], Preparation.of(AutoImageProcessor.from_pretrained(base)))
+    pixels = torch.stack([images.pixels(images.source[int(place)]) for place in places])
+    shown = pixels.flip(-1) if hflip else pixels
+    assert len(seen) == 1
+    assert all((shown - one).abs().amax((1, 2, 3)).min() < 0.003 for one in seen[0])
+
+
+def test_many_draws_are_thinned_to_what_the_loss_is_for(counts_dir, tmp_path):
+    generator = np.random.default_rng(0)
+    counts = torch.tensor([[900.0, 80.0, 20.0], [3.0, 1.0, 0.0]]).repeat(3000, 1)
+    fewer = thinned(counts, 16, generator)
+    assert fewer.dtype == counts.dtype
+    assert (fewer >= 0).all()
+    assert (fewer <= counts).all()
+    assert torch.equal(fewer[1::2], counts[1::2])  # few stay as they are
+    many = fewer[::2].numpy()
+    assert (many.sum(1) == 16).all()
+    exact = multivariate_hypergeom([900, 80, 20], 16)
+    assert many.mean(0) == pytest.approx(exact.mean(), abs=4 * np.sqrt(exact.var().max() / 3000))
+    assert many.var(0) == pytest.approx(exact.var(), rel=0.15)
+    batches = CountBatches(
+        torch.arange(6000), torch.cat([torch.ones(6000, 1), counts], 1)[:, None], 50, 0, most_draws=16
+    )
+    (_, first), (_, again), (_, later) = (next(batches.epoch(epoch)) for epoch in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, later)
+    assert (first[..., 0] == 1).all()
+    assert (first[..., 1:].sum(-1) <= 16).all()
+    one = read_counts(counts_dir)
+    one = replace(one, counts=np.eye(one.counts.shape[1], dtype=int)[one.counts.argmax(1)])
+    settings = TrainingSettings(str(tmp_path / "out"))
+    base = one.settings["model_name_or_path"]
+    with pytest.raises(ValueError, match="takes 2 draws of an image: 1 was counted"):
+        train_count_head(
+            build_count_model(base, one), one, settings, settings.start(), base=base, loss="logistic_normal"
+        )
 
 
 def test_prediction_errors_by_hand():
