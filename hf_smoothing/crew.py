@@ -120,9 +120,13 @@ class Crew:
         return self.store.add("finished", 0) == self.num_processes
 
 
+_WORDS = {"counts": ("counting", None), "surrogate": ("estimating", "claimed")}
+"""What a method does, and what that makes of an image, where it is no certificate."""
+
+
 class Progress:
     """
-    A bar with images done, draws a second, certified accuracy so far and time left.
+    A bar with images done, draws a second, accuracy so far of what is certified or claimed, and time left.
 
     Args:
         crew: the processes.
@@ -130,17 +134,25 @@ class Progress:
         radius: the radius at which an answer is certified to count as right.
         total: images in all, or the most that there can be, if that is known.
         shown: whether this process shows the bar.
+        method: of the certificates: an estimate is none, and counts claim nothing.
     """
 
     def __init__(
-        self, crew: Crew, before: dict[float, tuple[int, int]], radius: float, total: int | None, shown: bool
+        self,
+        crew: Crew,
+        before: dict[float, tuple[int, int]],
+        radius: float,
+        total: int | None,
+        shown: bool,
+        method: str,
     ):
         self.crew = crew
         self.before = before
         self.radius = radius
+        doing, self.done = _WORDS.get(method, ("certifying", "certified"))
         # smoothing 0: images differ in cost, so the mean rate tells the time left best
         self.bar = tqdm(
-            desc="certifying",
+            desc=doing,
             total=total,
             initial=sum(images for images, _ in before.values()),
             unit="image",
@@ -158,9 +170,6 @@ class Progress:
         images = {one: self.before[one][0] + self.crew.total(f"images {one}") for one in self.before}
         right = self.before[sigma][1] + self.crew.total(f"right {sigma}")
         rate = self.crew.total("draws") / (now - self.started)
-        self.bar.set_postfix_str(
-            f"{rate:.0f} draws/s, {right / max(images[sigma], 1):.1%} certified at radius {self.radius:g} "
-            f"(sigma {sigma:g})",
-            refresh=False,
-        )
+        share = f"{right / max(images[sigma], 1):.1%} {self.done} at radius {self.radius:g} (sigma {sigma:g})"
+        self.bar.set_postfix_str(f"{rate:.0f} draws/s{f', {share}' if self.done else ''}", refresh=False)
         self.bar.update(sum(images.values()) - self.bar.n)

@@ -238,7 +238,7 @@ def certify_dataset(
     expected = None if images.total is None else images.total * len(settings.sigmas)
     at_most = expected or (settings.max_samples and settings.max_samples * len(settings.sigmas))
     before = {sigma: plan.before.get(sigma, (0, 0)) for sigma in settings.sigmas}
-    progress = Progress(crew, before, settings.smallest_radius, at_most, shown=accelerator.is_main_process)
+    progress = Progress(crew, before, settings.smallest_radius, at_most, accelerator.is_main_process, settings.method)
     ended = time.monotonic()
 
     def keep(row: Record) -> None:

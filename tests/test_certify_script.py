@@ -116,9 +116,13 @@ def test_killed_processes_lose_nothing(model, parquet, uninterrupted, tmp_path):
     assert kill_and_go_on(model, parquet, tmp_path, uninterrupted, kills=1, seed=0) < 400
 
 
-def test_killed_counting_loses_nothing_and_repeats_nothing(model, parquet, tmp_path):
+def test_killed_counting_loses_nothing_and_repeats_nothing(model, parquet, tmp_path, capfd):
     settings = RunSettings(model, parquet, (0.25, 0.5), every=4, method="counts", n=20)
     certify_dataset(settings, tmp_path / "uninterrupted", accelerator=start_processes())
+    shown = capfd.readouterr().err
+    assert "counting: 100%" in shown
+    assert "draws/s" in shown
+    assert "certified" not in shown  # counts are no certificates
     counted = rows(tmp_path / "uninterrupted")
     assert {sum(row["counts"]) for row in counted} == {20}
     arguments = ("--every", 4, "--method", "counts", "--n", 20)

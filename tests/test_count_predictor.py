@@ -47,9 +47,12 @@ def test_a_head_knows_no_other_noise(head, model):
         SmoothedClassifier.from_pretrained(model, UniformNoise(0.5), count_head=head)
 
 
-def test_from_head_to_claims_about_most_images(head, model, fixed_run, certify, parquet, tmp_path, demo_images):
+def test_from_head_to_claims_about_most_images(head, model, fixed_run, certify, parquet, tmp_path, demo_images, capfd):
     estimated = {"split": "train", "every": 5, "method": "surrogate", "max_draws": None, "count_head": head}
     certify(tmp_path / "estimates", sigmas=(0.25, 0.5), **estimated)
+    shown = capfd.readouterr().err
+    assert "estimating: 100%" in shown
+    assert "claimed at radius 0 (sigma 0.5)" in shown
     found = rows(tmp_path / "estimates")
     assert len(found) == 80
     assert {(row["guarantee"], row["num_samples"], row["delta"]) for row in found} == {("none", 1, None)}
