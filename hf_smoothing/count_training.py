@@ -80,15 +80,9 @@ def thinned(counts: torch.Tensor, draws: int, generator: np.random.Generator) ->
         draws: to keep of each row, which keeps all if it has fewer.
         generator: of the choice.
     """
-    found = torch.empty_like(counts)
-    left = counts.sum(-1).long().numpy()
-    wanted = np.minimum(left, draws)
-    for index, one in enumerate(counts.long().unbind(-1)):
-        left = left - one.numpy()
-        taken = generator.hypergeometric(one.numpy(), left, wanted)
-        wanted = wanted - taken
-        found[..., index] = torch.from_numpy(taken)
-    return found
+    rows = counts.long().flatten(0, -2).numpy()
+    kept = [generator.multivariate_hypergeometric(row, min(draws, row.sum())) for row in rows]
+    return torch.from_numpy(np.array(kept)).to(counts.dtype).view_as(counts)
 
 
 def counts_by_image(counts: Counts) -> tuple[np.ndarray, torch.Tensor]:

@@ -146,7 +146,7 @@ def class_weights(scores: NDArray[np.float64], floor: float) -> NDArray[np.float
 
 _PRIOR_FLOOR = 0.5
 """The share of the prior's weight that a count head has no say in: a wrong head costs log(1/0.5) of evidence at most. With
-more to say, a head costs more draws where it is off than it saves where it is right."""
+more to say, a head costs about as many draws where it is off as it saves where it is right."""
 
 _PRIOR_SPREAD = 0.9
 """By how much the log-odds that a count head predicts are taken to be off. A smaller one costs more draws where a head is

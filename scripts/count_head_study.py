@@ -340,11 +340,8 @@ def main() -> None:
 
 
 def read_seconds(run: Path) -> float:
-    """What a run took, with as many processes as it had on average."""
-    sessions = json.loads((run / "run.json").read_text())["sessions"]
-    processes = np.average(
-        [one["num_processes"] for one in sessions], weights=[one.get("num_new", 0) for one in sessions]
-    )
+    """What a run took, with as many processes as it had in the end."""
+    processes = json.loads((run / "run.json").read_text())["sessions"][-1]["num_processes"]
     seconds = pq.read_table(run / "certificates.parquet", columns=["seconds"])["seconds"].to_numpy()
     return float(np.sum(seconds) / processes)
 

@@ -31,7 +31,7 @@ class CountHeadSettings:
     model_name_or_path: str = HfArg(help="mixed-noise ViT whose encoder and classifier the head starts from")
     counts: str = HfArg(help="folder of a finished run of --method counts")
     loss: str = HfArg(
-        default="jensen_shannon", help="jensen_shannon, cross_entropy, kl, or logistic_normal for 2 to 16 draws"
+        default="jensen_shannon", help="jensen_shannon, cross_entropy, kl, or logistic_normal, which suits few draws"
     )
     own_backbone: bool = HfArg(default=False, help="train encoder and classifier along, instead of the head alone")
     hflip: float = HfArg(
