@@ -1,4 +1,4 @@
-"""Conformal calibration of a count head: how far its estimates must be lowered to be right about most images."""
+"""Conformal calibration of a count head: how far its estimates must be shifted to be right about most images."""
 
 import json
 import math
@@ -21,14 +21,15 @@ class Calibration:
     Held-out images, for each of which the estimate was compared with a Monte-Carlo certificate.
 
     A score is by how much the predicted p_A must be lowered, as log-odds, for the radius that is then claimed not to exceed
-    what Monte-Carlo proves: nothing, where that abstains or answers otherwise. Minus infinity is the score of an image of
-    which too much cannot be claimed. Lowered by a quantile of the scores, the claim about a further image exceeds what
-    Monte-Carlo proves of it with probability at most delta, over calibration and test images that are exchangeable (split
-    conformal prediction).
+    what Monte-Carlo proves: nothing, where that abstains or answers otherwise. It is below 0 where the prediction could be
+    raised, and minus infinity where nothing that could be claimed exceeds it. Shifted by a quantile of the scores, down or
+    up, the claim about a further image exceeds what Monte-Carlo proves of it with probability at most delta, over
+    calibration and test images that are exchangeable (split conformal prediction). Delta is a share of all images: where
+    few get a radius, of these a larger share has too large a one.
 
-    What is claimed is the radius that follows from the lowered prediction, or, where a few radii are to be decided, the
+    What is claimed is the radius that follows from the shifted prediction, or, where a few radii are to be decided, the
     largest of these below it. The second takes less lowering: an estimate between two of the radii may be too large by
-    the way down to the lower one.
+    the way down to the lower one. To decide a single radius, only the order matters in which the head ranks the images.
 
     Args:
         predicted: for each noise level, in `[0, 1]` pixels, what was predicted of the images: log-odds of p_A.
@@ -75,24 +76,17 @@ class Calibration:
         Raises:
             ValueError: for another level.
         """
-        # a quantile at one level says nothing of another
-        level = next((level for level in self.predicted if math.isclose(level, sigma, rel_tol=1e-6)), None)
-        if level is None:
-            known = ", ".join(f"{level:g}" for level in self.predicted)
-            raise ValueError(
-                f"sigma={sigma:g} was not calibrated, only {known} was: calibrate it, or leave delta out."
-            )
-        predicted, allowed = np.array(self.predicted[level]), np.array(self.allowed[level])
+        predicted, allowed = self._at(sigma)
         if p_needed is None:
-            claims = predicted > _allowed(0.5, self.n, self.alpha)
-            return np.sort(np.where(claims, predicted - allowed, -np.inf))
+            return np.sort(predicted - allowed)
         needed = _allowed(np.sort(p_needed), self.n, self.alpha)
         proved = (needed < allowed[:, None]).sum(1)  # of the radii; the next one is the first that is too much
         return np.sort(predicted - np.append(needed, np.inf)[proved])
 
     def shift(self, sigma: float, delta: float, p_needed: Sequence[float] | None = None) -> float:
         """
-        By how much, in log-odds, predictions are to be lowered at this noise level.
+        By how much, in log-odds, predictions are to be lowered at this noise level; where it is below 0, raised, because
+        they are too large for fewer images than a share delta. -64 claims whatever draws can show.
 
         Args:
             sigma: one of the levels calibrated.
@@ -109,14 +103,30 @@ class Calibration:
                 f"delta={delta:g} takes at least {math.ceil(1 / delta - 1e-9) - 1} images to calibrate; these are "
                 f"{len(scores)}."
             )
-        return max(0.0, float(scores[rank - 1]))  # it is not raised: the estimate is the most that is ever claimed
+        return max(float(scores[rank - 1]), -_NO_LESS)
 
-    def lowered(self, probability: ArrayLike, shift: float) -> NDArray[np.float64]:
-        """The estimated lower bound of p_A (see [`estimated_lower_bound`]) of predictions lowered by [`shift`]."""
+    def claim_rate(self, sigma: float, delta: float, p_needed: Sequence[float] | None = None) -> float:
+        """The share of the images here that get a radius; arguments and errors as of [`shift`]."""
+        predicted, _ = self._at(sigma)
+        least = _allowed(0.5 if p_needed is None else min(p_needed), self.n, self.alpha)
+        return float((predicted - least > self.shift(sigma, delta, p_needed)).mean())
+
+    def _at(self, sigma: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        # a quantile at one level says nothing of another
+        level = next((level for level in self.predicted if math.isclose(level, sigma, rel_tol=1e-6)), None)
+        if level is None:
+            known = ", ".join(f"{level:g}" for level in self.predicted)
+            raise ValueError(
+                f"sigma={sigma:g} was not calibrated, only {known} was: calibrate it, or leave delta out."
+            )
+        return np.array(self.predicted[level]), np.array(self.allowed[level])
+
+    def shifted(self, probability: ArrayLike, shift: float) -> NDArray[np.float64]:
+        """The estimated lower bound of p_A (see [`estimated_lower_bound`]) of predictions shifted by [`shift`]."""
         return estimated_lower_bound(special.expit(_log_odds(probability) - shift), self.n, self.alpha)
 
     def claimed(self, probability: ArrayLike, shift: float, p_needed: Sequence[float]) -> NDArray[np.int64]:
-        """How many of some radii, which need these probabilities, are claimed of predictions lowered by [`shift`]."""
+        """How many of some radii, which need these probabilities, are claimed of predictions shifted by [`shift`]."""
         return (_log_odds(probability)[..., None] - _allowed(p_needed, self.n, self.alpha) > shift).sum(-1)
 
     def check(self, conditions: Mapping[str, str | None]) -> None:
@@ -205,6 +215,10 @@ def _allowed(p_lower: ArrayLike, n: int, alpha: float) -> NDArray[np.float64]:
     """Log-odds of the prediction from which [`estimated_lower_bound`] makes `p_lower`; infinity where it takes all draws."""
     hits = special.bdtrik(1 - alpha, n, np.asarray(p_lower, np.float64)) + 1
     return np.where(hits <= n - 1e-6, special.logit(np.minimum(hits / n, 1.0)), np.inf)  # no hits do for a p above 1
+
+
+_NO_LESS = 64.0
+"""As good as infinity, and JSON can hold it: more than lies between 1e-12, see [`_log_odds`], and a miss in 1e15 draws."""
 
 
 def _log_odds(probability: ArrayLike) -> NDArray[np.float64]:

@@ -287,7 +287,7 @@ def _arguments(entry: dict[str, Any], share: dict[str, Any]) -> dict[str, Any]:
         "dtype": settings["dtype"],
         "noise_resolution": str(settings.get("noise_resolution", "input")),
         **{name: settings[name] for name in ("delta", "denoiser") if settings.get(name) is not None},
-        # how far a calibrated head is lowered depends on them
+        # how far a calibrated head is lowered or raised depends on them
         **({"radii": entry["decided_radii"]} if settings.get("delta") is not None and entry["decided_radii"] else {}),
     }
 

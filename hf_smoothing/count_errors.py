@@ -174,11 +174,11 @@ def random_splits(
         radii: to count at.
         splits: how many.
         seed: of the halves.
-        decided: as in [`lowered`].
+        decided: as in [`judged`].
 
     Returns:
-        `miss_rate`, the share of images of which more is claimed than Monte-Carlo proves, over all splits; `binomial_error`,
-        the standard error that one half of so many images has; and the accuracy of the claims.
+        Of [`judged`], over all splits; and `binomial_error`, the standard error that a miss rate of delta has in one half of
+        so many images.
     """
     generator = np.random.default_rng(seed)
     images = len(one.labels)
@@ -188,21 +188,25 @@ def random_splits(
         half, rest = one.rows(order[: images // 2]), one.rows(order[images // 2 :])
         predicted, allowed = half.compared()
         calibration = Calibration({one.sigma: predicted}, {one.sigma: allowed}, one.n, one.alpha, "a random half", "")
-        found.append(lowered(rest, calibration, delta, radii, decided=decided))
-    shares = [[share["share"] for share in split["accuracy"]] for split in found]
+        found.append(judged(rest, calibration, delta, radii, decided=decided))
+
+    def mean(name: str) -> list[dict[str, float]]:
+        shares = np.mean([[share["share"] for share in split[name]] for split in found], axis=0)
+        return [{"radius": radius, "share": float(share)} for radius, share in zip(radii, shares)]
+
     return {
         "delta": delta,
         "decided": _listed(decided),
         "splits": splits,
         "miss_rate": float(np.mean([split["miss_rate"] for split in found])),
+        "claim_rate": float(np.mean([split["claim_rate"] for split in found])),
         "binomial_error": float(np.sqrt(delta * (1 - delta) / (images - images // 2))),
-        "accuracy": [
-            {"radius": radius, "share": float(share)} for radius, share in zip(radii, np.mean(shares, axis=0))
-        ],
+        "accuracy": mean("accuracy"),
+        "proved_accuracy": mean("proved_accuracy"),
     }
 
 
-def lowered(
+def judged(
     one: Comparison,
     calibration: Calibration,
     delta: float,
@@ -211,24 +215,25 @@ def lowered(
     decided: Sequence[float] | None = None,
 ) -> dict[str, Any]:
     """
-    What becomes of the estimates once a calibration has lowered them.
+    What becomes of the estimates once a calibration has shifted them.
 
     Args:
         one: estimates and certificates, of images that it was not made with.
         calibration: of the same noise level, draws and alpha.
         delta: share of images about which the claim may be wrong.
         radii: to count at.
-        decided: the radii that are claimed, the largest that can be of each image; `None` claims the lowered radius.
+        decided: the radii that are claimed, the largest that can be of each image; `None` claims each image's own radius.
 
     Returns:
-        `miss_rate`, the share of images of which more is claimed than Monte-Carlo proves, and `accuracy` at the radii.
+        `miss_rate`, the share of images of which more is claimed than Monte-Carlo proves; `claim_rate`, the share of which
+        anything is; `accuracy` at the radii, as claimed; and `proved_accuracy`, the part of it that Monte-Carlo proves too.
 
     Raises:
         ValueError: see [`Calibration.shift`].
     """
     tops = one.probabilities.max(1)
     if decided is None:
-        claimed = one.radii(calibration.lowered(tops, calibration.shift(one.sigma, delta)))
+        claimed = one.radii(calibration.shifted(tops, calibration.shift(one.sigma, delta)))
         answered = claimed > 0
     else:
         needed = probabilities_showing(decided, GaussianNoise(one.sigma))
@@ -240,7 +245,11 @@ def lowered(
         "delta": delta,
         "decided": _listed(decided),
         "miss_rate": float((~holds).mean()),
+        "claim_rate": float(answered.mean()),
         "accuracy": _accuracy((one.top == one.labels) & answered, claimed, radii),
+        "proved_accuracy": _accuracy(
+            (one.top == one.labels) & answered & (one.top == one.predictions), np.minimum(claimed, one.measured), radii
+        ),
     }
 
 

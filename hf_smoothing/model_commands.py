@@ -38,12 +38,13 @@ def calibrate(
     ],
 ) -> None:
     """
-    Find out how far a count head's estimates must be lowered to be right about most images.
+    Find out how far a count head's estimates must be lowered, or may be raised, to be right about most images.
 
     Afterwards `--method surrogate --delta 0.05` claims radii that exceed what Monte-Carlo certifies for at most one image
     in twenty, among images like those of the run: guarantee `marginal`. Where radii are named (`--radius`, `--radii`) it
     claims the largest of them that it can, which takes less lowering than each image's own: name them before you see any
-    results.
+    results. The table says how far the log-odds of p_A are lowered, or raised (below 0), and how many of the images get a
+    radius: where few do, delta of all images is a large part of these.
 
     Example: `hf-smoothing calibrate my-counts runs/held-out`
     """
@@ -55,23 +56,24 @@ def calibrate(
     for sigma, images in found.images.items():
         noise = GaussianNoise(sigma)
         decided = radii_in_reach(DEFAULT_THRESHOLDS[1:], noise, found.n, found.alpha)
-        asked = {"each image's own": None, ", ".join(map(str, decided)): probabilities_showing(decided, noise)}
-        for claims, needed in asked.items():
-            if needed == []:  # so few draws show none of them
-                continue
+        together = [decided] if len(decided) > 1 else []
+        for radii in (None, *together, *([radius] for radius in decided)):
+            needed = None if radii is None else probabilities_showing(radii, noise)
+            claims = "each image's own" if radii is None else ", ".join(f"{radius:g}" for radius in radii)
             row = {"claimed": f"sigma {sigma:g}, {claims}", "images": str(images)}
+            row["too large as they are"] = f"{100 * (found.scores(sigma, needed) > 0).mean():.1f} %"
             row |= {f"at delta = {delta:g}": _shift(found, sigma, delta, needed) for delta in (0.1, 0.05)}
-            row["without it too large"] = f"{100 * (found.scores(sigma, needed) > 0).mean():.1f} %"
             rows.append(row)
-    print_table(Console(), "How far the log-odds of p_A are lowered", rows)
+    print_table(Console(), "How far the log-odds of p_A are lowered, and how many images get a radius", rows)
     typer.echo(f"Wrote {Path(count_head) / CALIBRATION_FILE}.")
 
 
 def _shift(calibration: Calibration, sigma: float, delta: float, p_needed: list[float] | None) -> str:
     try:
-        return f"{calibration.shift(sigma, delta, p_needed):.3f}"
+        shift, claims = calibration.shift(sigma, delta, p_needed), calibration.claim_rate(sigma, delta, p_needed)
     except ValueError:
         return "too few images"
+    return f"{shift:.3f}, {100 * claims:.1f} %"
 
 
 @app.command()

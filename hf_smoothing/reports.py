@@ -176,7 +176,8 @@ def notes(report: dict[str, Any]) -> list[str]:
         if entry.get("delta") is not None:
             said.append(
                 f"{entry['title']}: true of most images only. For at most a share delta = {entry['delta']:g} of images like "
-                f"those calibrated on ({'; '.join(entry['calibration'])}) the radius exceeds what Monte-Carlo proves."
+                f"those calibrated on ({'; '.join(entry['calibration'])}) the radius exceeds what Monte-Carlo proves; the "
+                "shares here may exceed its own by as much."
             )
     if (resolution := entries[0].get("noise_resolution", "input")) != "input":
         said.append(f"Noise was added at resolution {resolution}, to whose pixels the radii belong.")

@@ -202,8 +202,9 @@ class SurrogateRule:
     Args:
         n: the draws that the head is taken to stand for.
         alpha: level of the bound that they would have given.
-        delta: the share of images about which the claim may be wrong, in (0, 1): it lowers the radius as far as
-            `calibration` says that takes. Without it the radius is an estimate that guarantees nothing.
+        delta: the share of images about which the claim may be wrong, in (0, 1): the estimate is lowered as far as
+            `calibration` says that takes, or raised where it is too large for fewer. It is a share of all images, not of
+            those that get a radius. Without it the radius is an estimate that guarantees nothing.
         calibration: of the head; of the same `n` and `alpha`.
         radii: with `delta`, the radii that matter to you: the largest of them that can be claimed is. That takes less
             lowering than to claim each image's own radius. A radius of 0 asks for the answer alone. Choose them before you
@@ -259,7 +260,7 @@ class SurrogateRule:
             _check_reach(self.n, self.alpha, noise, radius)
 
     def shift(self, noise: NoiseDistribution) -> float:
-        """By how much the predicted log-odds of p_A are lowered, see [`Calibration.shift`]; takes `delta`."""
+        """By how much the predicted log-odds of p_A are lowered (or raised), see [`Calibration.shift`]; takes `delta`."""
         assert self.calibration is not None
         assert self.delta is not None
         needed = None if self.radii is None else probabilities_showing(self.radii, noise)
@@ -279,7 +280,7 @@ class _SurrogateRun:
         if rule.delta is None or calibration is None:
             p_lower = float(estimated_lower_bound(frequencies[top], rule.n, rule.alpha))
         elif rule.radii is None:
-            p_lower = float(calibration.lowered(frequencies[top], rule.shift(noise)))
+            p_lower = float(calibration.shifted(frequencies[top], rule.shift(noise)))
         else:
             needed = probabilities_showing(rule.radii, noise)
             claimed = int(calibration.claimed(frequencies[top], rule.shift(noise), needed))

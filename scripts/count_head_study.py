@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from hf_smoothing import GaussianNoise, SequentialRule, SmoothedClassifier
 from hf_smoothing.certificates import CleanPass
 from hf_smoothing.count_calibration import compare, predict_counts, refuse_training_images
-from hf_smoothing.count_errors import Comparison, errors, expected_at, lowered, random_splits
+from hf_smoothing.count_errors import Comparison, errors, expected_at, judged, random_splits
 from hf_smoothing.count_predictor import CountPredictor
 from hf_smoothing.loading import weights_digest
 from hf_smoothing.measured_counts import Counts, read_counts
@@ -182,7 +182,7 @@ def as_calibrated(one: Comparison, predictor: CountPredictor, images: str) -> li
     if calibration.dataset == images:
         raise ValueError("The head was calibrated on this very run: judge it on another.")
     return [
-        {"calibrated_on": calibration.dataset, **lowered(one, calibration, delta, RADII, decided=decided)}
+        {"calibrated_on": calibration.dataset, **judged(one, calibration, delta, RADII, decided=decided)}
         for delta in DELTAS
         if delta * (calibration.images[one.sigma] + 1) >= 1
         for decided in to_decide(one)

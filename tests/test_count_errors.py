@@ -7,7 +7,7 @@ from scipy import special
 from hf_smoothing import GaussianNoise, clopper_pearson_lower
 from hf_smoothing.calibration import Calibration
 from hf_smoothing.certificates import CleanPass
-from hf_smoothing.count_errors import Comparison, errors, expected_at, lowered, random_splits
+from hf_smoothing.count_errors import Comparison, errors, expected_at, judged, random_splits
 from hf_smoothing.rules import SurrogateRule
 
 N, ALPHA = 1000, 0.001
@@ -93,9 +93,14 @@ def test_a_head_that_is_right_loses_little():
 def test_deciding_a_few_radii_takes_less_lowering_than_claiming_every_images_own():
     radii, head = (0.25, 0.5), simulated(spread=0.6)
     own, decided = (random_splits(head, 0.05, radii, splits=50, decided=which) for which in (None, radii))
-    for lowered_share, decided_share in zip(own["accuracy"], decided["accuracy"]):
-        assert decided_share["share"] > 1.2 * lowered_share["share"]
-    # the engine claims what was counted here
+    for own_share, decided_share in zip(own["accuracy"], decided["accuracy"]):
+        assert decided_share["share"] > 1.2 * own_share["share"]
+
+
+@pytest.mark.parametrize("bias", [0.0, -0.3])
+@pytest.mark.parametrize("radii", [None, (0.25, 0.5), (0.25,)])
+def test_the_engine_claims_what_is_counted_here(bias, radii):
+    head = simulated(bias=bias)
     rows, calibration = (
         head.rows(np.arange(200)),
         Calibration(
@@ -106,8 +111,14 @@ def test_deciding_a_few_radii_takes_less_lowering_than_claiming_every_images_own
     claims = [rule.start(NOISE, CleanPass(one, frequencies=True)).outcome() for one in rows.probabilities]
     claimed = np.array([NOISE.radius(claim.p_lower) for claim in claims])
     right = np.array([claim.prediction for claim in claims]) == rows.labels
-    for row in lowered(rows, calibration, 0.05, radii, decided=radii)["accuracy"]:
-        assert row["share"] == (right & (claimed >= row["radius"])).mean() > 0
+    found = judged(rows, calibration, 0.05, (0.25,), decided=radii)
+    proved = (rows.predictions == rows.top) & (rows.measured >= 0.25)
+    for name, shares in (("accuracy", right), ("proved_accuracy", right & proved)):
+        assert found[name][0]["share"] == (shares & (claimed >= 0.25)).mean() > 0
+    answered = np.array([claim.prediction for claim in claims]) >= 0
+    assert found["claim_rate"] == answered.mean()
+    too_much = claimed > np.where(rows.predictions == rows.top, rows.measured, 0)
+    assert found["miss_rate"] == (answered & (too_much | (rows.predictions != rows.top))).mean() > 0
 
 
 def test_what_more_draws_can_be_expected_to_certify():

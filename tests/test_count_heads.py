@@ -145,8 +145,8 @@ def test_the_surrogate_takes_the_heads_word_and_draws_nothing(linear, small_imag
 def test_a_calibrated_surrogate_says_what_it_rests_on(linear, small_images):
     calibration = Calibration({0.5: (1.5,) * 19}, {0.5: (1.0,) * 19}, 100_000, 0.001, "nineteen images", "linear")
     smoothed = SmoothedClassifier(linear, NOISE, count_head=right_head(linear), calibration=calibration)
-    lowered = smoothed.certify(small_images, method="surrogate", delta=0.05)
-    for one, estimate in zip(lowered, smoothed.certify(small_images, method="surrogate")):
+    claims = smoothed.certify(small_images, method="surrogate", delta=0.05)
+    for one, estimate in zip(claims, smoothed.certify(small_images, method="surrogate")):
         assert (one.guarantee, one.delta, one.calibration) == ("marginal", 0.05, "nineteen images")
         assert (estimate.guarantee, estimate.delta, estimate.calibration) == ("none", None, None)
         assert one.radius < estimate.radius or estimate.radius == 0
