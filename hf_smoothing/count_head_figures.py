@@ -168,8 +168,9 @@ def count_head(results: dict[str, Any]) -> str:
         "Mean draws of the sequential rule to decide a radius (simulated from the measured frequencies; images that a "
         "quarter of the budget of 100,000 can decide by Wald's bound; the rest of them were given up): without the head, "
         "where the classifier's answer to the clean image ranks the classes; with the head's ranking alone, and with its "
-        "expectation of p too; and with heads made wrong on purpose. A few hard images make up most of each mean. "
-        "Wald's bound is that of a test that sees hits and misses; the rule bounds the runner-up too:",
+        "expectation of p too; and with heads made wrong on purpose. A few hard images make up most of each mean (in "
+        "brackets, the standard error of the simulation). Wald's bound is that of a test that sees hits and misses; the "
+        "rule bounds the runner-up too:",
         "",
         "| sigma | radius | images | Wald's bound | "
         + " | ".join(names.values())
@@ -177,7 +178,7 @@ def count_head(results: dict[str, Any]) -> str:
         "|---" * (6 + len(names)) + "|",
     ]
     for row in results["draws_to_decide"]:
-        cells = [f"{row['draws'][name]:,.0f}" for name in names]
+        cells = [f"{row['draws'][name]:,.0f} ({row['errors'][name]:,.0f})" for name in names]
         lines.append(
             f"| {row['sigma']:g} | {row['radius']:g} | {row['images']} | {row['wald']:,.0f} | "
             + " | ".join(cells)

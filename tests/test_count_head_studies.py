@@ -62,7 +62,17 @@ def test_a_head_just_trained_has_a_card(folder):
 
 def test_a_study_of_a_head(model, folder):
     beside = ("--sequential", folder / "sequential", folder / "steered", "--counts", folder / "counts")
-    more = ("--count_head", folder / "head", "--timed_draws", "256", "--splits", "20", *beside)
+    more = (
+        "--count_head",
+        folder / "head",
+        "--timed_draws",
+        "256",
+        "--splits",
+        "20",
+        "--draws_a_repeat",
+        "25000",
+        *beside,
+    )
     out = run("count_head_study", model, folder, *more)
     found = json.loads((folder / "found" / "study.json").read_text())
     assert [row["sigma"] for row in found["errors"]] == list(SIGMAS)
