@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
+from .bounds import FloatArray
+
 CALIBRATION_FILE = "calibration.json"
 """Where a count head's folder has its calibration."""
 
@@ -64,6 +66,24 @@ class Calibration:
     def images(self) -> dict[float, int]:
         """How many there are at each noise level."""
         return {sigma: len(found) for sigma, found in self.predicted.items()}
+
+    @property
+    def words(self) -> str:
+        """What a claim rests on."""
+        return f"{self.dataset}; Monte-Carlo with n = {self.n:,}"
+
+    def shares_images(self, sigma: float, probabilities: FloatArray) -> int:
+        """
+        How many of some images are among those calibrated on: by what is predicted of them, which no two pictures share to
+        the ninth digit.
+
+        Args:
+            sigma: one of the levels calibrated.
+            probabilities: `(images, classes)`, predicted of them.
+        """
+        predicted = _log_odds(probabilities.max(1))
+        same = np.abs(predicted[:, None] - self._at(sigma)[0]) < 1e-9
+        return int((same.any(1) & (np.abs(predicted) < 27)).sum())  # of the sure ones no digit is left
 
     def scores(self, sigma: float, p_needed: Sequence[float] | None = None) -> NDArray[np.float64]:
         """
@@ -188,7 +208,7 @@ def estimated_lower_bound(probability: ArrayLike, n: int, alpha: float) -> NDArr
 
 
 def compared(
-    probabilities: NDArray[np.float64],
+    probabilities: FloatArray,
     predictions: NDArray[np.int64],
     p_lower: NDArray[np.float64],
     n: int,

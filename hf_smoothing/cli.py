@@ -114,7 +114,8 @@ def certify(
     ]
     at = "of the model's input" if noise_resolution == "input" else f"at resolution {noise_resolution}"
     behind = "" if denoiser is None else f", {denoiser} in front of the model"
-    title = f"sigma = {sigma:g}, alpha = {alpha:g}, l2 radius in [0, 1] pixels {at}{behind}"
+    about = sorted({f", delta = {one['delta']:g} ({one['calibration']})" for one in found if one["delta"] is not None})
+    title = f"sigma = {sigma:g}, alpha = {alpha:g}{''.join(about)}, l2 radius in [0, 1] pixels {at}{behind}"
     print_table(Console(), title, rows)
 
 

@@ -155,7 +155,7 @@ def _show_demo(
     console.print(f"Certified accuracy over all {len(labels)} pictures, abstentions counted as wrong [95 % interval]:")
     for row in run["certified_accuracy"]:
         console.print(f"  r = {row['radius']:<5g} {percent(row)}", markup=False, highlight=False)
-    steered = "" if run["settings"]["count_head"] is None else ", with a count head to say where to look,"
+    steered = "" if run["settings"]["count_head"] is None else " with a count head to say where to look"
     console.print(
         f"{run['mean_draws']:.0f} forward passes a picture on average{steered} (the usual protocol takes 100,100), "
         f"{run['seconds']:.0f} s in all."

@@ -56,7 +56,7 @@ class Counts:
 
 def read_counts(run_dir: Path) -> Counts:
     """
-    The counts of a finished run, from `certify-dataset --method counts`.
+    The counts of a finished run, from `certify-dataset --method counts` or `fixed`.
 
     Args:
         run_dir: its folder.
@@ -65,12 +65,12 @@ def read_counts(run_dir: Path) -> Counts:
         ValueError: for a run that is not finished, or of a method that stops early: its counts are biased.
     """
     if not (run_dir / "certificates.parquet").is_file():
-        raise ValueError(f"{run_dir} holds no finished run: certify-dataset --method counts makes one.")
+        raise ValueError(f"{run_dir} holds no finished run: certify-dataset makes one.")
     settings = json.loads((run_dir / "run.json").read_text())["settings"]
     if settings["method"] not in ("counts", "fixed"):
         raise ValueError(
-            f"{run_dir} is of method {settings['method']!r}, which stops when it has seen enough: its counts are biased. "
-            "Use --method counts."
+            f"{run_dir} is of method {settings['method']!r}, which draws nothing, or stops when it has seen enough: that "
+            "biases counts. Use --method counts, or fixed for certificates too."
         )
     rows = pq.read_table(run_dir / "certificates.parquet", columns=[*_COLUMNS, "error"]).to_pylist()
     rows = [row for row in rows if row["error"] is None]

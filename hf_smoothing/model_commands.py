@@ -59,12 +59,15 @@ def calibrate(
         together = [decided] if len(decided) > 1 else []
         for radii in (None, *together, *([radius] for radius in decided)):
             needed = None if radii is None else probabilities_showing(radii, noise)
-            claims = "each image's own" if radii is None else ", ".join(f"{radius:g}" for radius in radii)
-            row = {"claimed": f"sigma {sigma:g}, {claims}", "images": str(images)}
+            claims = "each image's own" if radii is None else f"r = {', '.join(f'{radius:g}' for radius in radii)}"
+            row = {"sigma": f"{sigma:g}", "claimed": claims, "images": str(images)}
             row["too large as they are"] = f"{100 * (found.scores(sigma, needed) > 0).mean():.1f} %"
             row |= {f"at delta = {delta:g}": _shift(found, sigma, delta, needed) for delta in (0.1, 0.05)}
             rows.append(row)
-    print_table(Console(), "How far the log-odds of p_A are lowered, and how many images get a radius", rows)
+    title = (
+        f"How far the log-odds of p_A are lowered (below 0: raised), and how many images get a radius; n = {found.n:,}"
+    )
+    print_table(Console(), title, rows, keys=2)
     typer.echo(f"Wrote {Path(count_head) / CALIBRATION_FILE}.")
 
 
@@ -73,7 +76,7 @@ def _shift(calibration: Calibration, sigma: float, delta: float, p_needed: list[
         shift, claims = calibration.shift(sigma, delta, p_needed), calibration.claim_rate(sigma, delta, p_needed)
     except ValueError:
         return "too few images"
-    return f"{shift:.3f}, {100 * claims:.1f} %"
+    return f"{shift:.3f}; {100 * claims:.1f} %"
 
 
 @app.command()

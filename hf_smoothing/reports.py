@@ -177,7 +177,7 @@ def notes(report: dict[str, Any]) -> list[str]:
             said.append(
                 f"{entry['title']}: true of most images only. For at most a share delta = {entry['delta']:g} of images like "
                 f"those calibrated on ({'; '.join(entry['calibration'])}) the radius exceeds what Monte-Carlo proves; the "
-                "shares here may exceed its own by as much."
+                "shares here may exceed Monte-Carlo's by as much."
             )
     if (resolution := entries[0].get("noise_resolution", "input")) != "input":
         said.append(f"Noise was added at resolution {resolution}, to whose pixels the radii belong.")
@@ -217,8 +217,8 @@ def _early_stops(entries: Sequence[dict[str, Any]]) -> list[str]:
         out_of_reach = f" Out of reach of its budget, and so 0: {_listed(beyond)}." if beyond else ""
         if calibrated:
             said.append(
-                f"{'; '.join(titles)}: of each image the largest of the radii {_listed(decided)} is claimed that can be; at "
-                f"other radii the shares count these claims.{out_of_reach}"
+                f"{'; '.join(titles)}: of each image the largest of the radii {_listed(decided)} is claimed that can be, or "
+                f"none; at other radii the shares count these claims.{out_of_reach}"
             )
             continue
         start = (

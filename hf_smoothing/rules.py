@@ -286,7 +286,7 @@ class _SurrogateRun:
             claimed = int(calibration.claimed(frequencies[top], rule.shift(noise), needed))
             p_lower, claims = [0.0, *needed][claimed], claimed > 0  # if only a radius of 0, which was asked for
         found = Outcome(top, p_lower, 1 - p_lower) if claims or noise.radius(p_lower) > 0 else ABSTENTION
-        on = None if rule.delta is None or calibration is None else calibration.dataset
+        on = None if rule.delta is None or calibration is None else calibration.words
         self._outcome = replace(found, delta=rule.delta, calibration=on)
 
     def next_draws(self) -> int:

@@ -186,15 +186,15 @@ def draw(all_of_them: list[Comparison], found: list[dict[str, Any]], path: Path)
     figure.savefig(path, dpi=130)
 
 
-def as_calibrated(one: Comparison, predictor: CountPredictor, images: str) -> list[dict[str, Any]]:
+def as_calibrated(one: Comparison, predictor: CountPredictor) -> list[dict[str, Any]]:
     """What the head's own calibration makes of its estimates, at each delta that it has images enough for."""
     calibration = predictor.calibration
     if calibration is None or (calibration.n, calibration.alpha) != (one.n, one.alpha):
         return []  # it speaks of other certificates than these
-    if calibration.dataset == images:
-        raise ValueError("The head was calibrated on this very run: judge it on another.")
+    if shared := calibration.shares_images(one.sigma, one.probabilities):
+        raise ValueError(f"The head was calibrated on {shared} of the images of this very run: judge it on others.")
     return [
-        {"calibrated_on": calibration.dataset, **judged(one, calibration, delta, RADII, decided=decided)}
+        {"calibrated_on": calibration.words, **judged(one, calibration, delta, RADII, decided=decided)}
         for delta in DELTAS
         if delta * (calibration.images[one.sigma] + 1) >= 1
         for decided in to_decide(one)
@@ -278,12 +278,15 @@ def main() -> None:
         "--draws_a_repeat",
         type=int,
         default=50,
-        help="simulate the sequential rule on an image once for so many draws that it takes by Wald's bound, and 4 times at "
-        "least; fewer take longer and are more exact (default: 50)",
+        help="simulations of the sequential rule: one for every so many draws that Wald's bound asks for, and 4 of an image "
+        "at least (default: 50; fewer take longer and are more exact)",
     )
     parser.add_argument("--device", default="cpu", help="where to compute")
     parser.add_argument("--seed", type=int, default=0, help="of splits and simulated draws")
     args = parser.parse_args()
+    for name in ("batch_size", "timed_draws", "splits", "expected_n", "draws_a_repeat"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be 1 or more")
     try:
         measured = read_counts(Path(args.run))
         if measured.settings["method"] != "fixed":
@@ -300,11 +303,7 @@ def main() -> None:
             args.model, GaussianNoise(0.5), batch_size=args.batch_size, device=args.device
         )
         clean = clean_logits(smoothed, measured)
-        calibrated = [
-            {"sigma": one.sigma, **row}
-            for one in all_of_them
-            for row in as_calibrated(one, predictor, measured.images)
-        ]
+        calibrated = [{"sigma": one.sigma, **row} for one in all_of_them for row in as_calibrated(one, predictor)]
         counting = None if args.counts is None else read_seconds(Path(args.counts))
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")

@@ -112,7 +112,7 @@ def test_what_is_claimed_shows_the_radius_asked_for_and_no_more(noise):
         found = rule.start(noise, CleanPass(np.array([estimate, 1 - estimate]), frequencies=True)).outcome()
         assert found.prediction == prediction
         assert radius <= noise.radius(found.p_lower) <= radius * (1 + 1e-12)
-        assert (found.delta, found.calibration) == (0.5, "images")
+        assert (found.delta, found.calibration) == (0.5, "images; Monte-Carlo with n = 1,000")
 
 
 def test_a_cautious_head_is_raised_to_what_it_can_claim():

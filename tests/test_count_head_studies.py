@@ -26,13 +26,12 @@ def folder(model, parquet, tmp_path_factory):
         "counts": {"method": "counts", "n": 20, "every": 5},
         "few": {"method": "counts", "n": 40, "every": 20},
         "fixed": {"method": "fixed", "n0": 10, "n": 60, "every": 5},
-        "others": {"method": "fixed", "n0": 10, "n": 60, "every": 4},
+        "others": {"method": "fixed", "n0": 10, "n": 60, "every": 5, "split": "test[1:]"},
         "sequential": {"max_draws": 100, "every": 5},
     }.items():
         split = "train" if chosen.get("method") == "counts" else "test"
-        certify_dataset(
-            RunSettings(model, parquet, SIGMAS, split=split, **chosen), folder / name, accelerator=start_processes()
-        )
+        settings = RunSettings(model, parquet, SIGMAS, **{"split": split, **chosen})
+        certify_dataset(settings, folder / name, accelerator=start_processes())
     train = (
         sys.executable, ROOT / "scripts" / "train_count_head.py", "--model_name_or_path", model, "--counts",
         folder / "counts", "--num_train_epochs", 20, "--per_device_train_batch_size", 13, "--output_dir", folder / "head",
@@ -82,7 +81,7 @@ def test_a_study_of_a_head(model, folder):
     asked = [(sigma, delta, decided) for sigma in SIGMAS for delta in (0.1, 0.05) for decided in (None, *shown[sigma])]
     for claims in (found["conformal"], found["calibrated"]):
         assert [(row["sigma"], row["delta"], row["decided"]) for row in claims] == asked
-    assert all("every 4" in row["calibrated_on"] and 0 <= row["miss_rate"] < 0.5 for row in found["calibrated"])
+    assert all("test[1:]" in row["calibrated_on"] and 0 <= row["miss_rate"] < 0.5 for row in found["calibrated"])
     assert [(one["sigma"], one["with_head"]) for one in found["sequential"]] == [
         (sigma, steered) for steered in (False, True) for sigma in SIGMAS
     ]
@@ -128,10 +127,10 @@ def test_heads_are_not_judged_on_their_training_images(folder):
 
 
 def test_what_cannot_be_studied(model, folder, tmp_path):
-    def refused(script, *more):
+    def refused(script, *more, code=1):
         command = [sys.executable, f"scripts/{script}.py", "--model", model, "--output_dir", tmp_path / "found", *more]
         done = subprocess.run([str(word) for word in command], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 1
+        assert done.returncode == code
         return done.stderr
 
     runs = ("--run", folder / "fixed", "--counts", folder / "counts")
@@ -144,7 +143,11 @@ def test_what_cannot_be_studied(model, folder, tmp_path):
     shutil.copytree(folder / "head", tmp_path / "head")
     study = ("count_head_study", "--run", folder / "fixed", "--count_head", tmp_path / "head")
     calibrate_count_head(tmp_path / "head", folder / "fixed")
-    assert "calibrated on this very run" in refused(*study)
+    assert "calibrated on 40 of the images of this very run" in refused(*study)
+    done = refused(
+        "count_head_study", "--run", folder / "fixed", "--count_head", tmp_path / "head", "--splits", "0", code=2
+    )
+    assert "--splits must be 1 or more" in done
 
 
 def test_the_arms_of_training(model, folder):

@@ -147,7 +147,11 @@ def test_a_calibrated_surrogate_says_what_it_rests_on(linear, small_images):
     smoothed = SmoothedClassifier(linear, NOISE, count_head=right_head(linear), calibration=calibration)
     claims = smoothed.certify(small_images, method="surrogate", delta=0.05)
     for one, estimate in zip(claims, smoothed.certify(small_images, method="surrogate")):
-        assert (one.guarantee, one.delta, one.calibration) == ("marginal", 0.05, "nineteen images")
+        assert (one.guarantee, one.delta, one.calibration) == (
+            "marginal",
+            0.05,
+            "nineteen images; Monte-Carlo with n = 100,000",
+        )
         assert (estimate.guarantee, estimate.delta, estimate.calibration) == ("none", None, None)
         assert one.radius < estimate.radius or estimate.radius == 0
     # of another noise, resolution or model it says nothing

@@ -73,7 +73,7 @@ def test_from_head_to_claims_about_most_images(head, model, fixed_run, certify, 
     certify(tmp_path / "marginal", sigmas=(0.25,), delta=0.1, **estimated)
     claims = rows(tmp_path / "marginal")
     assert {row["guarantee"] for row in claims} == {"marginal"}
-    assert {(row["delta"], row["calibration"]) for row in claims} == {(0.1, calibration.dataset)}
+    assert {(row["delta"], row["calibration"]) for row in claims} == {(0.1, calibration.words)}
     settings = json.loads((tmp_path / "marginal" / "run.json").read_text())["settings"]
     assert settings["calibration"]["shifts"] == {"0.25": calibration.shift(0.25, 0.1)}
     assert settings["count_head_weights"] != settings["model_weights"]
@@ -110,7 +110,10 @@ def test_from_head_to_claims_about_most_images(head, model, fixed_run, certify, 
     pictures = demo_images["image"][:3]
     said = certify_pictures(pictures, method="surrogate")
     assert [one["guarantee"] for one in said] == ["none"] * 3
-    assert certify_pictures(pictures, method="surrogate", delta=0.1)[0]["calibration"] == "others"
+    assert (
+        certify_pictures(pictures, method="surrogate", delta=0.1)[0]["calibration"]
+        == "others; Monte-Carlo with n = 60"
+    )
     assert {one["guarantee"] for one in certify_pictures(pictures, max_samples=50, radius=0.1)} == {"per_input"}
     pictures[0].save(tmp_path / "one.png")
     command = ["certify", str(tmp_path / "one.png"), "--model", model, "--method", "surrogate", "--count-head", head]
