@@ -72,10 +72,10 @@ class Calibration:
         """What a claim rests on."""
         return f"{self.dataset}; Monte-Carlo with n = {self.n:,}"
 
-    def shares_images(self, sigma: float, probabilities: FloatArray) -> int:
+    def shared_images(self, sigma: float, probabilities: FloatArray) -> int:
         """
-        How many of some images are among those calibrated on: by what is predicted of them, which no two pictures share to
-        the ninth digit.
+        How many of some images are among those calibrated on: by what is predicted of them, which two pictures hardly share
+        to the ninth digit.
 
         Args:
             sigma: one of the levels calibrated.

@@ -195,7 +195,8 @@ def count_head(results: dict[str, Any]) -> str:
     unclear = [
         f"sigma {row['sigma']:g}, r = {row['radius']:g}"
         for row in results["draws_to_decide"]
-        if abs(row["draws"]["with"] - row["draws"]["without"]) < 2 * math.hypot(*(row["errors"][who] for who in _BOTH))
+        if abs(row["draws"]["with"] - row["draws"]["without"])
+        < 2 * math.hypot(row["errors"]["with"], row["errors"]["without"])
     ]
     saved = [1 - row["draws"]["with"] / row["draws"]["without"] for row in results["draws_to_decide"]]
     if saved:
@@ -225,8 +226,6 @@ def count_head(results: dict[str, Any]) -> str:
     ]
     return "\n".join(lines)
 
-
-_BOTH = ("with", "without")
 
 _CLAIMS = {
     "own radius": "Claiming each image's own radius",

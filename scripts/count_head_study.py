@@ -191,7 +191,7 @@ def as_calibrated(one: Comparison, predictor: CountPredictor) -> list[dict[str, 
     calibration = predictor.calibration
     if calibration is None or (calibration.n, calibration.alpha) != (one.n, one.alpha):
         return []  # it speaks of other certificates than these
-    if shared := calibration.shares_images(one.sigma, one.probabilities):
+    if shared := calibration.shared_images(one.sigma, one.probabilities):
         raise ValueError(f"The head was calibrated on {shared} of the images of this very run: judge it on others.")
     return [
         {"calibrated_on": calibration.words, **judged(one, calibration, delta, RADII, decided=decided)}

@@ -100,6 +100,11 @@ def test_a_study_of_a_head(model, folder):
     assert f"{times['ratio']:,.0f} times as long" in text
     assert "sequential with the head, " in text
     assert "| radii decided together by its calibration, delta = 0.05 |" in text
+    over = sum(row["miss_rate"] > row["delta"] for row in found["calibrated"])
+    assert f"By the head's own calibration {over} of {len(found['calibrated'])} are above delta." in text
+    for row in found["conformal"]:
+        shares = zip(row["proved_accuracy"], row["accuracy"])
+        assert all(proved["share"] <= claimed["share"] for proved, claimed in shares)
     alone = [row for row in found["conformal"] if row["decided"] == [0.5] and row["delta"] == 0.05]
     at_half = [f"{share['share']:.1%}" for row in alone for share in row["accuracy"] if share["radius"] == 0.5]
     lines = [
