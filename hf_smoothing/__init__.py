@@ -7,22 +7,22 @@ Importing the package registers the mixed-noise ViT with transformers' Auto clas
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from .bounds import clopper_pearson_lower, confidence_sequence_lower, log_e_value
-from .certificates import ABSTAIN, Certificate, format_radius
-from .configuration_mixed_noise_vit import MixedNoiseViTConfig
-from .demo_images import load_demo_images
-from .metrics.certified_accuracy import CertifiedAccuracy
-from .modeling_count_prediction import MixedNoiseViTForCountPrediction
-from .modeling_mixed_noise_vit import (
+from .core.bounds import clopper_pearson_lower, confidence_sequence_lower, log_e_value
+from .core.certificates import ABSTAIN, Certificate, format_radius
+from .core.configuration_mixed_noise_vit import MixedNoiseViTConfig
+from .core.modeling_count_prediction import MixedNoiseViTForCountPrediction
+from .core.modeling_mixed_noise_vit import (
     MixedNoiseViTForImageClassification,
     MixedNoiseViTModel,
     MixedNoiseViTPreTrainedModel,
 )
-from .noise import GaussianNoise, LaplaceNoise, NoiseMixture, UniformNoise
-from .pipeline_certified_image_classification import CertifiedImageClassificationPipeline
-from .rules import CountRule, FixedRule, PredictRule
-from .sequential import SequentialRule
-from .smoothing import SmoothedClassifier
+from .core.noise import GaussianNoise, LaplaceNoise, NoiseMixture, UniformNoise
+from .core.pipeline_certified_image_classification import CertifiedImageClassificationPipeline
+from .core.rules import CountRule, FixedRule, PredictRule
+from .core.sequential import SequentialRule
+from .core.smoothing import SmoothedClassifier
+from .data.demo_images import load_demo_images
+from .metrics.certified_accuracy import CertifiedAccuracy
 
 AutoConfig.register(MixedNoiseViTConfig.model_type, MixedNoiseViTConfig)
 AutoModel.register(MixedNoiseViTConfig, MixedNoiseViTModel)

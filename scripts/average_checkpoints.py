@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from hf_smoothing import MixedNoiseViTForImageClassification
-from hf_smoothing.provenance import command_line
+from hf_smoothing.utils.provenance import command_line
 
 
 def main() -> None:

@@ -12,9 +12,9 @@ import argparse
 import signal
 import sys
 
-from hf_smoothing.crew import start_processes
-from hf_smoothing.dataset_runs import DTYPES, RunSettings, certify_dataset
-from hf_smoothing.preparation import read_resolution
+from hf_smoothing.core.preprocessing import read_resolution
+from hf_smoothing.runs.dataset_run import DTYPES, RunSettings, certify_dataset
+from hf_smoothing.runs.processes import start_processes
 
 
 def parse_args() -> argparse.Namespace:

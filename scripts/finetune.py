@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 from transformers.hf_argparser import HfArg
 
-from hf_smoothing.arguments import argument_parser
-from hf_smoothing.cards import begin as begin_card
-from hf_smoothing.classifier_training import EvaluationSettings, head_of, load_to_finetune, train_classifier
-from hf_smoothing.hub import HubSettings
-from hf_smoothing.modeling_mixed_noise_vit import MixedNoiseViTForImageClassification
-from hf_smoothing.training import TrainingSettings
-from hf_smoothing.training_images import ImageSettings, names_of_classes
+from hf_smoothing.core.modeling_mixed_noise_vit import MixedNoiseViTForImageClassification
+from hf_smoothing.hub.model_cards import begin as begin_card
+from hf_smoothing.hub.push import HubSettings
+from hf_smoothing.training.classifier_training import EvaluationSettings, head_of, load_to_finetune, train_classifier
+from hf_smoothing.training.training_images import ImageSettings, names_of_classes
+from hf_smoothing.training.training_loop import TrainingSettings
+from hf_smoothing.utils.argument_parser import argument_parser
 
 
 @dataclass

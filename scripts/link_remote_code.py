@@ -11,7 +11,7 @@ For a model that lies elsewhere `hf-smoothing push` adds the same files on the w
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from hf_smoothing.publication import publication_of
+from hf_smoothing.hub.publication import publication_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -23,7 +23,7 @@ def main() -> None:
         with TemporaryDirectory() as stage:
             publication_of(folder).stage(Path(stage))
             for code in Path(stage).glob("*.py"):
-                (folder / code.name).symlink_to(Path("../../hf_smoothing") / code.name)
+                (folder / code.name).symlink_to(Path("../../hf_smoothing/core") / code.name)
             (folder / "config.json").write_text((Path(stage) / "config.json").read_text())
 
 

@@ -15,13 +15,13 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers.hf_argparser import HfArg
 
 from hf_smoothing import MixedNoiseViTConfig, MixedNoiseViTForImageClassification
-from hf_smoothing.arguments import argument_parser
-from hf_smoothing.cards import begin as begin_card
-from hf_smoothing.classifier_training import EvaluationSettings, train_classifier
-from hf_smoothing.hub import HubSettings
-from hf_smoothing.labelled_images import LabelledImages
-from hf_smoothing.training import TrainingSettings
-from hf_smoothing.training_images import ImageSettings, names_of_classes
+from hf_smoothing.data.labelled_images import LabelledImages
+from hf_smoothing.hub.model_cards import begin as begin_card
+from hf_smoothing.hub.push import HubSettings
+from hf_smoothing.training.classifier_training import EvaluationSettings, train_classifier
+from hf_smoothing.training.training_images import ImageSettings, names_of_classes
+from hf_smoothing.training.training_loop import TrainingSettings
+from hf_smoothing.utils.argument_parser import argument_parser
 
 
 @dataclass

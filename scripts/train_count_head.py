@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 from transformers.hf_argparser import HfArg
 
-from hf_smoothing.arguments import argument_parser
-from hf_smoothing.cards import begin as begin_card
-from hf_smoothing.count_training import build_count_model, train_count_head
-from hf_smoothing.hub import HubSettings
-from hf_smoothing.measured_counts import read_counts
-from hf_smoothing.modeling_count_prediction import LOSSES
-from hf_smoothing.training import TrainingSettings
+from hf_smoothing.core.modeling_count_prediction import LOSSES
+from hf_smoothing.count_head.count_training import build_count_model, train_count_head
+from hf_smoothing.count_head.measured_counts import read_counts
+from hf_smoothing.hub.model_cards import begin as begin_card
+from hf_smoothing.hub.push import HubSettings
+from hf_smoothing.training.training_loop import TrainingSettings
+from hf_smoothing.utils.argument_parser import argument_parser
 
 
 @dataclass

@@ -13,7 +13,7 @@ import re
 import sys
 from pathlib import Path
 
-from hf_smoothing.figures import KINDS
+from hf_smoothing.hub.figures import KINDS
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"(<!-- figures:(\w+) (\S+) -->\n)(?:(?!<!-- figures:).)*?(<!-- /figures -->)", re.DOTALL)

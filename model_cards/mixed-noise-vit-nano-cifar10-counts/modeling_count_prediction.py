@@ -1,1 +1,1 @@
-../../hf_smoothing/modeling_count_prediction.py
+../../hf_smoothing/core/modeling_count_prediction.py

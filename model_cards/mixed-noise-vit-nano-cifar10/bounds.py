@@ -1,1 +1,1 @@
-../../hf_smoothing/bounds.py
+../../hf_smoothing/core/bounds.py

@@ -1,1 +1,1 @@
-../../hf_smoothing/configuration_mixed_noise_vit.py
+../../hf_smoothing/core/configuration_mixed_noise_vit.py

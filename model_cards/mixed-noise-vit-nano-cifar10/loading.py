@@ -1,1 +1,1 @@
-../../hf_smoothing/loading.py
+../../hf_smoothing/core/loading.py

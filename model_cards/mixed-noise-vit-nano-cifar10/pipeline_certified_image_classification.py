@@ -1,1 +1,1 @@
-../../hf_smoothing/pipeline_certified_image_classification.py
+../../hf_smoothing/core/pipeline_certified_image_classification.py

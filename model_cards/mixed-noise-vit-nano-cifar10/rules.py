@@ -1,1 +1,1 @@
-../../hf_smoothing/rules.py
+../../hf_smoothing/core/rules.py

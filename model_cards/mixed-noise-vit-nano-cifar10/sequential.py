@@ -1,1 +1,1 @@
-../../hf_smoothing/sequential.py
+../../hf_smoothing/core/sequential.py

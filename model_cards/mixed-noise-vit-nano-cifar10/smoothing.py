@@ -1,1 +1,1 @@
-../../hf_smoothing/smoothing.py
+../../hf_smoothing/core/smoothing.py

@@ -1,1 +1,1 @@
-../../hf_smoothing/active_images.py
+../../hf_smoothing/core/active_images.py

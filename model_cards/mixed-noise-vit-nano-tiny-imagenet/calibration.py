@@ -1,1 +1,1 @@
-../../hf_smoothing/calibration.py
+../../hf_smoothing/core/calibration.py

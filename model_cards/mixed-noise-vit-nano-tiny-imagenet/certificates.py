@@ -1,1 +1,1 @@
-../../hf_smoothing/certificates.py
+../../hf_smoothing/core/certificates.py

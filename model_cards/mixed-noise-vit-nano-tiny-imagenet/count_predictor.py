@@ -1,1 +1,1 @@
-../../hf_smoothing/count_predictor.py
+../../hf_smoothing/core/count_predictor.py

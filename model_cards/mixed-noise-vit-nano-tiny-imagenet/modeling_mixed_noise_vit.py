@@ -1,1 +1,1 @@
-../../hf_smoothing/modeling_mixed_noise_vit.py
+../../hf_smoothing/core/modeling_mixed_noise_vit.py

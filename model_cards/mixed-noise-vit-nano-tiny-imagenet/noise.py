@@ -1,1 +1,1 @@
-../../hf_smoothing/noise.py
+../../hf_smoothing/core/noise.py

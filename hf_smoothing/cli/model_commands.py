@@ -1,0 +1,211 @@
+"""The commands about models: `calibrate`, `card`, `check`, and `audit`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from ..core.calibration import CALIBRATION_FILE, Calibration
+from ..core.certificates import format_radius
+from ..core.loading import loading
+from ..core.noise import GaussianNoise
+from ..core.preprocessing import read_resolution
+from ..core.rules import probabilities_showing, radii_in_reach
+from ..core.smoothing import SmoothedClassifier
+from ..count_head.count_calibration import calibrate_count_head
+from ..data.labelled_images import LabelledImages
+from ..diagnostics import audit as audits
+from ..diagnostics.attacks import AttackSettings
+from ..diagnostics.model_check import check_model
+from ..hub import model_cards as cards
+from ..metrics.certified_accuracy import DEFAULT_THRESHOLDS
+from ..reporting.tables import print_table
+from ._errors import fail
+from .options import Alpha, BatchSize, Denoiser, NoiseResolution
+
+app = typer.Typer()
+
+
+@app.command()
+def calibrate(
+    count_head: Annotated[str, typer.Argument(help="Folder of a count head, which gets `calibration.json`.")],
+    run: Annotated[
+        Path,
+        typer.Argument(
+            help="Finished run of `certify-dataset --method fixed` on images that neither model nor head was trained on."
+        ),
+    ],
+) -> None:
+    """
+    Find out how far a count head's estimates must be lowered, or may be raised, to be right about most images.
+
+    Afterwards `--method surrogate --delta 0.05` claims radii that exceed what Monte-Carlo certifies for at most one image
+    in twenty, among images like those of the run: guarantee `marginal`. Where radii are named (`--radius`, `--radii`) it
+    claims the largest of them that it can, which takes less lowering than each image's own: name them before you see any
+    results. The table says how far the log-odds of p_A are lowered, or raised (below 0), and how many of the images get a
+    radius: where few do, delta of all images is a large part of these.
+
+    Example: `hf-smoothing calibrate my-counts runs/held-out`
+    """
+    try:
+        found = calibrate_count_head(count_head, run)
+    except (OSError, ValueError) as error:
+        fail(error)
+    rows = []
+    for sigma, images in found.images.items():
+        noise = GaussianNoise(sigma)
+        decided = radii_in_reach(DEFAULT_THRESHOLDS[1:], noise, found.n, found.alpha)
+        together = [decided] if len(decided) > 1 else []
+        for radii in (None, *together, *([radius] for radius in decided)):
+            needed = None if radii is None else probabilities_showing(radii, noise)
+            claims = "each image's own" if radii is None else f"r = {', '.join(f'{radius:g}' for radius in radii)}"
+            row = {"sigma": f"{sigma:g}", "claimed": claims, "images": str(images)}
+            row["too large as they are"] = f"{100 * (found.scores(sigma, needed) > 0).mean():.1f} %"
+            row |= {f"at delta = {delta:g}": _shift(found, sigma, delta, needed) for delta in (0.1, 0.05)}
+            rows.append(row)
+    title = (
+        f"How far the log-odds of p_A are lowered (below 0: raised), and how many images get a radius; n = {found.n:,}"
+    )
+    print_table(Console(), title, rows, keys=2)
+    typer.echo(f"Wrote {Path(count_head) / CALIBRATION_FILE}.")
+
+
+def _shift(calibration: Calibration, sigma: float, delta: float, p_needed: list[float] | None) -> str:
+    try:
+        shift, claims = calibration.shift(sigma, delta, p_needed), calibration.claim_rate(sigma, delta, p_needed)
+    except ValueError:
+        return "too few images"
+    return f"{shift:.3f}; {100 * claims:.1f} %"
+
+
+@app.command()
+def card(
+    models: Annotated[list[Path], typer.Argument(help="Folders of models, each with `card.yaml` and `results`.")],
+    check: Annotated[
+        bool, typer.Option("--check", help="Change nothing; fail where a figure has no results file behind it.")
+    ] = False,
+) -> None:
+    """
+    Write model cards from `card.yaml` (words) and results files (figures): `README.md` and `.eval_results`.
+
+    Example: `hf-smoothing card my-model`
+    """
+    problems = []
+    try:
+        for folder in models:
+            if check:
+                problems += cards.check(folder)
+            for path in [] if check else cards.write(folder):
+                typer.echo(f"{'Wrote' if path.exists() else 'Removed'} {path}.")
+    except (OSError, ValueError) as error:
+        fail(error)
+    for problem in problems:
+        typer.echo(problem, err=True)
+    if problems:
+        raise typer.Exit(1)
+
+
+@app.command()
+def check(
+    model: Annotated[str, typer.Argument(help="Image classifier: a name on the Hub or a local folder.")],
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="Labelled pictures to look at. Without it, those that ship with the package."),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "test",
+    n: Annotated[int, typer.Option(help="Draws an image, for the largest radius and the time.")] = 100_000,
+    alpha: Alpha = 0.001,
+    device: Annotated[str | None, typer.Option(help="Where to compute, such as `cuda`.")] = None,
+    batch_size: BatchSize = 64,
+    noise_resolution: NoiseResolution = "input",
+    denoiser: Denoiser = None,
+) -> None:
+    """
+    See in a minute whether a model is worth smoothing: its norms, its answers under noise, what a budget can show.
+
+    Example: `hf-smoothing check microsoft/resnet-18`
+    """
+    try:
+        with loading(model):
+            smoothed = SmoothedClassifier.from_pretrained(
+                model,
+                GaussianNoise(0.25),
+                device=device,
+                batch_size=batch_size,
+                noise_resolution=read_resolution(noise_resolution),
+                denoiser=denoiser,
+            )
+        images = None if dataset is None else LabelledImages(dataset, split=split)
+        found = check_model(smoothed, images, n=n, alpha=alpha)
+    except (OSError, ValueError) as error:
+        fail(error)
+    rows = [
+        {
+            "sigma": f"{level['sigma']:g}",
+            "answers kept": f"{level['same_answer']:.0%}",
+            "accuracy": "unknown" if level["accuracy"] is None else f"{level['accuracy']:.0%}",
+            f"largest radius of {n:,} draws": format_radius(level["largest_radius"]),
+        }
+        for level in found.levels
+    ]
+    console = Console()
+    many = 500 if images is None or images.total is None else images.total
+    norms = ", ".join(f"{count} {kind}" for kind, count in found.norm_layers.items()) or "none"
+    print_table(console, f"Noisy copies of {found.images} pictures", rows)
+    console.print(
+        f"Norms: {norms}. {found.draws_per_second:.0f} draws/s on {found.device} in batches of {found.batch_size}: "
+        f"{many:,} images take {found.seconds(many) / 3600:,.1f} h with {n:,} draws each (`sequential` takes far fewer).",
+        highlight=False,
+    )
+    for advice in found.advice():
+        console.print(advice, highlight=False)
+
+
+@app.command()
+def audit(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    output_dir: Annotated[
+        Path | None, typer.Option(help="Where to write. Without it: `audit` in the run's folder.")
+    ] = None,
+    images: Annotated[int, typer.Option(help="Certificates to attack at each noise level.")] = 100,
+    sigma: Annotated[
+        list[float] | None, typer.Option(help="Noise level of the run; may be given several times.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Gradient steps an image.")] = 1000,
+    draws: Annotated[int, typer.Option(help="Noisy copies in each of them.")] = 8,
+    directions: Annotated[int, typer.Option(help="Random directions an image.")] = 20,
+    reach: Annotated[float, typer.Option(help="How far to look, as a multiple of the radius.")] = 3.0,
+    n: Annotated[int, typer.Option(help="Fresh draws that judge a candidate.")] = 2000,
+    seed: Annotated[int, typer.Option(help="Of everything that is random.")] = 0,
+    device: Annotated[str, typer.Option(help="Where to compute, such as `cuda`.")] = "cpu",
+    batch_size: BatchSize = 128,
+) -> None:
+    """
+    Attack the certificates of a run: look for a change smaller than the radius that changes the answer.
+
+    Tries gradients of the smoothed classifier, random directions and the way to the nearest image of another class;
+    fresh draws judge what they find. Says too how far beyond the radius answers do change: at most that far, since changes
+    that fresh draws leave in doubt do not count. A violation is an error, kept with everything needed to see it again; of
+    many certificates a share of at most alpha may be wrong by chance. An image takes some STEPS x DRAWS x 3 forward passes,
+    and about as many again to judge. Interrupt it when you like: the same command goes on.
+
+    Example: `hf-smoothing audit runs/cifar10 --images 100`
+    """
+    try:
+        settings = AttackSettings(steps=steps, draws=draws, directions=directions, reach=reach, n=n, seed=seed)
+        folder = output_dir or run / "audit"
+        found = audits.audit(
+            run, folder, settings, images=images, sigmas=sigma or (), device=device, batch_size=batch_size
+        )
+    except (OSError, ValueError) as error:
+        fail(error)
+    for row in found.violations:
+        typer.echo(
+            f"VIOLATED: image {row['index']} at sigma {row['sigma']:g}: certified {row['radius']:.4f}, changed at "
+            f"{row['violation']['norm']:.4f} ({row['violation']['attack']}); see {folder / 'violations'}.",
+            err=True,
+        )
+    typer.echo(found)
+    if found.violations:
+        raise typer.Exit(1)

@@ -1,0 +1,137 @@
+"""The base classifier: pixels with noise in, logits out, and everything in between that belongs behind the noise."""
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from .loading import check_weights, weights_digest
+from .preprocessing import Preparation
+
+Classifier = Callable[[torch.Tensor], Any]
+Denoiser = Callable[[torch.Tensor, float], torch.Tensor]
+
+
+class ForwardPass:
+    """
+    Denoises, resizes, normalises and classifies.
+
+    Args:
+        classifier: maps what the network takes to logits `(batch, classes)`, or to an output with `logits`. A
+            `torch.nn.Module` is put into evaluation mode.
+        preparation: what happens to pixels between noise and network.
+        denoiser: maps noisy pixels and sigma to pixels of the same shape, each image for itself; or the name of one, see
+            [`DENOISERS`]. A `torch.nn.Module` is put into evaluation mode and onto the device.
+        device: where; by default where the module is, else the CPU.
+        autocast: type of the forward passes, where torch deems it safe.
+        compile: run the classifier through `torch.compile`.
+
+    Raises:
+        ValueError: for a module with weights that are not finite, an unknown denoiser.
+    """
+
+    def __init__(
+        self,
+        classifier: Classifier,
+        preparation: Preparation | None = None,
+        denoiser: Denoiser | str | None = None,
+        device: torch.device | str | None = None,
+        autocast: torch.dtype | None = None,
+        compile: bool = False,
+    ):
+        self.dtype = torch.float32
+        if isinstance(classifier, nn.Module):
+            classifier.eval()
+            check_weights(classifier)
+            parameter = next((one for one in classifier.parameters() if one.is_floating_point()), None)
+            if parameter is not None:
+                self.dtype = parameter.dtype
+                device = device or parameter.device
+        # dynamic: the last batches of a job are smaller than the others
+        self.classifier = torch.compile(classifier, dynamic=True) if compile else classifier
+        self.compiled = compile
+        self.autocast = autocast
+        self.preparation = preparation
+        if isinstance(denoiser, str) and denoiser not in DENOISERS:
+            raise ValueError(f"denoiser={denoiser!r} is unknown: use {', '.join(DENOISERS)}, or pass a callable.")
+        self.denoiser = DENOISERS[denoiser] if isinstance(denoiser, str) else denoiser
+        self.device = torch.device(device or "cpu")
+        if isinstance(self.denoiser, nn.Module):
+            # in training mode a draw could depend on the others of its batch, and no certificate would hold
+            self.denoiser.eval().to(self.device)
+            check_weights(self.denoiser)
+
+    @cached_property
+    def denoiser_name(self) -> str | None:
+        """How certificates name the denoiser; a module with a digest of its weights."""
+        if self.denoiser is None:
+            return None
+        name = getattr(self.denoiser, "__name__", type(self.denoiser).__name__)
+        return f"{name} {weights_digest(self.denoiser)}" if isinstance(self.denoiser, nn.Module) else name
+
+    @property
+    def precision(self) -> str:
+        """The type of the forward passes, as certificates record it."""
+        dtype = str(self.autocast or self.dtype).removeprefix("torch.")
+        return dtype if self.autocast is None else f"{dtype} autocast"
+
+    def __call__(self, groups: Sequence[torch.Tensor], sigma: float) -> torch.Tensor:
+        """
+        Logits `(batch, classes)`.
+
+        Args:
+            groups: pixels with noise, each `(some, channels, height, width)`; only within a group all are of one size.
+            sigma: the noise level that a denoiser is told; at 0 it is left out.
+
+        Raises:
+            ValueError: for an output of another shape.
+        """
+        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+            pixels = torch.cat([self.at_input(group, sigma) for group in groups])
+            if self.preparation is not None:
+                pixels = self.preparation.normalize(pixels)
+            output = self.classifier(pixels.to(self.dtype))
+        logits = output if isinstance(output, torch.Tensor) else output.logits
+        if logits.ndim != 2 or len(logits) != len(pixels):
+            raise ValueError(f"The base classifier returned shape {tuple(logits.shape)} for {len(pixels)} images.")
+        return logits
+
+    def at_input(self, pixels: torch.Tensor, sigma: float) -> torch.Tensor:
+        """Pixels denoised and at the size that the network takes, not normalised."""
+        if self.denoiser is not None and sigma > 0:
+            shape = pixels.shape
+            pixels = self.denoiser(pixels, sigma)
+            if pixels.shape != shape:
+                raise ValueError(f"The denoiser made {tuple(pixels.shape)} of pixels of shape {tuple(shape)}.")
+        if self.preparation is None or self.preparation.resize is None:
+            return pixels
+        return self.preparation.resize(pixels)
+
+
+def wiener(pixels: torch.Tensor, sigma: float, window: int = 5) -> torch.Tensor:
+    """
+    A denoiser that needs no training: every pixel moves towards the mean of its surroundings, the more the less these vary
+    beyond what noise explains.
+
+    Args:
+        pixels: `(batch, channels, height, width)` with noise.
+        sigma: standard deviation of the noise, in the units of the pixels.
+        window: side of the surroundings, odd.
+
+    Source: Lee, IEEE Transactions on Pattern Analysis and Machine Intelligence 2 (1980).
+    """
+
+    def around(values: torch.Tensor) -> torch.Tensor:
+        padded = nn.functional.pad(values, [window // 2] * 4, mode="reflect")
+        return nn.functional.avg_pool2d(padded, window, stride=1)
+
+    mean = around(pixels)
+    variance = around(pixels**2) - mean**2
+    kept = (variance - sigma**2).clamp(min=0) / variance.clamp(min=1e-12)
+    return mean + kept * (pixels - mean)
+
+
+DENOISERS: dict[str, Denoiser] = {"wiener": wiener}
+"""By name, for the command line."""

@@ -1,0 +1,131 @@
+"""A count head as the engine asks it: from clean pixels and a noise level to the class frequencies that it expects."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoImageProcessor, PreTrainedConfig
+from transformers.utils import cached_file
+
+from .calibration import CALIBRATION_FILE, Calibration
+from .loading import loading, refuse_other_weights
+from .modeling_count_prediction import MixedNoiseViTForCountPrediction
+from .noise import GaussianNoise
+from .preprocessing import same_pixels
+
+
+class CountPredictor:
+    """
+    A trained count head and, where it has one, its calibration.
+
+    It computes in float64 where the device knows that, so that what it says does not depend on the batch size: in float32
+    the last bits do, and with them, now and then, a count.
+
+    Args:
+        model: the count head.
+        calibration: made with it, by `hf-smoothing calibrate`.
+        device: where to put it; by default where it is.
+
+    Attributes:
+        noise: the kind of noise that its counts were drawn with.
+    """
+
+    noise = GaussianNoise.name
+
+    def __init__(
+        self,
+        model: MixedNoiseViTForCountPrediction,
+        calibration: Calibration | None = None,
+        device: torch.device | str | None = None,
+    ):
+        self.device = torch.device(device or model.device)
+        self.dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        self.model = model.to(self.device, self.dtype).eval()  # type: ignore[arg-type]
+        self.calibration = calibration
+        self.class_names = [model.config.id2label[index] for index in range(model.config.num_labels)]
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_name_or_path: str | Path,
+        *,
+        device: torch.device | str | None = None,
+        class_names: Sequence[str] | None = None,
+        image_processor: Any = None,
+        calibrated: bool = True,
+        **model_kwargs: Any,
+    ) -> "CountPredictor":
+        """
+        Load a count head from the Hub or a local folder, with its calibration if there is one.
+
+        Args:
+            model_name_or_path: what `scripts/train_count_head.py` wrote.
+            device: where to put it; by default the CPU.
+            class_names: those of the base classifier.
+            image_processor: that of the base classifier: the head is shown the pixels that the classifier is.
+            calibrated: whether to bring its calibration; not where it is to get another.
+            model_kwargs: passed on to `from_pretrained`, such as `revision`.
+
+        Raises:
+            ValueError: for a model that cannot be loaded, that has no count head, other classes, or another image processor.
+        """
+        name = str(model_name_or_path)
+        with loading(name):
+            config, _ = PreTrainedConfig.get_config_dict(name, **model_kwargs)  # of whatever class
+            if config.get("count_sigmas") is None:
+                raise ValueError(f"{name!r} has no count head: scripts/train_count_head.py trains one.")
+            model, info = MixedNoiseViTForCountPrediction.from_pretrained(
+                name, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **model_kwargs
+            )
+        refuse_other_weights(name, info, ())
+        predictor = cls(model, read_calibration(name, **model_kwargs) if calibrated else None, device)
+        if class_names is not None and list(class_names) != predictor.class_names:
+            raise ValueError(
+                f"The count head {name!r} has the classes {predictor.class_names}, the classifier {list(class_names)}."
+            )
+        if image_processor is not None:
+            with loading(name):
+                own = AutoImageProcessor.from_pretrained(name, **model_kwargs)
+            if not same_pixels(own, image_processor):
+                raise ValueError(
+                    f"The count head {name!r} was trained on pixels prepared otherwise than the classifier's (size, crop or "
+                    "interpolation): train it with the classifier's image processor."
+                )
+        return predictor
+
+    @torch.inference_mode()
+    def __call__(self, pixels: torch.Tensor, sigma: float) -> torch.Tensor:
+        """
+        Args:
+            pixels: clean images `(batch, channels, height, width)` in `[0, 1]`.
+            sigma: noise level, in `[0, 1]` pixels.
+
+        Returns:
+            Expected class frequencies `(batch, classes)`, of sum 1.
+
+        Raises:
+            ValueError: for a noise level that the head was not trained for.
+        """
+        return self.model(pixels.to(self.device, self.dtype), sigma=sigma).probabilities
+
+
+def read_calibration(model_name_or_path: str, **hub_kwargs: Any) -> Calibration | None:
+    """
+    The calibration of a count head, if there is one.
+
+    Args:
+        model_name_or_path: a count head on the Hub or in a local folder.
+        hub_kwargs: such as `revision`.
+
+    Raises:
+        ValueError: for a file that holds something else.
+    """
+    found = cached_file(
+        model_name_or_path,
+        CALIBRATION_FILE,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        **hub_kwargs,
+    )
+    return None if found is None else Calibration.load(Path(found))

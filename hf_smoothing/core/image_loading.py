@@ -1,0 +1,117 @@
+"""Pictures in: what users hand over becomes an RGB image or pixels."""
+
+import io
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+from urllib.request import Request, urlopen
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from .noise import snap_to_8_bits
+from .preprocessing import Preparation
+
+
+def load_image(source: Any) -> Image.Image:
+    """
+    An RGB picture as its viewer shows it.
+
+    16-bit and float greys are scaled to 8 bits, transparent pixels are put on white, the EXIF orientation is applied.
+
+    Args:
+        source: a path, an `http(s)://` address, the bytes of a picture file, a PIL image, or a uint8 array
+            `(height, width[, channels])`.
+
+    Returns:
+        A PIL image in mode `RGB`.
+
+    Raises:
+        FileNotFoundError: where a path does not exist.
+        ValueError: where there is something that is no readable picture; the message names it.
+        TypeError: for anything else.
+    """
+    if isinstance(source, np.ndarray) and source.dtype == np.uint8:
+        source = Image.fromarray(source)
+    if isinstance(source, Image.Image):
+        return _to_rgb(source, "The image")
+    if not isinstance(source, (str, Path, bytes)):
+        kind = f"{source.dtype} array" if isinstance(source, np.ndarray) else type(source).__name__
+        raise TypeError(f"An image must be a path, an http(s) address, a PIL image or a uint8 array, not {kind}.")
+    name = repr(str(source)) if not isinstance(source, bytes) else f"A file of {len(source):,} bytes"
+    try:
+        content = source if isinstance(source, bytes) else _read(str(source))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"There is no image at {name}.") from None
+    except (OSError, ValueError, HTTPException) as error:  # ValueErrors are malformed addresses
+        raise ValueError(f"{name} cannot be read as a picture: {error}.") from error
+    try:
+        image = Image.open(io.BytesIO(content))
+        image.load()
+    except UnidentifiedImageError:
+        raise ValueError(f"{name} is not a picture in a format that Pillow can read.") from None
+    # Pillow raises OSError for what is cut off, SyntaxError for broken PNG chunks
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{name} cannot be read as a picture: {error}.") from error
+    return _to_rgb(image, name)
+
+
+def _read(source: str) -> bytes:
+    if source.startswith(("http://", "https://")):
+        with urlopen(Request(source, headers={"User-Agent": "hf-smoothing"}), timeout=60) as response:
+            return response.read()
+    return Path(source).read_bytes()
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        # Pillow clips these to 255 on conversion; a 16-bit scan would come out white
+        grey = np.asarray(image, np.float64)
+        if not np.isfinite(grey).all() or grey.min() < 0 or grey.max() > 65535:
+            raise ValueError(
+                f"{name} has {image.mode!r} pixels from {grey.min():g} to {grey.max():g}: scale them to 8 bits (0 to 255)."
+            )
+        if image.mode.startswith("I;16") or grey.max() > 255:
+            top = 65535
+        else:
+            top = 1 if image.mode == "F" and grey.max() <= 1 else 255
+        return Image.fromarray(np.rint(grey * (255 / top)).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+    return image.convert("RGB")
+
+
+def to_pixels(image: Any, preparation: Preparation | None = None) -> torch.Tensor:
+    """
+    One image as a base classifier sees it before noise: float32, `(channels, height, width)`, in `[0, 1]`, on the CPU.
+
+    Args:
+        image: a tensor `(channels, height, width)`, float in `[0, 1]` or uint8; or what [`load_image`] takes.
+        preparation: makes pixels of pictures.
+
+    Raises:
+        ValueError: for a tensor that does not hold pixels, or a picture without an image processor.
+    """
+    if not isinstance(image, torch.Tensor):
+        if preparation is None:
+            raise ValueError(
+                f"A {type(image).__name__} needs an image processor: pass image_processor=... or tensors."
+            )
+        image = preparation.before(load_image(image))
+    if image.ndim != 3:
+        raise ValueError(f"An image has shape {tuple(image.shape)}; it takes (channels, height, width).")
+    side = preparation.noise_resolution if preparation is not None else None
+    if isinstance(side, int) and tuple(image.shape[1:]) != (side, side):
+        raise ValueError(f"A tensor of shape {tuple(image.shape)} is not {side} pixels a side: pass a picture.")
+    image = image.detach().to("cpu")
+    image = snap_to_8_bits(image.float() / 255 if image.dtype == torch.uint8 else image.float())
+    low, high = float(image.min()), float(image.max())
+    if not (low >= 0 and high <= 1):  # NaN fails this too
+        raise ValueError(
+            f"An image has values from {low:g} to {high:g}: pixels must lie in [0, 1], since sigma and radii are in their "
+            "units. Undo the normalisation; it belongs behind the noise."
+        )
+    return image

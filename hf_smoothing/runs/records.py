@@ -1,0 +1,227 @@
+"""Records of certified images: one flushed JSON line an image while a run goes on, one Parquet file at its end."""
+
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
+
+from ..core.certificates import Certificate, Rule
+from ..core.smoothing import SmoothedClassifier
+
+Record = dict[str, Any]
+
+SCHEMA = pa.schema(
+    {
+        "index": pa.int64(),  # of the image in its split
+        "label": pa.int64(),  # the true class, as an index of the model's classes
+        "label_name": pa.string(),
+        "prediction": pa.int64(),  # -1 where it abstains
+        "prediction_name": pa.string(),
+        "radius": pa.float64(),
+        "guarantee": pa.string(),
+        "method": pa.string(),
+        "sigma": pa.float64(),
+        "alpha": pa.float64(),
+        "counts": pa.list_(pa.int64()),
+        "p_lower": pa.float64(),
+        "p_upper": pa.float64(),
+        "num_samples": pa.int64(),
+        "seed": pa.int64(),
+        "noise": pa.string(),
+        "norm": pa.string(),
+        "sampling": pa.string(),
+        "dtype": pa.string(),
+        "compiled": pa.bool_(),
+        "noise_resolution": pa.string(),
+        "denoiser": pa.string(),
+        "delta": pa.float64(),
+        "calibration": pa.string(),
+        "seconds": pa.float64(),  # of its process since the record before; images share batches: sums and means count
+        "error": pa.string(),
+    }
+)
+"""Columns of `certificates.parquet`, and keys of the JSON lines. [`record`] and [`error_record`] say what is null when."""
+
+
+def record(index: int, label: int, names: Sequence[str], found: Certificate) -> Record:
+    """
+    The flat record of a certified image, without the time it took.
+
+    Args:
+        index: position of the image in its split.
+        label: the true class.
+        names: the classes' names.
+        found: the certificate; where it abstains, `prediction_name` is null.
+    """
+    return {
+        **dict.fromkeys(SCHEMA.names),
+        **found.to_dict(),
+        "index": index,
+        "label": label,
+        "label_name": names[label],
+        "prediction_name": None if found.abstains else names[found.prediction],
+    }
+
+
+def error_record(
+    index: int, label: int, names: Sequence[str], smoothed: SmoothedClassifier, rule: Rule, seed: int, error: str
+) -> Record:
+    """
+    The record of an image that could not be certified, and counts as wrong: nothing was drawn (`num_samples` is 0), and what
+    only draws can tell is null.
+
+    Args:
+        index: position of the image in its split.
+        label: the true class.
+        names: the classes' names.
+        smoothed: the classifier that would have been certified.
+        rule: the rule that would have been followed.
+        seed: seed of the noise.
+        error: what is wrong with the image.
+    """
+    return {
+        **dict.fromkeys(SCHEMA.names),
+        "index": index,
+        "label": label,
+        "label_name": names[label],
+        "method": rule.method,
+        "sigma": smoothed.noise.sigma,
+        "alpha": rule.alpha,
+        "num_samples": 0,
+        "seed": seed,
+        "noise": smoothed.noise.name,
+        "norm": smoothed.noise.norm,
+        "dtype": smoothed.base.precision,
+        "compiled": smoothed.base.compiled,
+        "noise_resolution": smoothed.noise_resolution,
+        "denoiser": smoothed.base.denoiser_name,
+        "error": error,
+    }
+
+
+class ShardWriter:
+    """
+    Appends records to a shard, each a JSON line that is in the hands of the system before `write` returns, and on the disk
+    within about a second of the next.
+
+    Raises:
+        ValueError: where another process is writing to the shard.
+        OSError: for a folder that cannot be written to, a full disk; a line cut off by it is dropped at the next start.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.lock = _lock(path)
+        self.file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self.synced = time.monotonic()
+
+    def write(self, one: Record) -> None:
+        left = memoryview((json.dumps(one) + "\n").encode())
+        try:
+            while left:
+                left = left[os.write(self.file, left) :]
+        except OSError as error:
+            what = f"{error.strerror} (what was written before stands: once this is mended, start the run again)"
+            raise OSError(error.errno, what, str(self.path)) from error
+        if time.monotonic() - self.synced > 1:  # against power cuts; a killed process loses nothing without
+            os.fsync(self.file)
+            self.synced = time.monotonic()
+
+    def close(self) -> None:
+        os.close(self.file)
+        self.lock.release()
+
+
+def _lock(path: Path) -> FileLock:
+    lock = FileLock(f"{path}.lock", blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(
+            f"{path} is being written by another process: wait for it or end it before you go on with this run."
+        ) from None
+    return lock
+
+
+def shards_in(folder: Path) -> list[Path]:
+    """The shards of a run, in a fixed order."""
+    return sorted(folder.glob("*.jsonl"))
+
+
+def count_records(folder: Path) -> int:
+    """How many records there are in the shards of a run; a line that is being written does not count."""
+    return sum(shard.read_bytes().count(b"\n") for shard in shards_in(folder))
+
+
+def repair(shard: Path) -> int:
+    """
+    Drop what a killed process or a full disk left of a last line; returns the bytes dropped.
+
+    Raises:
+        ValueError: where another process is writing to the shard.
+    """
+    lock = _lock(shard)
+    try:
+        content = shard.read_bytes()
+        whole = len(content)
+        while whole:
+            start = content.rfind(b"\n", 0, whole - 1) + 1
+            if _is_record(content[start:whole]):
+                break
+            whole = start
+        if whole < len(content):
+            os.truncate(shard, whole)  # one call of the system: done or not done
+        return len(content) - whole
+    finally:
+        lock.release()
+
+
+def _is_record(line: bytes) -> bool:
+    try:
+        return line.endswith(b"\n") and isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
+def read_shards(folder: Path) -> Iterator[Record]:
+    """
+    The records of all shards.
+
+    Raises:
+        ValueError: for a line that is no record; the message names it.
+    """
+    for shard in shards_in(folder):
+        with shard.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if not _is_record(line):
+                    raise ValueError(
+                        f"{shard}, line {number}, is no record: delete the line to certify its image again."
+                    )
+                yield json.loads(line)
+
+
+def write_parquet(found: Iterable[Record], path: Path) -> None:
+    """Write records, by sigma and index, to a file that is either complete or not there."""
+    rows = sorted(found, key=lambda row: (row["sigma"], row["index"]))
+    part = path.with_name(f".{path.name}.part")
+    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), part)
+    _put(part, path)
+
+
+def write_json(content: Any, path: Path) -> None:
+    """Write `content`, indented, to a file that is either complete or not there."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(content, indent=2) + "\n")
+    _put(part, path)
+
+
+def _put(part: Path, path: Path) -> None:
+    with part.open("rb+") as file:
+        os.fsync(file.fileno())  # or a power cut may leave the new name without the content
+    part.replace(path)

@@ -1,0 +1,330 @@
+"""Images for training: shuffled, augmented, in the same order and with the same augmentation however often one resumes."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import count, islice
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import set_seed
+from datasets import Dataset as StoredDataset
+from PIL import Image
+from timm.data import Mixup, RandomResizedCropAndInterpolation, rand_augment_transform
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torchvision.transforms import Compose, RandomCrop, RandomHorizontalFlip
+from torchvision.transforms.v2.functional import pil_to_tensor
+from tqdm.auto import tqdm
+from transformers.hf_argparser import HfArg
+
+from ..core.certificates import check_count
+from ..core.image_loading import to_pixels
+from ..core.noise import NoiseMixture
+from ..data.labelled_images import LabelledImages, Row
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+"""Inputs and targets: here pixels, uint8 `(batch, channels, height, width)`, and labels `(batch,)`."""
+
+SMALL = 64
+"""Pixels a side up to which images are held in memory and cropped from a margin, as is usual for CIFAR; larger ones are read
+when their turn comes and cropped at random sizes, as is usual for ImageNet."""
+
+_SHUFFLE_BUFFER = 10_000
+
+
+@dataclass
+class ImageSettings:
+    """
+    What a model is trained on.
+
+    Raises:
+        ValueError: for a setting out of range.
+    """
+
+    dataset_name: str = HfArg(help="name on the Hub, a local folder (pictures too), or a Parquet file")
+    dataset_config_name: str | None = HfArg(default=None, help="configuration of the dataset")
+    train_split: str = HfArg(default="train", help="split to train on")
+    image_column: str | None = HfArg(default=None, help="default: img or image")
+    label_column: str | None = HfArg(default=None, help="default: label, labels or fine_label")
+    max_train_samples: int | None = HfArg(
+        default=None, help="train on no more images than this, taken from all of the split"
+    )
+    streaming: bool = HfArg(
+        default=False, help="read the dataset as a stream, without storing it (small buffer shuffle)"
+    )
+    sigmas: list[float] = HfArg(
+        default_factory=lambda: [0.0], help="noise levels, in [0, 1] pixels, drawn for each image"
+    )
+    sigma_weights: list[float] | None = HfArg(default=None, help="their relative frequencies (default: equal)")
+    hflip: float = HfArg(default=0.5, help="probability of a horizontal flip; 0 for digits and letters")
+    auto_augment: str | None = HfArg(default=None, help="timm's RandAugment, such as rand-m9-mstd0.5")
+    mixup_alpha: float = HfArg(default=0.0, help="mixup")
+    cutmix_alpha: float = HfArg(default=0.0, help="cutmix")
+    label_smoothing: float = HfArg(default=0.0, help="label smoothing")
+    consistency_weight: float = HfArg(
+        default=0.0,
+        help="train on two noisy copies of each image, with this weight on their answers being alike (arXiv 2006.04062, "
+        "where 10 or 20 is usual): twice the work an image, larger certified radii",
+    )
+    dataloader_num_workers: int = HfArg(default=0, help="processes that read and augment, for each training process")
+
+    def __post_init__(self) -> None:
+        if self.max_train_samples is not None:
+            check_count("max_train_samples", self.max_train_samples)
+        if not 0 <= self.hflip <= 1:
+            raise ValueError(f"hflip={self.hflip:g} must be a probability, between 0 and 1.")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing={self.label_smoothing:g} must be 0 or above, and below 1.")
+        if not 0 <= self.consistency_weight < math.inf:
+            raise ValueError(f"consistency_weight={self.consistency_weight:g} must be 0 or above.")
+        if self.consistency_weight and (self.mixup_alpha or self.cutmix_alpha or self.label_smoothing):
+            raise ValueError(
+                "consistency_weight sharpens answers, mixup, cutmix and label_smoothing soften them: choose one."
+            )
+        if self.consistency_weight and not any(self.sigmas):
+            raise ValueError(
+                "consistency_weight compares noisy copies of an image: give a noise level above 0 in sigmas."
+            )
+        if self.auto_augment is not None and not self.auto_augment.startswith("rand-"):
+            raise ValueError(f"auto_augment={self.auto_augment!r} is no RandAugment of timm, such as rand-m9-mstd0.5.")
+        if self.auto_augment is not None:
+            try:
+                rand_augment_transform(self.auto_augment, {})
+            except (AssertionError, KeyError, ValueError) as error:
+                raise ValueError(f"auto_augment={self.auto_augment!r} is nothing that timm can read.") from error
+        if self.mixup_alpha < 0 or self.cutmix_alpha < 0:
+            raise ValueError(
+                f"mixup_alpha={self.mixup_alpha:g} and cutmix_alpha={self.cutmix_alpha:g} must be 0 or above."
+            )
+        if self.streaming and self.dataloader_num_workers > 1:
+            raise ValueError(f"dataloader_num_workers={self.dataloader_num_workers}: a stream is read by 0 or 1.")
+        self.mixture()
+
+    def mixture(self) -> NoiseMixture:
+        """The mixture of noise levels."""
+        return NoiseMixture(tuple(self.sigmas), None if self.sigma_weights is None else tuple(self.sigma_weights))
+
+    def mixing(self, num_labels: int) -> Mixup | None:
+        """timm's mixup and cutmix, if asked for."""
+        if self.mixup_alpha == 0 and self.cutmix_alpha == 0:
+            return None
+        return Mixup(self.mixup_alpha, self.cutmix_alpha, label_smoothing=self.label_smoothing, num_classes=num_labels)
+
+    def open(self) -> LabelledImages:
+        """
+        The images to train on.
+
+        Raises:
+            ValueError: see [`LabelledImages`].
+        """
+        return LabelledImages(
+            self.dataset_name,
+            config_name=self.dataset_config_name,
+            split=self.train_split,
+            image_column=self.image_column,
+            label_column=self.label_column,
+            max_samples=self.max_train_samples,
+            spread=True,
+            streaming=self.streaming,
+        )
+
+
+def names_of_classes(images: LabelledImages) -> list[str]:
+    """
+    Names of the dataset's classes; their numbers where it has no names.
+
+    Raises:
+        ValueError: where labels are no class numbers, or a stream does not say which classes there are.
+    """
+    if images.class_names is not None:
+        return images.class_names
+    if not isinstance(images.source, StoredDataset):
+        raise ValueError(
+            f"The column {images.label_column!r} of a stream has no class names: cast it to ClassLabel, or train without "
+            "streaming."
+        )
+    labels = set(images.source.unique(images.label_column))
+    if any(isinstance(label, str) for label in labels):
+        return sorted(str(label) for label in labels)
+    if not all(isinstance(label, int) and label >= 0 for label in labels):
+        raise ValueError(
+            f"The column {images.label_column!r} holds {sorted(map(str, labels))[:5]}: labels must be class numbers from 0 "
+            "on, or names."
+        )
+    if max(labels) >= 100 * len(labels):
+        raise ValueError(
+            f"The column {images.label_column!r} holds {len(labels)} different numbers up to {max(labels):,}: number the "
+            "classes from 0 on."
+        )
+    return [str(number) for number in range(max(labels) + 1)]
+
+
+def _picture(images: LabelledImages, which: int | str, row: Row, size: int | None) -> tuple[Image.Image, int]:
+    """An image as a picture, of `size` pixels a side if that is given, and its label."""
+    label = images.label(which, row)
+    try:
+        picture = images.picture(row)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"Image {which} of the split cannot be trained on: {error} Mend it or leave it out."
+        ) from error
+    if size is not None and picture.size != (size, size):
+        pixels = to_pixels(picture, images.preparation)  # resized as it will be where it is certified
+        picture = Image.fromarray(pixels.mul(255).round().byte().permute(1, 2, 0).numpy())
+    return picture, label
+
+
+def _read_picture(images: LabelledImages, size: int | None, place: int) -> tuple[Image.Image, int]:
+    index = images.indices[place]
+    return _picture(images, index, images.source[index], size)
+
+
+def augmentation(image_size: int, settings: ImageSettings) -> Any:
+    """From a PIL image to an augmented one of `image_size` pixels a side."""
+    steps: list[Any] = (
+        [RandomCrop(image_size, padding=image_size // 8)]
+        if image_size <= SMALL
+        else [RandomResizedCropAndInterpolation(image_size, interpolation="bicubic")]
+    )
+    if settings.hflip:
+        steps.append(RandomHorizontalFlip(settings.hflip))
+    if settings.auto_augment:
+        steps.append(rand_augment_transform(settings.auto_augment, {"img_mean": (128, 128, 128)}))
+    return Compose(steps)
+
+
+class TrainingBatches:
+    """
+    The batches of one process, epoch by epoch.
+
+    Order and augmentation depend on the seed, the epoch and the position in it alone, so that a training that resumes sees
+    what it would have seen.
+
+    Args:
+        images: opened, and met with a model.
+        settings: how to augment them.
+        image_size: height and width of what comes out.
+        batch_size: images in a batch of one process.
+        seed: of order and augmentation.
+        process_index, num_processes: this process, and how many there are; each gets other images.
+        shown: whether to show how far reading is.
+
+    Raises:
+        ValueError: where there are fewer images than one batch takes; where images are held in memory (see [`SMALL`]), for
+            one that cannot be read, or a label outside the classes.
+    """
+
+    def __init__(
+        self,
+        images: LabelledImages,
+        settings: ImageSettings,
+        image_size: int,
+        batch_size: int,
+        *,
+        seed: int,
+        process_index: int = 0,
+        num_processes: int = 1,
+        shown: bool = True,
+    ):
+        self.batch_size, self.seed = batch_size, seed
+        self.process_index, self.num_processes = process_index, num_processes
+        self.num_workers = settings.dataloader_num_workers
+        self.total = images.total
+        if images.total is not None and images.total < batch_size * num_processes:
+            raise ValueError(
+                f"{images.total} images do not fill a batch of {batch_size} on {num_processes} processes: take a smaller "
+                "per_device_train_batch_size."
+            )
+        transform, size = augmentation(image_size, settings), image_size if image_size <= SMALL else None
+        self.source: Dataset
+        if images.total is None:
+            self.source = _Stream(images, transform, size, batch_size, process_index, num_processes)
+        elif size is not None:
+            reading = tqdm(images.chosen(), "reading images", images.total, disable=not shown)
+            held = [_picture(images, index, read(), size) for index, read in reading]
+            self.source = _Pictures(held.__getitem__, transform)
+        else:
+            self.source = _Pictures(partial(_read_picture, images, size), transform)
+
+    def __len__(self) -> int:
+        """Batches an epoch; a last one that is not full is left out."""
+        if self.total is None:
+            raise TypeError("a stream has no length")
+        return self.total // (self.batch_size * self.num_processes)
+
+    def epoch(self, number: int, first: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch, from batch `first` on."""
+        if isinstance(self.source, _Stream):
+            self.source.start(_seed(self.seed, number), first)
+            return iter(DataLoader(self.source, batch_size=None, num_workers=self.num_workers))
+        order = np.random.default_rng([self.seed, number]).permutation(self.total or 0)
+        order = order[: len(self) * self.num_processes * self.batch_size]
+        share = order.reshape(len(self), self.num_processes, self.batch_size)[:, self.process_index]
+        keys = [
+            [(_seed(self.seed, number, position, self.process_index), int(index)) for index in batch]
+            for position, batch in enumerate(share)
+        ]
+        return iter(DataLoader(self.source, batch_sampler=keys[first:], num_workers=self.num_workers))
+
+
+def _seed(*key: int) -> int:
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
+
+
+def seed_all(*key: int) -> None:
+    """Seed the generators of Python, numpy and torch (all devices) from a few numbers; other numbers, other streams."""
+    set_seed(_seed(*key))
+
+
+class _Pictures(Dataset):
+    """Images by index. A key is the seed of its batch's augmentation and the index of the image."""
+
+    def __init__(self, read: Callable[[int], tuple[Image.Image, int]], transform: Any):
+        self.read, self.transform = read, transform
+
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[tuple[torch.Tensor, int]]:
+        seed_all(keys[0][0])
+        return [
+            (pil_to_tensor(self.transform(picture)), label) for picture, label in map(self.read, (i for _, i in keys))
+        ]
+
+
+class _Stream(IterableDataset):
+    """Batches of one process from a shuffled stream, of which every process reads all."""
+
+    def __init__(
+        self,
+        images: LabelledImages,
+        transform: Any,
+        size: int | None,
+        batch_size: int,
+        process_index: int,
+        num_processes: int,
+    ):
+        self.images, self.transform, self.size = images, transform, size
+        self.batch_size, self.process_index, self.num_processes = batch_size, process_index, num_processes
+
+    def start(self, seed: int, first: int) -> None:
+        self.seed, self.first = seed, first
+
+    def __iter__(self) -> Iterator[Batch]:
+        together = self.batch_size * self.num_processes
+        source: Any = self.images.source
+        if self.images.max_samples is not None:  # the first ones, whatever the order
+            source = source.take(self.images.max_samples)
+        shuffled = source.shuffle(seed=self.seed, buffer_size=_SHUFFLE_BUFFER)
+        rows = islice(enumerate(shuffled), self.first * together, None)
+        for position in count(self.first):
+            chunk = list(islice(rows, together))
+            if len(chunk) < together:  # on all processes alike, or one would wait for the others
+                return
+            seed_all(self.seed, position, self.process_index)
+            share = chunk[self.process_index :: self.num_processes]
+            # nobody knows where in the split a row of a shuffled stream was
+            read = [_picture(self.images, f"{place} in the shuffled order", row, self.size) for place, row in share]
+            yield (
+                torch.stack([pil_to_tensor(self.transform(picture)) for picture, _ in read]),
+                torch.tensor([label for _, label in read]),
+            )

@@ -1,1 +1,0 @@
-../../hf_smoothing/forward_pass.py

@@ -1,0 +1,204 @@
+import json
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
+
+from hf_smoothing import MixedNoiseViTConfig, MixedNoiseViTForImageClassification, MixedNoiseViTModel
+
+SMALL = {"image_size": 16, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_labels": 5}
+
+
+def build(**kwargs) -> MixedNoiseViTForImageClassification:
+    torch.manual_seed(0)
+    return MixedNoiseViTForImageClassification(MixedNoiseViTConfig(**{**SMALL, **kwargs})).eval()
+
+
+VARIANTS = [
+    {"stem": "conv"},
+    {"stem": "patch", "pooling": "token", "num_register_tokens": 2},
+    {
+        "stem": "patch",
+        "pre_norm": True,
+        "qk_norm": True,
+        "layer_scale_init": 0.1,
+        "position_embed_prefix_tokens": False,
+    },
+    {"num_channels": 1, "image_mean": [0.3], "image_std": [0.1], "patch_size": 8},
+]
+
+
+@pytest.mark.parametrize("kwargs", VARIANTS)
+def test_save_and_load_give_the_same_logits(kwargs, tmp_path):
+    model = build(**kwargs)
+    pixel_values = torch.rand(3, model.config.num_channels, 16, 16)
+    model.save_pretrained(tmp_path)
+    loaded, info = AutoModelForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert type(loaded) is MixedNoiseViTForImageClassification
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    torch.testing.assert_close(loaded(pixel_values).logits, model(pixel_values).logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_new_process_loads_the_same_logits(dtype, tmp_path):
+    model = build(drop_path_rate=0.1).to(getattr(torch, dtype))
+    pixel_values = torch.linspace(0, 1, 2 * 3 * 16 * 16).view(2, 3, 16, 16)
+    model.save_pretrained(tmp_path)
+    code = f"""
+import json, torch, hf_smoothing
+from transformers import AutoModelForImageClassification
+model = AutoModelForImageClassification.from_pretrained({str(tmp_path)!r})
+assert model.dtype == torch.{dtype}, model.dtype
+pixel_values = torch.linspace(0, 1, 2 * 3 * 16 * 16).view(2, 3, 16, 16)
+print(json.dumps(model(pixel_values).logits.float().tolist()))
+"""
+    printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    logits = torch.tensor(json.loads(printed.splitlines()[-1]))
+    torch.testing.assert_close(logits, model(pixel_values).logits.float(), rtol=0, atol=0)
+
+
+def test_outputs():
+    model = build()
+    pixel_values = torch.rand(4, 3, 16, 16)
+    output = model(pixel_values, labels=torch.tensor([0, 1, 2, 3]))
+    assert output.logits.shape == (4, 5)
+    torch.testing.assert_close(output.loss, nn.functional.cross_entropy(output.logits, torch.tensor([0, 1, 2, 3])))
+    assert len(model(pixel_values, return_dict=False)) == 1
+    encoded = AutoModel.from_config(model.config)(pixel_values)
+    assert encoded.last_hidden_state.shape == (4, 16, 32)
+    assert encoded.pooler_output.shape == (4, 32)
+
+
+def test_normalisation_is_inside_and_from_the_config():
+    plain = build(image_mean=[0.0] * 3, image_std=[1.0] * 3)
+    inside = build(image_mean=[0.4, 0.5, 0.6], image_std=[0.2, 0.3, 0.4])
+    inside.load_state_dict(plain.state_dict())
+    pixel_values = torch.rand(2, 3, 16, 16)
+    by_hand = (pixel_values - torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1)) / torch.tensor([0.2, 0.3, 0.4]).view(
+        3, 1, 1
+    )
+    torch.testing.assert_close(inside(pixel_values).logits, plain(by_hand).logits)
+
+
+@pytest.mark.parametrize("stem", ["patch", "conv"])
+def test_an_answer_does_not_depend_on_the_rest_of_the_batch(stem):
+    model = build(stem=stem).train()  # not even in training mode: no batch statistics
+    pixel_values = torch.rand(4, 3, 16, 16)
+    torch.testing.assert_close(model(pixel_values).logits[:1], model(pixel_values[:1]).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_batchnorm_warns_and_is_batchnorm():
+    with pytest.warns(UserWarning, match="does not transfer"):
+        model = build(norm_layer="batchnorm")
+    assert not any(isinstance(module, (nn.LayerNorm, nn.GroupNorm)) for module in model.modules())
+    assert model(torch.rand(2, 3, 16, 16)).logits.shape == (2, 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build()
+
+
+def test_missing_weights_are_initialised_and_loaded_ones_kept(tmp_path):
+    """A new head for a new task: the encoder stays as it was loaded."""
+    model = build()
+    model.save_pretrained(tmp_path)
+    other = MixedNoiseViTForImageClassification.from_pretrained(tmp_path, num_labels=7, ignore_mismatched_sizes=True)
+    assert other.classifier.weight.shape == (7, 32)
+    assert 0.01 < other.classifier.weight.std().item() < 0.03
+    for name, tensor in model.mixed_noise_vit.state_dict().items():
+        torch.testing.assert_close(other.mixed_noise_vit.state_dict()[name], tensor, rtol=0, atol=0)
+    MixedNoiseViTModel.from_pretrained(tmp_path)
+
+
+def test_activation_checkpointing_gives_the_same_gradients():
+    model = build().train()
+    pixel_values, labels = torch.rand(2, 3, 16, 16), torch.tensor([0, 1])
+    model(pixel_values, labels=labels).loss.backward()
+    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    model.activation_checkpointing_enable()
+    assert model.mixed_noise_vit.encoder.grad_checkpointing
+    model(pixel_values, labels=labels).loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name])
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "test_vit", "deit_tiny_patch16_224"])
+def test_the_architecture_of_a_timm_vit(name):
+    model = MixedNoiseViTForImageClassification.from_timm(name, pretrained=False, num_labels=4)
+    config = model.config
+    pixel_values = torch.rand(1, 3, config.image_size, config.image_size)
+    assert model.eval()(pixel_values).logits.shape == (1, 4)
+    assert config.stem == "patch"
+
+
+def test_the_weights_of_a_timm_vit_where_they_can_be_had(monkeypatch):
+    """No network here, so timm is handed weights of our making, as its cache would."""
+    import timm
+
+    from hf_smoothing.core import modeling_mixed_noise_vit as module
+
+    torch.manual_seed(1)
+    source = timm.create_model("vit_tiny_patch16_224", num_classes=0).eval()
+    monkeypatch.setattr(module.timm, "create_model", lambda *args, **kwargs: source)
+    model = MixedNoiseViTForImageClassification.from_timm("vit_tiny_patch16_224").eval()
+    normalised = torch.randn(1, 3, 224, 224)
+    pixel_values = normalised * model.mixed_noise_vit.image_std + model.mixed_noise_vit.image_mean
+    torch.testing.assert_close(
+        model.mixed_noise_vit(pixel_values).pooler_output, source(normalised), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_no_weights_to_be_had_is_said():
+    with pytest.raises(ValueError, match="No weights of timm's 'vit_tiny_patch16_224'"):
+        MixedNoiseViTForImageClassification.from_timm("vit_tiny_patch16_224", num_labels=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("vit_tiny_patch16", r"has no model 'vit_tiny_patch16'\. Close: .*vit_tiny_patch16_224"),
+        ("resnet18", "it is a ResNet"),
+        ("vit_base_patch16_siglip_224", "it pools with 'map'"),
+        ("vit_base_patch16_rpn_224", "is not a ViT"),
+        ("vit_base_patch32_clip_quickgelu_224", "its features differ"),
+    ],
+)
+def test_timm_models_that_do_not_fit(name, said):
+    with pytest.raises(ValueError, match=said):
+        MixedNoiseViTForImageClassification.from_timm(name, pretrained=False)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "said"),
+    [
+        ({"stem": "fourier"}, "stem='fourier'"),
+        ({"norm_layer": "groupnorm"}, "norm_layer='groupnorm'"),
+        ({"pooling": "max"}, "pooling='max'"),
+        ({"hidden_size": 32, "num_attention_heads": 3}, "hidden_size=32"),
+        ({"image_size": 30}, "image_size=30"),
+        ({"stem": "conv", "image_size": 36, "patch_size": 6}, "patch_size=6"),
+        ({"pooling": "token", "class_token": False}, "class_token=True"),
+        ({"image_mean": [0.5]}, "image_mean has 1 values"),
+        ({"image_std": [0.5, 0.5, 0.0]}, "must be positive"),
+        ({"hidden_size": "wide"}, "hidden_size"),
+    ],
+)
+def test_configurations_that_do_not_fit(kwargs, said):
+    with pytest.raises(Exception, match=said):
+        MixedNoiseViTConfig(**kwargs)
+
+
+def test_pixels_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match=r"\(2, 3, 8, 8\)"):
+        build()(torch.rand(2, 3, 8, 8))
+
+
+def test_the_config_survives_a_round_trip(tmp_path):
+    config = MixedNoiseViTConfig(**SMALL, stem="patch", image_mean=[0.1, 0.2, 0.3])
+    config.save_pretrained(tmp_path)
+    assert {**AutoConfig.from_pretrained(tmp_path).to_dict(), "_name_or_path": ""} == config.to_dict()

@@ -1,0 +1,188 @@
+"""The scripts that say how good a count head is, on a model and a head as small as can be."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, rows
+
+from hf_smoothing.count_head.count_calibration import (
+    calibrate_count_head,
+    refuse_shared_images,
+    refuse_training_images,
+)
+from hf_smoothing.count_head.measured_counts import read_counts
+from hf_smoothing.hub.figures import KINDS
+from hf_smoothing.runs.dataset_run import RunSettings, certify_dataset
+from hf_smoothing.runs.processes import start_processes
+
+SIGMAS = (0.25, 0.5, 1.0)
+
+
+@pytest.fixture(scope="module")
+def folder(model, parquet, tmp_path_factory):
+    """Two runs of counts, a head trained on one of them, and Monte-Carlo certificates."""
+    folder = tmp_path_factory.mktemp("studies")
+    for name, chosen in {  # the head learns from one split, and is calibrated and judged on the other
+        "counts": {"method": "counts", "n": 20, "every": 5},
+        "few": {"method": "counts", "n": 40, "every": 20},
+        "fixed": {"method": "fixed", "n0": 10, "n": 60, "every": 5},
+        "others": {"method": "fixed", "n0": 10, "n": 60, "every": 5, "split": "test[1:]"},
+        "sequential": {"max_draws": 100, "every": 5},
+    }.items():
+        split = "train" if chosen.get("method") == "counts" else "test"
+        settings = RunSettings(model, parquet, SIGMAS, **{"split": split, **chosen})
+        certify_dataset(settings, folder / name, accelerator=start_processes())
+    train = (
+        sys.executable, ROOT / "scripts" / "train_count_head.py", "--model_name_or_path", model, "--counts",
+        folder / "counts", "--num_train_epochs", 20, "--per_device_train_batch_size", 13, "--output_dir", folder / "head",
+    )  # fmt: skip
+    subprocess.run([str(word) for word in train], check=True)
+    calibrate_count_head(folder / "head", folder / "others")
+    certify_dataset(
+        RunSettings(model, parquet, SIGMAS, split="test", max_draws=100, every=5, count_head=str(folder / "head")),
+        folder / "steered",
+        accelerator=start_processes(),
+    )
+    return folder
+
+
+def run(script, model, folder, *more):
+    command = [sys.executable, f"scripts/studies/{script}.py", "--model", model, "--run", folder / "fixed", *more]
+    done = subprocess.run(
+        [*map(str, command), "--output_dir", str(folder / "found")], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_head_just_trained_has_a_card(folder):
+    assert "held out: Jensen-Shannon divergence" in (folder / "head" / "README.md").read_text()
+
+
+def test_a_study_of_a_head(model, folder):
+    beside = ("--sequential", folder / "sequential", folder / "steered", "--counts", folder / "counts")
+    more = (
+        "--count_head",
+        folder / "head",
+        "--timed_draws",
+        "256",
+        "--splits",
+        "20",
+        "--draws_a_repeat",
+        "25000",
+        *beside,
+    )
+    out = run("count_head_study", model, folder, *more)
+    found = json.loads((folder / "found" / "study.json").read_text())
+    assert [row["sigma"] for row in found["errors"]] == list(SIGMAS)
+    assert all(row["images"] == 40 and row["n"] == 60 for row in found["errors"])
+    each = [[0.25], [0.5], [0.75], [1.0]]
+    shown = {0.25: each[:1], 0.5: [[0.25, 0.5], *each[:2]], 1.0: [[0.25, 0.5, 0.75, 1.0], *each]}  # by 60 draws
+    asked = [(sigma, delta, decided) for sigma in SIGMAS for delta in (0.1, 0.05) for decided in (None, *shown[sigma])]
+    for claims in (found["conformal"], found["calibrated"]):
+        assert [(row["sigma"], row["delta"], row["decided"]) for row in claims] == asked
+    assert all("test[1:]" in row["calibrated_on"] and 0 <= row["miss_rate"] < 0.5 for row in found["calibrated"])
+    assert [(one["sigma"], one["with_head"]) for one in found["sequential"]] == [
+        (sigma, steered) for steered in (False, True) for sigma in SIGMAS
+    ]
+    for one in found["sequential"]:
+        certificates = rows(folder / ("steered" if one["with_head"] else "sequential"))
+        mine = [row for row in certificates if row["sigma"] == one["sigma"]]
+        assert one["draws"] == sum(row["num_samples"] for row in mine) / len(mine)
+        right = [row["prediction"] == row["label"] and row["radius"] >= 0.25 for row in mine]
+        assert one["accuracy"][1]["share"] == sum(right) / len(mine)
+    times = found["seconds_an_image"]
+    assert times["ratio"] == pytest.approx(times["usual"] / times["estimate"])
+    assert 0 < found["payback"]["images"] < found["payback"]["images_of_sequential"]
+    assert f"{times['ratio']:,.0f} times that" in out
+    text = KINDS["count_head"](found)
+    assert f"{found['errors'][0]['disagreement']:.1%}" in text
+    assert f"{times['ratio']:,.0f} times as long" in text
+    assert "sequential with the head, " in text
+    assert "| radii decided together by its calibration, delta = 0.05 |" in text
+    over = sum(row["miss_rate"] > row["delta"] for row in found["calibrated"])
+    assert f"By the head's own calibration {over} of {len(found['calibrated'])} are above delta." in text
+    for row in found["conformal"]:
+        shares = zip(row["proved_accuracy"], row["accuracy"])
+        assert all(proved["share"] <= claimed["share"] for proved, claimed in shares)
+    alone = [row for row in found["conformal"] if row["decided"] == [0.5] and row["delta"] == 0.05]
+    at_half = [f"{share['share']:.1%}" for row in alone for share in row["accuracy"] if share["radius"] == 0.5]
+    lines = [
+        line for line in text.splitlines() if "each radius decided by itself by random halves, delta = 0.05" in line
+    ]
+    assert [line.split(" | ")[4] for line in lines] == ["-", *at_half]
+    shares = found["errors"][0]["accuracy"]
+    gap = shares["estimate"][1]["share"] - shares["monte_carlo"][1]["share"]
+    assert (f"sigma 0.25, r = 0.25 ({gap * 100:+.1f})" in text) == (abs(gap) > 0.015)
+    assert (folder / "found" / "count-head.png").stat().st_size > 10_000
+
+
+def test_heads_are_not_judged_on_their_training_images(folder):
+    with pytest.raises(ValueError, match="was trained on the split 'train'"):
+        refuse_training_images(folder / "head", read_counts(folder / "counts").settings)
+    fixed = read_counts(folder / "fixed").settings
+    refuse_training_images(folder / "head", fixed)
+    # by whatever name the same images go
+    counted = read_counts(folder / "counts").settings
+    named = {**fixed, "dataset_name": str(Path(fixed["dataset_name"]).parent / "." / Path(fixed["dataset_name"]).name)}
+    for split in ("train", "train[5:]", "test+train[:10]"):
+        with pytest.raises(ValueError, match="was trained on the split"):
+            refuse_shared_images(counted, {**named, "split": split})
+    refuse_shared_images({**counted, "dataset_name": "someone/else"}, {**fixed, "split": "train"})
+
+
+def test_what_cannot_be_studied(model, folder, tmp_path):
+    def refused(script, *more, code=1):
+        command = [
+            sys.executable,
+            f"scripts/studies/{script}.py",
+            "--model",
+            model,
+            "--output_dir",
+            tmp_path / "found",
+            *more,
+        ]
+        done = subprocess.run([str(word) for word in command], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == code
+        return done.stderr
+
+    runs = ("--run", folder / "fixed", "--counts", folder / "counts")
+    (tmp_path / "found").mkdir()
+    (tmp_path / "found" / "arms.json").write_text(json.dumps({"settings": {}, "arms": []}))
+    assert "holds arms of other settings" in refused("count_head_arms", *runs)
+    assert "was trained on the split" in refused(
+        "count_head_arms", "--run", folder / "counts", "--counts", folder / "counts"
+    )
+    shutil.copytree(folder / "head", tmp_path / "head")
+    study = ("count_head_study", "--run", folder / "fixed", "--count_head", tmp_path / "head")
+    calibrate_count_head(tmp_path / "head", folder / "fixed")
+    assert "calibrated on 40 of the images of this very run" in refused(*study)
+    done = refused(
+        "count_head_study", "--run", folder / "fixed", "--count_head", tmp_path / "head", "--splits", "0", code=2
+    )
+    assert "--splits must be 1 or more" in done
+
+
+def test_the_arms_of_training(model, folder):
+    sizes = ("--steps", "10", "--own_backbone_steps", "2", "--batch_size", "50")
+    run("count_head_arms", model, folder, "--counts", folder / "counts", "--same_cost", folder / "few", *sizes)
+    found = json.loads((folder / "found" / "arms.json").read_text())
+    judged = {arm["arm"]: [row["sigma"] for row in arm["errors"]] for arm in found["arms"]}
+    assert judged["jensen_shannon"] == list(SIGMAS)
+    assert judged["without sigma 1"] == judged["for sigma 1 alone"] == [1.0]
+    assert judged["without sigma 0.5"] == [0.5]
+    few = [arm for arm in found["arms"] if arm["arm"] == "few draws in all, cross_entropy"]
+    assert [(arm["images"], arm["draws_an_image"]) for arm in few] == [(20, 20), (10, 40)]
+    assert all(0 <= row["accuracy_gap"] <= 1 for arm in found["arms"] for row in arm["errors"])
+    cut_short = {**found, "arms": found["arms"][:-1]}
+    (folder / "found" / "arms.json").write_text(json.dumps(cut_short))
+    command = ("--counts", folder / "counts", "--same_cost", folder / "few", *sizes)
+    assert run("count_head_arms", model, folder, *command).count("Arm ") == 1
+    again = json.loads((folder / "found" / "arms.json").read_text())
+    assert again["arms"][-1]["errors"] == found["arms"][-1]["errors"]
+    text = KINDS["count_head_arms"](found)
+    assert text.count("\n| ") == 1 + sum(len(arm["errors"]) for arm in found["arms"])

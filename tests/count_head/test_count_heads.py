@@ -1,0 +1,190 @@
+"""Count heads in the engine: what they may steer, and what they must not be able to break."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from scipy import special
+
+from hf_smoothing import GaussianNoise, SequentialRule, SmoothedClassifier
+from hf_smoothing.core.bounds import OddsPrior, log_e_value
+from hf_smoothing.core.calibration import Calibration
+from hf_smoothing.core.certificates import CleanPass
+from hf_smoothing.diagnostics.simulation import simulate
+
+NOISE = GaussianNoise(0.5)
+
+
+def right_head(linear):
+    """Knows the linear classifier's frequencies in closed form."""
+
+    def head(pixels, sigma):
+        share = torch.special.ndtr(linear.margin(pixels).double() / sigma)
+        return torch.stack([1 - share, share], 1)
+
+    return head
+
+
+def wrong_head(linear):
+    def head(pixels, sigma):
+        wrong = (linear.margin(pixels) < 0).double() * 0.998 + 0.001
+        return torch.stack([1 - wrong, wrong], 1)
+
+    return head
+
+
+@pytest.mark.parametrize("predicted", [[0.999, 0.001], [0.001, 0.999], [0.7, 0.3]])
+def test_a_wrong_head_makes_no_wrong_claims(predicted):
+    """p just under what the radius takes, where a wrong claim is likeliest."""
+    generator, needed = np.random.default_rng(1), NOISE.probability_needed(0.5)
+    rule = SequentialRule(radii=(0.5,), alpha=0.05, max_samples=60)
+    clean = CleanPass(np.array(predicted), frequencies=True)
+    found = [simulate(rule, NOISE, [needed, 1 - needed], clean, generator) for _ in range(1500)]
+    wrong = np.mean([outcome.p_lower > needed and outcome.prediction == 0 for outcome, _ in found])
+    assert wrong <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 1500)
+    assert max(taken for _, taken in found) <= 60
+    if predicted[0] > 0.5:
+        assert wrong > 0.01  # the test has something to see
+
+
+def sure(of, classes=10):
+    return np.where(np.arange(classes) == of, 0.999, 0.001 / (classes - 1))
+
+
+@pytest.mark.parametrize("lie", ["permuted", "sure", "sure of another", "sure of the runner-up"])
+def test_a_wrong_head_makes_no_wrong_claims_of_ten_classes(lie):
+    """p_A and p_B such that the exact radius is the one asked for, which must not be proved; and the budget is kept."""
+    top = 0.8
+    runner_up = special.ndtr(special.ndtri(top) - 2 * 0.5 / NOISE.sigma)
+    probabilities = np.array([top, runner_up, *[(1 - top - runner_up) / 8] * 8])
+    predicted = {
+        "permuted": np.roll(probabilities, 1),
+        "sure": sure(0),
+        "sure of another": sure(5),
+        "sure of the runner-up": sure(1),
+    }[lie]
+    rule = SequentialRule(radii=(0.5,), alpha=0.05, max_samples=100)
+    generator = np.random.default_rng(3)
+    clean = CleanPass(predicted, frequencies=True)
+    found = [simulate(rule, NOISE, probabilities, clean, generator) for _ in range(300)]
+    wrong = np.mean([NOISE.radius(one.p_lower, one.p_upper) >= 0.5 or one.prediction > 0 for one, _ in found])
+    assert wrong <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 300)
+    assert max(taken for _, taken in found) <= 100
+    # and what is true is proved all the same, within the budget
+    clear = np.array([0.97, *[0.03 / 9] * 9])
+    rule = SequentialRule(radii=(0.5,), max_samples=1500)
+    found = [simulate(rule, NOISE, clear, clean, generator) for _ in range(20)]
+    assert np.mean([NOISE.radius(one.p_lower, one.p_upper) >= 0.5 for one, _ in found]) > 0.95
+
+
+def test_a_head_that_knows_p_saves_draws_and_a_wrong_one_costs_few():
+    probabilities = np.array([0.97, 0.03])
+    rule = SequentialRule(radii=(0.5,), max_samples=10_000)
+    spent = {}
+    for name, clean in (
+        ("none", CleanPass(np.array([2.0, 0.0]))),
+        ("right", CleanPass(probabilities, frequencies=True)),
+        ("wrong", CleanPass(np.array([0.85, 0.15]), frequencies=True)),
+        ("permuted", CleanPass(np.array([0.001, 0.999]), frequencies=True)),
+    ):
+        generator = np.random.default_rng(2)
+        found = [simulate(rule, NOISE, probabilities, clean, generator) for _ in range(250)]
+        assert np.mean([NOISE.radius(outcome.p_lower) >= 0.5 for outcome, _ in found]) > 0.95
+        spent[name] = np.mean([taken for _, taken in found])
+    assert spent["right"] < 0.98 * spent["none"]
+    assert spent["wrong"] < 1.2 * spent["none"]
+    assert spent["permuted"] < 1.6 * spent["none"]
+
+
+def test_the_prior_moves_to_where_p_is_expected():
+    prior = OddsPrior.for_budget(10_000, 0.001)
+    moved = prior.expecting([1.0], 0.5, 0.1)
+    assert moved.steps == prior.steps
+    assert moved.weights is not None
+    assert sum(moved.weights) == pytest.approx(1)
+    assert min(moved.weights) >= 0.1 / len(prior.steps)
+    assert abs(np.log(moved.steps[int(np.argmax(moved.weights))])) < np.log(1.6)
+    # each step has the probability that p is next to it, besides its part of the floor
+    edges = [np.inf, *np.sqrt(np.multiply(prior.steps[1:], prior.steps[:-1])), 0.0]
+    for guess in (-0.5, 1.0, 3.0):
+        believed = np.random.default_rng(0).normal(guess, 0.5, 400_000)
+        believed = believed[believed > 0]
+        expected = [np.mean((low < believed) & (believed < high)) for high, low in pairwise(edges)]
+        found = prior.expecting([guess], 0.5, 0.1).weights
+        np.testing.assert_allclose(found, 0.9 * np.array(expected) + 0.1 / len(prior.steps), atol=0.01)
+    shuffled = OddsPrior(prior.steps[::-1]).expecting([1.0], 0.5, 0.1)
+    assert shuffled.weights == pytest.approx(moved.weights[::-1])
+    for guess, place in ((50.0, 0), (-50.0, -1)):  # far outside of the steps: the nearest has the weight
+        far = prior.expecting([guess], 0.5, 0.1)
+        assert far.weights is not None
+        assert far.weights[place] > 0.9
+    # never more than log(1/floor) behind, wherever p is
+    for hits in (60, 80, 100):
+        behind = float(log_e_value(hits, 100, 0.5, prior) - log_e_value(hits, 100, 0.5, moved))
+        assert behind <= np.log(10) + 1e-9
+    with pytest.raises(ValueError, match="2 positive numbers of sum 1"):
+        OddsPrior((1.0, 2.0), (0.5, 0.6))
+
+
+def test_the_surrogate_takes_the_heads_word_and_draws_nothing(linear, small_images):
+    smoothed = SmoothedClassifier(linear, NOISE, count_head=right_head(linear), batch_size=5)
+    found = smoothed.certify(small_images, method="surrogate")
+    exact = linear.exact_radius(small_images)
+    for certificate, radius, margin in zip(found, exact.tolist(), linear.margin(small_images).tolist()):
+        assert (certificate.guarantee, certificate.num_samples, sum(certificate.counts)) == ("none", 1, 0)
+        assert certificate.prediction == (-1 if certificate.radius == 0 else int(margin > 0))
+        assert radius - 0.1 < certificate.radius + 0.01 * (certificate.radius == 0) or radius < 0.02
+        assert certificate.radius <= radius + 1e-6
+    assert [one.radius for one in smoothed.certify(small_images[3:], method="surrogate")] == [
+        one.radius for one in found[3:]
+    ]
+
+
+def test_a_calibrated_surrogate_says_what_it_rests_on(linear, small_images):
+    calibration = Calibration({0.5: (1.5,) * 19}, {0.5: (1.0,) * 19}, 100_000, 0.001, "nineteen images", "linear")
+    smoothed = SmoothedClassifier(linear, NOISE, count_head=right_head(linear), calibration=calibration)
+    claims = smoothed.certify(small_images, method="surrogate", delta=0.05)
+    for one, estimate in zip(claims, smoothed.certify(small_images, method="surrogate")):
+        assert (one.guarantee, one.delta, one.calibration) == (
+            "marginal",
+            0.05,
+            "nineteen images; Monte-Carlo with n = 100,000",
+        )
+        assert (estimate.guarantee, estimate.delta, estimate.calibration) == ("none", None, None)
+        assert one.radius < estimate.radius or estimate.radius == 0
+    # of another noise, resolution or model it says nothing
+    for conditions, named in (
+        ({"noise": "laplace"}, "noise"),
+        ({"noise_resolution": "native", "denoiser": "wiener"}, "noise_resolution, denoiser"),
+        ({"model_weights": "others"}, "model_weights"),
+    ):
+        other = replace(calibration, conditions=conditions)
+        smoothed = SmoothedClassifier(linear, NOISE, count_head=right_head(linear), calibration=other)
+        with pytest.raises(ValueError, match=f"calibrated under another {named}"):
+            smoothed.certify(small_images, method="surrogate", delta=0.05)
+        assert smoothed.certify(small_images, method="surrogate")[0].guarantee == "none"
+    with pytest.raises(ValueError, match="takes a count head"):
+        SmoothedClassifier(linear, NOISE).certify(small_images, method="surrogate")
+
+
+@pytest.mark.parametrize("make_head", [right_head, wrong_head])
+def test_certificates_hold_whatever_the_head_says(linear, small_images, make_head):
+    smoothed = SmoothedClassifier(linear, NOISE, count_head=make_head(linear), batch_size=50)
+    found = smoothed.certify(small_images, radii=[0.1, 0.3], max_samples=2000)
+    again = SmoothedClassifier(linear, NOISE, count_head=make_head(linear), batch_size=7).certify(
+        small_images, radii=[0.1, 0.3], max_samples=2000
+    )
+    assert found == again
+    for certificate, radius in zip(found, linear.exact_radius(small_images).tolist()):
+        assert certificate.guarantee == "per_input"
+        assert certificate.radius <= radius
+        if radius > 0.5:
+            assert certificate.radius >= 0.3
+
+
+def test_heads_that_say_something_else_are_refused(linear, small_images):
+    smoothed = SmoothedClassifier(linear, NOISE, count_head=lambda pixels, sigma: linear(pixels))
+    with pytest.raises(ValueError, match="something else than class frequencies"):
+        smoothed.certify(small_images, radius=0.3)

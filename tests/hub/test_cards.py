@@ -1,0 +1,195 @@
+"""Cards hold what results files say, and nothing else."""
+
+import json
+import shutil
+
+import pytest
+import yaml
+from conftest import ROOT
+from huggingface_hub import ModelCard
+from typer.testing import CliRunner
+
+from hf_smoothing.cli.app import app
+from hf_smoothing.hub.model_cards import begin
+
+CARDS = sorted(path.parent for path in ROOT.glob("model_cards/*/card.yaml"))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A model's folder with a report, as small as it can be."""
+    folder = tmp_path / "my-model"
+    (folder / "results").mkdir(parents=True)
+    share = {"radius": 0.5, "right": 306, "share": 0.612, "interval_95": [0.568, 0.655], "standing": "counted"}
+    settings = {"dataset_name": "uoft-cs/cifar10", "split": "test", "every": 20, "method": "sequential", "n": None}
+    entry = {
+        "run": "run",
+        "title": "run, sigma = 0.25",
+        "is_log": False,
+        "model": "somewhere/my-model",
+        "sigma": 0.25,
+        "alpha": 0.001,
+        "decided_radii": None,
+        "radii_out_of_reach": [],
+        "num_images": 500,
+        "num_failed": 0,
+        "certified_accuracy": [share, {**share, "radius": 1.0, "share": 0.0, "standing": "out of reach"}],
+        "abstention_rate": 0.1,
+        "mean_certified_radius": 0.2,
+        "guarantee": "per_input",
+        "median_num_samples": 100,
+        "mean_seconds": 1.5,
+        "made_by": {"command": "certify.py", "settings": {**settings, "max_draws": 500, "dtype": "float32"}},
+    }
+    report = {
+        "guarantee": "per_input",
+        "norm": "l2",
+        "results": [entry],
+        "envelope": None,
+        "command": "hf-smoothing report",
+    }
+    training = {
+        "command": "scripts/finetune.py",
+        "settings": {"seed": 0},
+        "steps": 10,
+        "images_seen": 1280,
+        "final_loss": 1.25,
+        "seconds": 60.0,
+        "device": "cpu:0",
+        "num_processes": 2,
+        "num_threads": 1,
+        "parameters": 1000,
+        "versions": {"torch": "2.15.0"},
+    }
+    (folder / "results" / "report.json").write_text(json.dumps(report))
+    (folder / "results" / "training.json").write_text(json.dumps(training))
+    (folder / "config.json").write_text(json.dumps({"model_type": "mixed_noise_vit", "image_size": 32}))
+    description = {
+        "summary": "A model.",
+        "datasets": ["uoft-cs/cifar10"],
+        "base_model": "someone/foundation",
+        "example": "frog.png",
+        "sources": ["A paper"],
+        "sections": [{"title": "Results", "figure": "report", "results": "results/report.json"}],
+    }
+    (folder / "card.yaml").write_text(yaml.safe_dump(description))
+    return folder
+
+
+def call(*arguments):
+    return CliRunner().invoke(app, ["card", *map(str, arguments)])
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda folder: folder.name)
+def test_shipped_cards_say_what_their_results_say_and_fail_with_a_digit_changed(card, tmp_path):
+    assert call("--check", card).exit_code == 0
+    copy = tmp_path / card.name
+    shutil.copytree(card, copy, ignore=shutil.ignore_patterns("*.safetensors"))
+    text = (copy / "README.md").read_text()
+    position = text.index("final training loss") + len("final training loss ")
+    (copy / "README.md").write_text(text[:position] + str((int(text[position]) + 1) % 10) + text[position + 1 :])
+    done = call("--check", copy)
+    assert done.exit_code == 1
+    assert "no results file has this behind it" in done.stderr
+    assert f"line {text[:position].count(chr(10)) + 1}:" in done.stderr
+    # what the Hub reads of it
+    data = ModelCard(text).data
+    assert data.license == "apache-2.0"
+    assert data.pipeline_tag == "image-classification"
+
+
+def test_a_card_is_written_from_its_results(folder):
+    assert "README.md" in call(folder).output
+    assert call("--check", folder).exit_code == 0
+    text = (folder / "README.md").read_text()
+    assert "61.2%" in text
+    assert "torchrun --nproc_per_node 2 scripts/finetune.py" in text
+    assert 'pipeline("certified-image-classification", model="my-model"' in text
+    (result,) = ModelCard(text).data.eval_results  # nothing of radii that were out of reach
+    assert result.metric_value == 0.612
+    expected = {"radius": 0.5, "sigma": 0.25, "alpha": 0.001, "n": 500, "dtype": "float32", "guarantee": "per_input"}
+    assert expected.items() <= result.metric_args.items()
+    assert ModelCard(text).data.base_model == "someone/foundation"
+    (entry,) = yaml.safe_load((folder / ".eval_results" / "certified-accuracy.yaml").read_text())
+    assert entry["value"] == 0.612
+    assert entry["dataset"]["id"] == "uoft-cs/cifar10"
+    assert "alpha: 0.001" in entry["notes"]
+    assert call(folder).output == ""  # nothing to change
+
+
+def test_estimates_are_no_certificates_in_the_metadata(folder):
+    call(folder)
+    entries = folder / ".eval_results" / "certified-accuracy.yaml"
+    assert entries.is_file()
+    path = folder / "results" / "report.json"
+    report = json.loads(path.read_text())
+    report["results"][0]["guarantee"] = report["guarantee"] = "none"
+    path.write_text(json.dumps(report))
+    assert "no certificate is behind any of it" in call("--check", folder).stderr
+    call(folder)
+    assert not entries.exists()
+    text = (folder / "README.md").read_text()
+    assert ModelCard(text).data.eval_results is None
+    assert "Estimated accuracy (not certified)" in text
+
+
+@pytest.mark.parametrize("digit", ["61.2%", "0.612"])
+def test_a_changed_digit_is_found_in_text_and_metadata(folder, digit):
+    call(folder)
+    path = folder / "README.md"
+    path.write_text(path.read_text().replace(digit, digit.replace("2", "3", 1), 1))
+    done = call("--check", folder)
+    assert done.exit_code == 1
+    assert digit.replace("2", "3", 1) in done.stderr
+
+
+def test_a_card_without_its_results_fails(folder):
+    call(folder)
+    (folder / ".eval_results" / "certified-accuracy.yaml").write_text("[]\n")
+    assert call("--check", folder).exit_code == 1
+    (folder / "results" / "report.json").unlink()
+    done = call("--check", folder)
+    assert done.exit_code == 2
+    assert "report.json cannot be read".replace(" ", "") in "".join(done.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"summary": "It reaches 61.2 % at r = 0."}, "the figure '61.2 %' has no results file behind it"),
+        ({"summary": "It reaches 61 percent."}, "the figure '61 percent' has no"),
+        ({"summary": "An accuracy of 0.91."}, "the figure '0.91' has no"),
+        ({"summary": "It takes 158 s."}, "the figure '158 s' has no"),
+        ({"unknown": 1}, "unknown"),
+        ({"sections": [{"title": "A", "figure": "report"}]}, "takes both figure and results"),
+        ({"sections": [{"title": "A", "figure": "guess", "results": "a.json"}]}, "figure='guess' is none of"),
+        ({"sections": [{"title": "A", "pictures": {"what": "not/there.png"}}]}, "'not/there.png' is not there"),
+    ],
+)
+def test_words_that_make_no_card(folder, change, message):
+    path = folder / "card.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | change))
+    done = call(folder)
+    assert done.exit_code == 2
+    assert "".join(message.split()) in "".join(done.stderr.split())
+
+
+def test_a_model_just_trained_gets_a_card_to_go_on_from(folder):
+    (folder / "card.yaml").unlink()
+    begin(folder, summary="A model.", dataset="uoft-cs/cifar10", base_model="someone/foundation")
+    data = ModelCard((folder / "README.md").read_text()).data
+    assert (data.datasets, data.base_model, data.eval_results) == (["uoft-cs/cifar10"], "someone/foundation", None)
+    (folder / "card.yaml").write_text((folder / "card.yaml").read_text().replace("A model.", "My model."))
+    begin(folder, summary="A model.", dataset=str(folder), base_model=str(folder))  # trained on
+    assert "My model." in (folder / "README.md").read_text()
+    (folder / "card.yaml").unlink()
+    begin(
+        folder, summary="A model.", dataset=str(folder), base_model=str(folder)
+    )  # names of folders mean nothing elsewhere
+    data = ModelCard((folder / "README.md").read_text()).data
+    assert data.datasets is data.base_model is None
+
+
+def test_a_folder_without_words(folder):
+    (folder / "card.yaml").unlink()
+    assert "has no card.yaml" in " ".join(call(folder).stderr.split())

@@ -1,0 +1,35 @@
+"""What folders become on the Hub, without one."""
+
+import pytest
+from conftest import ROOT, SHIPPED_MODEL
+
+from hf_smoothing.hub.publication import publication_of
+
+RUN = SHIPPED_MODEL / "results" / "cifar10"
+
+
+def test_a_run_keeps_the_card_that_it_has(tmp_path):
+    for name in ("certificates.parquet", "run.json"):
+        (tmp_path / name).write_bytes((RUN / name).read_bytes())
+    (tmp_path / "README.md").write_text("---\nlicense: cc0-1.0\n---\n# Mine\n")
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "records-rank00000.jsonl").write_text("{}\n")
+    stage = tmp_path / "stage"
+    stage.mkdir()
+    publication = publication_of(tmp_path)
+    publication.stage(stage)
+    assert publication.left_out == ["shards/", "stage/"]
+    card = (stage / "README.md").read_text()
+    assert card.startswith("---\nlicense: cc0-1.0\nconfigs:\n")
+    assert card.endswith("# Mine\n")
+    assert (tmp_path / "README.md").read_text() == "---\nlicense: cc0-1.0\n---\n# Mine\n"
+
+
+@pytest.mark.parametrize("folder", sorted(ROOT.glob("model_cards/*/")), ids=lambda folder: folder.name)
+def test_a_shipped_folder_is_what_would_be_published(folder, tmp_path):
+    """So that `hf upload` of the folder is the whole publication."""
+    publication_of(folder).stage(tmp_path)
+    staged = {file.relative_to(tmp_path): file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    there = {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    assert staged.keys() == there.keys()
+    assert staged == there

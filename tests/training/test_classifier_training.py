@@ -1,0 +1,148 @@
+import json
+import math
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import SHIPPED_MODEL
+from transformers import BertConfig
+
+from hf_smoothing import MixedNoiseViTForImageClassification
+from hf_smoothing.training.classifier_training import (
+    EvaluationSettings,
+    consistency_loss,
+    load_to_finetune,
+    majority_answers,
+    train_classifier,
+)
+from hf_smoothing.training.training_images import ImageSettings, names_of_classes
+from hf_smoothing.training.training_loop import TrainingSettings
+
+
+def by_brightness(pixels):
+    """Class 1 where a picture is brighter than .5 on average."""
+    bright = (pixels.mean((1, 2, 3)) - 0.5) * 100
+    return SimpleNamespace(logits=torch.stack([-bright, bright], 1))
+
+
+def test_majority_answers():
+    levels = torch.tensor([0.1, 0.45, 0.55, 0.9])
+    pixels = levels.view(4, 1, 1, 1).expand(4, 3, 2, 2).contiguous()
+    truth = [0, 0, 1, 1]
+    assert majority_answers(by_brightness, pixels, 0.0, draws=5).tolist() == truth
+    # .05 is .35 standard deviations of the mean at sigma .5: single draws err, the majority of many does not
+    assert majority_answers(by_brightness, pixels, 0.5, draws=400, batch_size=3).tolist() == truth
+    single = torch.stack([majority_answers(by_brightness, pixels, 0.5, draws=1, seed=seed) for seed in range(50)])
+    assert 0.5 < (single[:, 1] == 0).float().mean() < 0.8
+
+
+def test_consistency_is_the_divergence_from_the_mean_answer_and_its_entropy():
+    # by hand: answers .9/.1 and .5/.5, mean .7/.3
+    logits = torch.tensor([[[0.9, 0.1]], [[0.5, 0.5]]]).log() + 3
+    divergence = sum(m * math.log(m / p) for one in ((0.9, 0.1), (0.5, 0.5)) for m, p in zip((0.7, 0.3), one)) / 2
+    entropy = -sum(m * math.log(m) for m in (0.7, 0.3))
+    assert float(consistency_loss(logits, 10.0)) == pytest.approx(10 * divergence + 0.5 * entropy, rel=1e-5)
+    alike = logits[:1].expand(3, 1, 2)
+    assert float(consistency_loss(alike, 10.0, entropy_weight=0.0)) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_training_weighs_how_alike_noisy_copies_are_answered(demo_images, tmp_path):
+    path = tmp_path / "images.parquet"
+    demo_images.select(range(0, 200, 10)).to_parquet(path)
+    losses = []
+    for weight in (10.0, 20.0, 40.0):  # one step each, from the same weights, with the same images and noise
+        images = ImageSettings(str(path), sigmas=[0.5], consistency_weight=weight)
+        opened = images.open()
+        settings = TrainingSettings(
+            str(tmp_path / f"weight-{weight:g}"), max_train_steps=1, per_device_train_batch_size=20
+        )
+        model, _ = load_to_finetune(str(SHIPPED_MODEL), names_of_classes(opened))
+        found = train_classifier(model, opened, images, settings, EvaluationSettings(), settings.start())
+        losses.append(found["final_loss"])
+    divergence = (losses[1] - losses[0]) / 10
+    assert divergence > 0.01  # it answers two copies with different noise differently
+    assert (losses[2] - losses[1]) / 20 == pytest.approx(divergence, rel=1e-4)
+
+
+def test_the_head_is_kept_only_for_the_same_classes(tiny_model_dir):
+    source = MixedNoiseViTForImageClassification.from_pretrained(tiny_model_dir)
+    same, _ = load_to_finetune(str(tiny_model_dir), ["cat", "dog", "frog"])
+    assert torch.equal(same.classifier.weight, source.classifier.weight)
+    for names in (["dog", "cat", "frog"], ["a", "b", "c"], ["a", "b"], [str(i) for i in range(7)]):
+        model, _ = load_to_finetune(str(tiny_model_dir), names, drop_path_rate=0.1)
+        assert [model.config.id2label[index] for index in range(len(names))] == names
+        assert model.config.label2id[names[1]] == 1
+        assert model.config.num_labels == model.classifier.out_features == len(names)
+        assert not torch.equal(model.classifier.weight[:2], source.classifier.weight[:2])
+        assert 0 < model.classifier.weight.std() < 0.1
+        assert model.config.drop_path_rate == 0.1
+        assert torch.equal(
+            model.mixed_noise_vit.encoder.blocks[1].attn.qkv.weight,
+            source.mixed_noise_vit.encoder.blocks[1].attn.qkv.weight,
+        )
+
+
+def test_timm_and_other_models(tmp_path):
+    with pytest.raises(ValueError, match="No weights of timm's"):  # offline: not silently from chance ones
+        load_to_finetune("timm/vit_tiny_patch16_224", ["a", "b"])
+    BertConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="BertConfig"):
+        load_to_finetune(str(tmp_path), ["a", "b"])
+    with pytest.raises(ValueError, match="nowhere"):
+        load_to_finetune("nobody/nowhere", ["a", "b"])
+
+
+def test_weights_that_are_not_those_of_the_config_are_refused(tiny_model_dir, tmp_path):
+    for field, value in (("num_hidden_layers", 1), ("hidden_size", 64), ("image_size", 64)):
+        folder = tmp_path / field
+        shutil.copytree(tiny_model_dir, folder)
+        config = json.loads((folder / "config.json").read_text())
+        assert config[field] != value
+        (folder / "config.json").write_text(json.dumps({**config, field: value}))
+        with pytest.raises(ValueError, match=r"are not those of its config\.json"):
+            load_to_finetune(str(folder), ["a", "b"])
+    weights = tiny_model_dir / "model.safetensors"
+    (tmp_path / "cut").mkdir()
+    shutil.copy(tiny_model_dir / "config.json", tmp_path / "cut")
+    (tmp_path / "cut" / "model.safetensors").write_bytes(weights.read_bytes()[:2000])
+    with pytest.raises(ValueError, match="its weights are damaged"):
+        load_to_finetune(str(tmp_path / "cut"), ["a", "b"])
+
+
+def test_one_file_has_no_other_split(parquet, tiny_model_dir, tmp_path):
+    images = ImageSettings(str(parquet), max_train_samples=40)
+    opened = images.open()
+    model, _ = load_to_finetune(str(tiny_model_dir), names_of_classes(opened))
+    settings = TrainingSettings(str(tmp_path), max_train_steps=1, per_device_train_batch_size=20)
+    with pytest.raises(ValueError, match="is one file, which has no split 'test'"):
+        train_classifier(model, opened, images, settings, EvaluationSettings("test"), settings.start())
+
+
+def test_training_writes_a_model_and_what_came_of_it(tiny_model_dir, demo_images, tmp_path):
+    path = tmp_path / "demo.parquet"
+    demo_images.to_parquet(path)
+    image_settings = ImageSettings(
+        str(path), max_train_samples=40, sigmas=[0.0, 0.5], mixup_alpha=0.2, label_smoothing=0.1
+    )
+    settings = TrainingSettings(str(tmp_path / "out"), num_train_epochs=2, per_device_train_batch_size=20)
+    images = image_settings.open()
+    model, _ = load_to_finetune(str(tiny_model_dir), names_of_classes(images))
+    evaluation = EvaluationSettings("train", eval_samples=10, eval_draws=2, eval_sigmas=[0.0, 0.5])
+    found = train_classifier(
+        model, images, image_settings, settings, evaluation, settings.start(), str(tiny_model_dir)
+    )
+    assert found == json.loads((tmp_path / "out" / "results" / "training.json").read_text())
+    assert found["steps"] == 4
+    assert found["images_seen"] == 80
+    assert found["evaluation"].keys() == {"majority_accuracy_sigma_0", "majority_accuracy_sigma_0.5"}
+    again = MixedNoiseViTForImageClassification.from_pretrained(tmp_path / "out")
+    assert again.config.id2label[6] == "frog"
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"eval_samples": 0}, {"eval_draws": 0}, {"eval_sigmas": [-1.0]}, {"eval_sigmas": []}]
+)
+def test_settings_out_of_range_are_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        EvaluationSettings("test", **wrong)

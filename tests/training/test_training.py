@@ -1,0 +1,398 @@
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from itertools import count
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SHIPPED_MODEL
+from safetensors.torch import load_file
+from torch import nn
+
+from hf_smoothing import MixedNoiseViTConfig, MixedNoiseViTForImageClassification
+from hf_smoothing.training.training_loop import TrainingSettings, parameter_groups, train
+
+ROOT = Path(__file__).parents[2]
+
+
+class Batches:
+    """Stand-in for TrainingBatches with fixed content: random pixels, labels by brightness."""
+
+    def __init__(self, batch_size=8, batches=6):
+        self.batch_size, self.total = batch_size, batch_size * batches
+        generator = torch.Generator().manual_seed(0)
+        self.pixels = torch.randint(0, 256, (batches, batch_size, 3, 8, 8), generator=generator, dtype=torch.uint8)
+        self.labels = (self.pixels.float().mean((2, 3, 4)) > 127.5).long()
+
+    def __len__(self):
+        return len(self.pixels)
+
+    def epoch(self, number, first=0):
+        return iter(list(zip(self.pixels, self.labels))[first:])
+
+
+def build(seed=0, **kwargs):
+    torch.manual_seed(seed)
+    config = MixedNoiseViTConfig(image_size=8, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, **kwargs)
+    return MixedNoiseViTForImageClassification(config)
+
+
+def loss_with_noise(model, pixels, labels):
+    pixels = pixels.float() / 255
+    return nn.functional.cross_entropy(model(pixels + 0.1 * torch.randn_like(pixels)).logits, labels)
+
+
+def plain_loss(model, pixels, labels):
+    return nn.functional.cross_entropy(model(pixels.float() / 255).logits, labels)
+
+
+def run(settings, model=None, batches=None, loss=loss_with_noise, evaluate=None, identity=None):
+    model = model or build(drop_path_rate=0.3)
+    accelerator = settings.start()
+    found = train(
+        model,
+        batches or Batches(),
+        loss,
+        settings,
+        accelerator,
+        save=lambda final: final.save_pretrained(settings.output_dir),
+        identity=identity or {},
+        evaluate=evaluate,
+    )
+    accelerator.free_memory()
+    return found
+
+
+@pytest.fixture
+def settings(tmp_path):
+    return TrainingSettings(str(tmp_path / "out"), num_train_epochs=3, logging_steps=4, ema_decay=0.9)
+
+
+def weights(folder):
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def log(folder):
+    return [json.loads(line) for line in (Path(folder) / "training_log.jsonl").read_text().splitlines()]
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("checkpointing", ["epoch", "4", "5"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_training_cut_short_ends_as_if_it_had_not_been(settings, tmp_path, checkpointing, accumulation):
+    settings = replace(settings, checkpointing_steps=checkpointing, gradient_accumulation_steps=accumulation)
+
+    def evaluate(model):
+        return {"weight": model.classifier.weight.sum().item()}
+
+    whole = run(settings, evaluate=evaluate)
+    calls = 0
+
+    def failing_loss(model, pixels, labels):
+        nonlocal calls
+        calls += 1
+        if calls == 12:
+            raise KeyboardInterrupt
+        return loss_with_noise(model, pixels, labels)
+
+    cut = replace(settings, output_dir=str(tmp_path / "cut"), resume_from_checkpoint="latest")
+    with pytest.raises(KeyboardInterrupt):
+        run(cut, loss=failing_loss, evaluate=evaluate)
+    for state in Path(cut.output_dir).glob("step_*/random_states_*"):  # steps are seeded by their number alone
+        state.unlink()
+    gone_on = run(cut, model=build(seed=5, drop_path_rate=0.3), evaluate=evaluate)
+    assert same(weights(cut.output_dir), weights(settings.output_dir))
+    assert log(cut.output_dir) == log(settings.output_dir)
+    assert gone_on["final_loss"] == whole["final_loss"]
+
+
+def test_without_its_seeds_a_step_would_differ(settings, tmp_path):
+    run(settings)
+    other = replace(settings, output_dir=str(tmp_path / "other"), seed=1)
+    run(other)
+    assert not same(weights(other.output_dir), weights(settings.output_dir))
+
+
+def test_accumulated_batches_are_one_large_batch(settings, tmp_path):
+    large = Batches(16, 6)
+    small = Batches(8, 12)
+    small.pixels = large.pixels.view(12, 8, 3, 8, 8)
+    small.labels = large.labels.view(12, 8)
+    run(settings, build(), large, plain_loss)
+    accumulated = replace(settings, output_dir=str(tmp_path / "other"), gradient_accumulation_steps=2)
+    run(accumulated, build(), small, plain_loss)
+    for name, weight in weights(settings.output_dir).items():
+        torch.testing.assert_close(weights(accumulated.output_dir)[name], weight, atol=2e-4, rtol=1e-3)
+
+
+def test_it_learns(settings):
+    found = run(replace(settings, num_train_epochs=30, ema_decay=0.0), build(), Batches(), plain_loss)
+    assert found["final_loss"] < 0.5
+    assert found["images_seen"] == 30 * 48
+
+
+def test_averaged_weights_are_saved(settings, tmp_path):
+    run(settings)
+    plain = replace(settings, output_dir=str(tmp_path / "plain"), ema_decay=0.0)
+    run(plain)
+    assert not same(weights(settings.output_dir), weights(plain.output_dir))
+    last = load_file(tmp_path / "out" / "step_18" / "model.safetensors")
+    assert same({name: last[name] for name in weights(plain.output_dir)}, weights(plain.output_dir))
+
+
+def test_frozen_parts_stay_as_they_are(settings):
+    model = build(drop_path_rate=0.5)
+    model.mixed_noise_vit.requires_grad_(False)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    features = []
+    model.classifier.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
+    run(replace(settings, num_train_epochs=2, ema_decay=0.0), model, Batches(batches=1), plain_loss)
+    after = weights(settings.output_dir)
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    assert changed == {"classifier.weight", "classifier.bias"}
+    assert torch.equal(features[0], features[1])  # no dropped paths in there
+
+
+def test_groups_of_parameters():
+    model = build()
+    encoder = model.mixed_noise_vit.encoder
+    of = {id(parameter): group for group in parameter_groups(model, 1.0, 0.1, 0.5) for parameter in group["params"]}
+    assert len(of) == len(list(model.parameters()))
+    rates = [of[id(block.attn.qkv.weight)]["lr"] for block in encoder.blocks]
+    assert rates[1] == 2 * rates[0]
+    assert rates[2] == 2 * rates[1]
+    assert of[id(encoder.pos_embed)]["lr"] == rates[0] / 2
+    assert of[id(model.classifier.weight)]["lr"] == 1
+    decaying = {name for name, one in model.named_parameters() if of[id(one)]["weight_decay"] > 0}
+    assert all(one.ndim > 1 for name, one in model.named_parameters() if name in decaying)
+    assert "mixed_noise_vit.encoder.pos_embed" not in decaying
+    assert "classifier.weight" in decaying
+    assert {group["lr"] for group in parameter_groups(model, 1.0, 0.1, 1.0)} == {1.0}
+
+
+def test_a_folder_with_a_training_is_not_overwritten(settings):
+    run(settings)
+    with pytest.raises(ValueError, match="resume_from_checkpoint latest"):
+        run(settings)
+
+
+def test_a_checkpoint_of_another_training_is_refused(settings):
+    identity = {"dataset": "one", "config": {"stem": "conv", "norm_layer": "layernorm"}}
+    run(settings, identity=identity)
+    again = replace(settings, resume_from_checkpoint="latest")
+    with pytest.raises(ValueError, match="dataset: 'one' -> 'two'"):
+        run(again, identity={**identity, "dataset": "two"})
+    with pytest.raises(ValueError, match=r"learning_rate: 0.0015 -> 0.1"):
+        run(replace(again, learning_rate=0.1), identity=identity)
+    other = {**identity, "config": {"stem": "conv", "norm_layer": "batchnorm"}}  # of which only what differs is named
+    with pytest.raises(ValueError, match=r"other settings \(config\.norm_layer: 'layernorm' -> 'batchnorm'\)"):
+        run(again, identity=other)
+    with pytest.raises(ValueError, match="no checkpoint at 'nowhere'"):
+        run(replace(settings, resume_from_checkpoint="nowhere"))
+
+
+def test_a_finished_training_is_not_trained_on(settings):
+    whole = run(settings)
+    before = log(settings.output_dir)
+    again = run(replace(settings, resume_from_checkpoint="latest"))
+    assert log(settings.output_dir) == before
+    assert again["final_loss"] == whole["final_loss"]
+
+
+def test_killed_while_the_model_is_saved_it_is_saved_by_the_next_start(settings):
+    settings = replace(settings, checkpointing_steps="6", resume_from_checkpoint="latest", num_train_epochs=1)
+
+    def fail(model):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, evaluate=fail)
+    run(settings)
+    assert weights(settings.output_dir)
+
+
+def test_a_training_that_comes_to_nothing_leaves_the_last_checkpoint_as_it_was(settings):
+    """Steps of a size beyond all numbers, whose losses would be looked at much later."""
+    settings = replace(settings, checkpointing_steps="2", logging_steps=1000, ema_decay=0.0)
+    steps = []
+
+    def breaks(model, pixels, labels):
+        steps.append(len(steps))
+        if len(steps) == 4:
+            with torch.no_grad():
+                model.classifier.weight.fill_(float("nan"))
+        return plain_loss(model, pixels, labels)
+
+    with pytest.raises(FloatingPointError, match="no longer finite by step 4"):
+        run(settings, loss=breaks)
+    (checkpoint,) = Path(settings.output_dir).glob("step_*")
+    assert checkpoint.name == "step_2"
+    assert all(torch.isfinite(one).all() for one in load_file(checkpoint / "model.safetensors").values())
+    assert not (Path(settings.output_dir) / "model.safetensors").exists()
+
+
+def test_a_training_may_go_on_from_an_earlier_checkpoint_than_its_last(settings):
+    settings = replace(settings, checkpointing_steps="4", num_train_epochs=2)
+    run(settings)
+    whole = weights(settings.output_dir)
+    other = replace(settings, output_dir=settings.output_dir + "-2")
+
+    def for_six_steps(left, *given):
+        if next(left) == 0:
+            raise KeyboardInterrupt
+        return loss_with_noise(*given)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(other, loss=partial(for_six_steps, count(6, -1)))
+    earlier = Path(other.output_dir) / "earlier"
+    shutil.copytree(Path(other.output_dir) / "step_4", earlier)
+    with pytest.raises(KeyboardInterrupt):
+        run(replace(other, resume_from_checkpoint="latest"), loss=partial(for_six_steps, count(6, -1)))
+    assert (Path(other.output_dir) / "step_8").is_dir()  # which the one from step 4 on will come to again
+    run(replace(other, resume_from_checkpoint=str(earlier)))
+    for name, one in weights(other.output_dir).items():
+        assert torch.equal(one, whole[name])
+
+
+def test_a_finished_model_without_checkpoints_is_not_trained_over(settings):
+    results = Path(settings.output_dir) / "results"
+    results.mkdir(parents=True)
+    (results / "training.json").write_text("{}")
+    with pytest.raises(ValueError, match="a finished model and no checkpoint"):
+        run(replace(settings, resume_from_checkpoint="latest"))
+
+
+def test_a_loss_that_is_not_finite_ends_the_training(settings):
+    with pytest.raises(FloatingPointError, match="by step 4"):
+        run(settings, loss=lambda *given: plain_loss(*given) * float("nan"))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"num_train_epochs": 0},
+        {"learning_rate": 0.0},
+        {"learning_rate": float("nan")},
+        {"ema_decay": 1.0},
+        {"layer_decay": 1.5},
+        {"warmup_ratio": -0.1},
+        {"checkpointing_steps": "often"},
+        {"checkpointing_steps": "0"},
+        {"mixed_precision": "fp8"},
+        {"max_grad_norm": 0.0},
+        {"weight_decay": -1.0},
+    ],
+)
+def test_settings_out_of_range_are_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        TrainingSettings("somewhere", **wrong)
+
+
+def test_too_few_batches_for_an_update(settings):
+    with pytest.raises(ValueError, match="gradient_accumulation_steps=7"):
+        run(replace(settings, gradient_accumulation_steps=7))
+
+
+TINY = [
+    "--dataset_name", "hf_smoothing/data/cifar10_demo.parquet", "--per_device_train_batch_size", "20",
+    "--num_train_epochs", "3", "--logging_steps", "2", "--checkpointing_steps", "4",
+    "--resume_from_checkpoint", "latest", "--ema_decay", "0.9",
+]  # fmt: skip
+
+
+def script(name, launcher, *args):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*launcher, f"scripts/{name}", *TINY, *args],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output[-3000:]
+    return output
+
+
+def test_pretrain_kill_resume_and_finetune_with_two_processes(tmp_path):
+    small = [
+        "--hidden_size",
+        "16",
+        "--num_hidden_layers",
+        "2",
+        "--num_attention_heads",
+        "2",
+        "--drop_path_rate",
+        "0.2",
+    ]
+    whole, killed, fine = tmp_path / "whole", tmp_path / "killed", tmp_path / "fine"
+    python = [sys.executable]
+    finish(script("pretrain.py", python, *small, "--output_dir", str(whole)))
+    process = script("pretrain.py", python, *small, "--output_dir", str(killed))
+    while not list(killed.glob("step_*")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert not (killed / "results").exists(), "it was not killed in time"
+    finish(script("pretrain.py", python, *small, "--output_dir", str(killed)))
+    assert same(weights(killed), weights(whole))
+    assert log(killed) == log(whole)
+
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    finish(
+        script(
+            "finetune.py",
+            torchrun,
+            "--model_name_or_path",
+            str(whole),
+            "--output_dir",
+            str(fine),
+            "--eval_split",
+            "train",
+            "--eval_samples",
+            "20",
+        )
+    )
+    results = json.loads((fine / "results" / "training.json").read_text())
+    assert results["num_processes"] == 2
+    assert results["images_seen"] == 3 * 200
+    assert set(results["evaluation"]) == {f"majority_accuracy_sigma_{sigma}" for sigma in ("0", "0.25", "0.5", "1")}
+    assert results["continues"]["settings"]["sigmas"] == [0, 0.25, 0.5, 1]
+    model = MixedNoiseViTForImageClassification.from_pretrained(fine)
+    assert model.config.id2label[6] == "frog"
+
+
+def test_the_two_minutes_of_the_readme(tmp_path):
+    """The command as it is written there, from the root of the repository."""
+    readme = (ROOT / "README.md").read_text()
+    (command,) = re.findall(r"accelerate launch (scripts/finetune\.py (?:.*\\\n)*.* runs/tiny)\n", readme)
+    words = shlex.split(command.replace("\\\n", " ").replace("runs/tiny", str(tmp_path / "tiny")))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(launch, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "tiny" / "results" / "training.json").read_text())
+    assert results["images_seen"] == 600
+    assert (tmp_path / "tiny" / "README.md").is_file()
+    before, after = weights(SHIPPED_MODEL), weights(tmp_path / "tiny")
+    assert before.keys() == after.keys()
+    assert not same(before, after)
