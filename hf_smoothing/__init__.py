@@ -16,13 +16,15 @@ from .core.modeling_mixed_noise_vit import (
     MixedNoiseViTModel,
     MixedNoiseViTPreTrainedModel,
 )
-from .core.noise import GaussianNoise, LaplaceNoise, NoiseMixture, UniformNoise
+from .core.noise import GaussianNoise, LaplaceNoise, UniformNoise
 from .core.pipeline_certified_image_classification import CertifiedImageClassificationPipeline
 from .core.rules import CountRule, FixedRule, PredictRule
 from .core.sequential import SequentialRule
 from .core.smoothing import SmoothedClassifier
 from .data.demo_images import load_demo_images
 from .metrics.certified_accuracy import CertifiedAccuracy
+from .training.from_timm import from_timm
+from .training.noise_mixture import NoiseMixture
 
 AutoConfig.register(MixedNoiseViTConfig.model_type, MixedNoiseViTConfig)
 AutoModel.register(MixedNoiseViTConfig, MixedNoiseViTModel)
@@ -56,6 +58,7 @@ __all__ = [
     "clopper_pearson_lower",
     "confidence_sequence_lower",
     "format_radius",
+    "from_timm",
     "load_demo_images",
     "log_e_value",
 ]

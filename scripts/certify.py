@@ -14,7 +14,7 @@ import sys
 
 from hf_smoothing.core.preprocessing import read_resolution
 from hf_smoothing.runs.dataset_run import DTYPES, RunSettings, certify_dataset
-from hf_smoothing.runs.processes import start_processes
+from hf_smoothing.utils.processes import start_processes
 
 
 def parse_args() -> argparse.Namespace:

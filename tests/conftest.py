@@ -13,7 +13,7 @@ from transformers import ViTImageProcessor
 
 from hf_smoothing import GaussianNoise, MixedNoiseViTConfig, MixedNoiseViTForImageClassification, load_demo_images
 from hf_smoothing.runs.dataset_run import RunSettings, certify_dataset
-from hf_smoothing.runs.processes import start_processes
+from hf_smoothing.utils.processes import start_processes
 
 ROOT = Path(__file__).parent.parent
 SHIPPED_MODEL = ROOT / "model_cards" / "mixed-noise-vit-nano-cifar10"

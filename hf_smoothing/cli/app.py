@@ -33,7 +33,7 @@ from ..reporting.results import load_pictures, name_of_figure, read_results
 from ..reporting.tables import print_table
 from ..runs import dataset_run as dataset_runs
 from ..runs.dataset_run import RunSettings
-from ..runs.processes import start_processes
+from ..utils.processes import start_processes
 from ..utils.provenance import command_line
 from . import hub_commands, model_commands
 from ._errors import fail
@@ -68,7 +68,7 @@ def certify(
             "`--delta`, to claim this radius or nothing.)"
         ),
     ] = None,
-    max_samples: Annotated[int | None, typer.Option(help="The most draws for one picture.")] = None,
+    max_draws: Annotated[int | None, typer.Option(help="The most draws for one picture.")] = None,
     method: Method = "sequential",
     count_head: CountHead = None,
     delta: Delta = None,
@@ -88,7 +88,7 @@ def certify(
 
     Example: `hf-smoothing certify frog.png --model user/repo --sigma 0.5`
     """
-    settings = {"alpha": alpha, "radius": radius, "max_samples": max_samples, "method": method, "seed": seed}
+    settings = {"alpha": alpha, "radius": radius, "max_draws": max_draws, "method": method, "seed": seed}
     settings |= {"count_head": count_head, "delta": delta, "denoiser": denoiser}
     settings["noise_resolution"] = read_resolution(noise_resolution)
     try:
@@ -231,7 +231,7 @@ def demo(
     ] = Path("demo"),
     sigma: Sigma = 0.25,
     alpha: Alpha = 0.001,
-    max_samples: Annotated[int, typer.Option(help="The most draws for one picture.")] = 450,
+    max_draws: Annotated[int, typer.Option(help="The most draws for one picture.")] = 450,
     count_head: Annotated[
         str | None,
         typer.Option(
@@ -247,7 +247,7 @@ def demo(
     Run it in a clone of the repository, where the model is, or name a model with `--model`.
     """
     try:
-        run_demo(model, output_dir, sigma, alpha, max_samples, seed, batch_size, count_head)
+        run_demo(model, output_dir, sigma, alpha, max_draws, seed, batch_size, count_head)
     except (ImportError, OSError, TypeError, ValueError) as error:
         fail(error)
 

@@ -21,7 +21,8 @@ from ..reporting.plots import picture_of_certificates, require_matplotlib
 from ..reporting.reports import percent
 from ..reporting.tables import print_table
 from ..runs.dataset_run import RunSettings
-from ..runs.records import record, write_json, write_parquet
+from ..runs.records import record, write_parquet
+from ..utils.files import write_json
 from ..utils.provenance import command_line, package_versions
 
 DEMO_IMAGES = "hf_smoothing/data/cifar10_demo.parquet"
@@ -33,7 +34,7 @@ def run_demo(
     output_dir: Path,
     sigma: float,
     alpha: float,
-    max_samples: int,
+    max_draws: int,
     seed: int,
     batch_size: int,
     count_head: str | None = None,
@@ -46,7 +47,7 @@ def run_demo(
         output_dir: where to write.
         sigma: noise level, in `[0, 1]` pixels.
         alpha: probability that a certificate is wrong.
-        max_samples: the most draws for one picture.
+        max_draws: the most draws for one picture.
         seed: of the noise.
         batch_size: draws in one forward pass.
         count_head: of the model, to draw less; by default the one in the folder `MODEL-counts`, if there is one.
@@ -76,7 +77,7 @@ def run_demo(
         label_column="label",
         radii=DEMO_RADII,
         alpha=alpha,
-        max_draws=max_samples,
+        max_draws=max_draws,
         seed=seed,
         count_head=count_head,
     )
@@ -90,7 +91,7 @@ def run_demo(
         raise ValueError(f"{model} has the classes {smoothed.class_names}; the pictures have {names}.")
     pictures, labels = list(images["image"]), list(images["label"])
     certificates = smoothed.certify(
-        pictures, radii=DEMO_RADII, alpha=alpha, max_samples=max_samples, seed=seed, progress=True
+        pictures, radii=DEMO_RADII, alpha=alpha, max_draws=max_draws, seed=seed, progress=True
     )
     rows = [record(index, label, names, one) for index, (label, one) in enumerate(zip(labels, certificates))]
     write_parquet(rows, output_dir / "certificates.parquet")
@@ -114,7 +115,7 @@ def run_demo(
             "count_head_weights": weights_digest(head.model) if isinstance(head, CountPredictor) else None,
             "label_names": names,
         },
-        "image_shape": list(to_pixels(pictures[0], smoothed.preparation).shape),
+        "image_shape": list(to_pixels(pictures[0], smoothed.preprocessing).shape),
         "sessions": [{"device": str(smoothed.device), "num_threads": torch.get_num_threads()}],
         "command": command_line(),
         "versions": package_versions(),

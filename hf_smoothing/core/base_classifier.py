@@ -8,20 +8,20 @@ import torch
 from torch import nn
 
 from .loading import check_weights, weights_digest
-from .preprocessing import Preparation
+from .preprocessing import Preprocessing
 
 Classifier = Callable[[torch.Tensor], Any]
 Denoiser = Callable[[torch.Tensor, float], torch.Tensor]
 
 
-class ForwardPass:
+class BaseClassifier:
     """
     Denoises, resizes, normalises and classifies.
 
     Args:
         classifier: maps what the network takes to logits `(batch, classes)`, or to an output with `logits`. A
             `torch.nn.Module` is put into evaluation mode.
-        preparation: what happens to pixels between noise and network.
+        preprocessing: what happens to pixels between noise and network.
         denoiser: maps noisy pixels and sigma to pixels of the same shape, each image for itself; or the name of one, see
             [`DENOISERS`]. A `torch.nn.Module` is put into evaluation mode and onto the device.
         device: where; by default where the module is, else the CPU.
@@ -35,7 +35,7 @@ class ForwardPass:
     def __init__(
         self,
         classifier: Classifier,
-        preparation: Preparation | None = None,
+        preprocessing: Preprocessing | None = None,
         denoiser: Denoiser | str | None = None,
         device: torch.device | str | None = None,
         autocast: torch.dtype | None = None,
@@ -53,7 +53,7 @@ class ForwardPass:
         self.classifier = torch.compile(classifier, dynamic=True) if compile else classifier
         self.compiled = compile
         self.autocast = autocast
-        self.preparation = preparation
+        self.preprocessing = preprocessing
         if isinstance(denoiser, str) and denoiser not in DENOISERS:
             raise ValueError(f"denoiser={denoiser!r} is unknown: use {', '.join(DENOISERS)}, or pass a callable.")
         self.denoiser = DENOISERS[denoiser] if isinstance(denoiser, str) else denoiser
@@ -90,8 +90,8 @@ class ForwardPass:
         """
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             pixels = torch.cat([self.at_input(group, sigma) for group in groups])
-            if self.preparation is not None:
-                pixels = self.preparation.normalize(pixels)
+            if self.preprocessing is not None:
+                pixels = self.preprocessing.normalize(pixels)
             output = self.classifier(pixels.to(self.dtype))
         logits = output if isinstance(output, torch.Tensor) else output.logits
         if logits.ndim != 2 or len(logits) != len(pixels):
@@ -105,9 +105,9 @@ class ForwardPass:
             pixels = self.denoiser(pixels, sigma)
             if pixels.shape != shape:
                 raise ValueError(f"The denoiser made {tuple(pixels.shape)} of pixels of shape {tuple(shape)}.")
-        if self.preparation is None or self.preparation.resize is None:
+        if self.preprocessing is None or self.preprocessing.resize is None:
             return pixels
-        return self.preparation.resize(pixels)
+        return self.preprocessing.resize(pixels)
 
 
 def wiener(pixels: torch.Tensor, sigma: float, window: int = 5) -> torch.Tensor:

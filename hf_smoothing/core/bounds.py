@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
+from .validation import check_probability
+
 FloatArray = NDArray[np.float64]
 
 
@@ -97,13 +99,6 @@ def _counts(successes: ArrayLike, trials: ArrayLike) -> tuple[FloatArray, FloatA
         bad = int(np.argmin(fit))
         raise ValueError(f"successes={hits.flat[bad]:g} must lie between 0 and trials={draws.flat[bad]:g}.")
     return hits, draws
-
-
-def check_probability(name: str, value: ArrayLike) -> None:
-    """Raise a `ValueError` that names the value unless all of `value` lies strictly between 0 and 1."""
-    values = np.asarray(value, np.float64)[()]
-    if not ((values > 0) & (values < 1)).all():
-        raise ValueError(f"{name}={value!r} must lie strictly between 0 and 1.")
 
 
 def _check_prior(prior: Prior) -> None:

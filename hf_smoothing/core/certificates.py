@@ -6,16 +6,12 @@ distribution; they know nothing of models.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from decimal import ROUND_FLOOR, Decimal
-from numbers import Integral, Real
 from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-
-from .bounds import check_probability
 
 ABSTAIN = -1
 """The prediction of a certificate that claims nothing."""
@@ -193,31 +189,6 @@ class Rule(Protocol):
     def start(self, noise: NoiseDistribution, clean: CleanPass) -> Run:
         """Begin an image with what its clean pass said; nothing but zeros unless `uses_clean_pass`."""
         ...
-
-
-def check_count(name: str, value: int) -> None:
-    """Raise a `ValueError` that names the value unless it is a whole number above 0."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}={value!r} must be a whole number, 1 or more.")
-
-
-def check_share(name: str, value: float) -> None:
-    if not isinstance(value, Real) or isinstance(value, bool):
-        raise ValueError(f"{name}={value!r} must be a number strictly between 0 and 1.")
-    check_probability(name, value)
-
-
-def check_radius(radius: float) -> None:
-    if not isinstance(radius, Real) or isinstance(radius, bool) or not 0 <= radius < math.inf:
-        raise ValueError(f"radius={radius!r} must be a finite number, 0 or above.")
-
-
-def check_radii(radii: Sequence[float]) -> None:
-    """Raise a `ValueError` unless these are radii to decide."""
-    if not radii:
-        raise ValueError("radii=() asks for nothing: give one or more radii, or None to find the radius.")
-    for radius in radii:
-        check_radius(radius)
 
 
 def probability_in_reach(noise: NoiseDistribution, radius: float) -> float:

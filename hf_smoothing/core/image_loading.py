@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .noise import snap_to_8_bits
-from .preprocessing import Preparation
+from .preprocessing import Preprocessing
 
 
 def load_image(source: Any) -> Image.Image:
@@ -84,26 +84,26 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     return image.convert("RGB")
 
 
-def to_pixels(image: Any, preparation: Preparation | None = None) -> torch.Tensor:
+def to_pixels(image: Any, preprocessing: Preprocessing | None = None) -> torch.Tensor:
     """
     One image as a base classifier sees it before noise: float32, `(channels, height, width)`, in `[0, 1]`, on the CPU.
 
     Args:
         image: a tensor `(channels, height, width)`, float in `[0, 1]` or uint8; or what [`load_image`] takes.
-        preparation: makes pixels of pictures.
+        preprocessing: makes pixels of pictures.
 
     Raises:
         ValueError: for a tensor that does not hold pixels, or a picture without an image processor.
     """
     if not isinstance(image, torch.Tensor):
-        if preparation is None:
+        if preprocessing is None:
             raise ValueError(
                 f"A {type(image).__name__} needs an image processor: pass image_processor=... or tensors."
             )
-        image = preparation.before(load_image(image))
+        image = preprocessing.before(load_image(image))
     if image.ndim != 3:
         raise ValueError(f"An image has shape {tuple(image.shape)}; it takes (channels, height, width).")
-    side = preparation.noise_resolution if preparation is not None else None
+    side = preprocessing.noise_resolution if preprocessing is not None else None
     if isinstance(side, int) and tuple(image.shape[1:]) != (side, side):
         raise ValueError(f"A tensor of shape {tuple(image.shape)} is not {side} pixels a side: pass a picture.")
     image = image.detach().to("cpu")

@@ -15,11 +15,11 @@ from .certificates import Certificate
 from .count_predictor import CountPredictor
 from .image_loading import to_pixels
 from .noise import GaussianNoise
-from .preprocessing import NoiseResolution, Preparation
+from .preprocessing import NoiseResolution, Preprocessing
 from .smoothing import SmoothedClassifier
 
 SETTINGS = (
-    "sigma", "seed", "progress", "method", "alpha", "radius", "radii", "max_samples", "n0", "n", "tolerance", "delta",
+    "sigma", "seed", "progress", "method", "alpha", "radius", "radii", "max_draws", "n0", "n", "tolerance", "delta",
     "count_head", "noise_resolution", "denoiser",
 )  # fmt: skip
 
@@ -41,7 +41,7 @@ class CertifiedImageClassificationPipeline(Pipeline):
       picture at its `"native"` size, or at so many pixels a side.
     - `denoiser`: in front of the model and part of it: a callable, or `"wiener"`.
     - `delta`: for `"surrogate"`, the share of pictures that a calibrated count head may be wrong about.
-    - `max_samples`: the most draws for one image.
+    - `max_draws`: the most draws for one image.
     - `tolerance`, `n0`, `n`: see [`make_rule`].
     - `seed` (0): the same seed gives an image the same noise, and so the same certificate, whatever the batch size.
     - `batch_size` (128): draws in one forward pass; several images share it.
@@ -66,7 +66,7 @@ class CertifiedImageClassificationPipeline(Pipeline):
     def __init__(self, *args: Any, batch_size: int = 128, **kwargs: Any):
         super().__init__(*args, batch_size=batch_size, **kwargs)
         self._count_heads: dict[str, CountPredictor] = {}
-        self._preparations: dict[NoiseResolution, Preparation] = {}
+        self._preparations: dict[NoiseResolution, Preprocessing] = {}
         if (head := self._forward_params.get("count_head")) is not None:
             self._load_count_head(str(head))
 
@@ -113,7 +113,7 @@ class CertifiedImageClassificationPipeline(Pipeline):
     def preprocess(self, input_: Any, noise_resolution: NoiseResolution = "input") -> torch.Tensor:
         """A picture as pixels in `[0, 1]`, `(channels, height, width)`, at the size at which noise is added."""
         if noise_resolution not in self._preparations:
-            self._preparations[noise_resolution] = Preparation.of(self.image_processor, noise_resolution)
+            self._preparations[noise_resolution] = Preprocessing.of(self.image_processor, noise_resolution)
         return to_pixels(input_, self._preparations[noise_resolution])
 
     def _forward(

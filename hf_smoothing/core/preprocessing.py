@@ -16,12 +16,12 @@ Step = Callable[[torch.Tensor], torch.Tensor]
 
 
 def read_resolution(text: str) -> NoiseResolution:
-    """A resolution as the command line has it; whether there is such a one is for [`Preparation.of`] to say."""
+    """A resolution as the command line has it; whether there is such a one is for [`Preprocessing.of`] to say."""
     return int(text) if text.isdecimal() else text  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
-class Preparation:
+class Preprocessing:
     """
     The steps of an image processor.
 
@@ -40,7 +40,7 @@ class Preparation:
     noise_resolution: NoiseResolution
 
     @classmethod
-    def of(cls, image_processor: Any, noise_resolution: NoiseResolution = "input") -> "Preparation":
+    def of(cls, image_processor: Any, noise_resolution: NoiseResolution = "input") -> "Preprocessing":
         """
         Part an image processor of transformers (timm's among them).
 
@@ -94,11 +94,11 @@ def _picture(smooth: bool = False) -> Image.Image:
 
 def same_pixels(one: Any, other: Any) -> bool:
     """Whether two image processors make the same pixels of a picture, before normalisation."""
-    pixels = [Preparation.of(processor).before(_picture()) for processor in (one, other)]
+    pixels = [Preprocessing.of(processor).before(_picture()) for processor in (one, other)]
     return pixels[0].shape == pixels[1].shape and torch.allclose(pixels[0], pixels[1], atol=1e-6)
 
 
-def _refuse_other_steps(processor: Any, parted: "Preparation", found: "Preparation") -> None:
+def _refuse_other_steps(processor: Any, parted: "Preprocessing", found: "Preprocessing") -> None:
     """Compare with the processor itself, on pictures of chance: it may do more than its settings say."""
     picture = _picture()
     whole = processor(picture, return_tensors="pt")["pixel_values"]

@@ -19,14 +19,11 @@ from .certificates import (
     NoiseDistribution,
     Outcome,
     Rule,
-    check_count,
-    check_radii,
-    check_radius,
-    check_share,
     probability_in_reach,
     too_few,
 )
 from .sequential import SequentialRule
+from .validation import check_count, check_radii, check_radius, check_share
 
 
 @dataclass(frozen=True)
@@ -328,7 +325,7 @@ def make_rule(
     alpha: float = 0.001,
     radius: float | None = None,
     radii: Sequence[float] | None = None,
-    max_samples: int | None = None,
+    max_draws: int | None = None,
     n0: int | None = None,
     n: int | None = None,
     tolerance: float | None = None,
@@ -343,7 +340,7 @@ def make_rule(
         alpha: probability of a wrong certificate, in (0, 1); without meaning for `counts`, which claims nothing.
         radius: one radius to decide; for `surrogate` with `delta` only.
         radii: several radii to decide, instead of `radius`.
-        max_samples: the most draws for one image (for `fixed` it is `n`, unless a smaller one is given).
+        max_draws: the most draws for one image (for `fixed` it is `n`, unless a smaller one is given).
         n0: draws that choose the class, `fixed` only.
         n: draws that bound its probability (`fixed`), are counted (`counts`), or that the head stands for (`surrogate`).
         tolerance: relative tolerance of the radius, `sequential` without a radius only.
@@ -363,18 +360,18 @@ def make_rule(
     for one in asked or ():
         check_radius(one)
     if method == "fixed":
-        if n is not None and max_samples is not None and n > max_samples:
-            raise ValueError(f"n={n} exceeds max_samples={max_samples}.")
+        if n is not None and max_draws is not None and n > max_draws:
+            raise ValueError(f"n={n} exceeds max_draws={max_draws}.")
         rule, refused = FixedRule, {"tolerance": tolerance}
-        settings: dict[str, Any] = {"n0": n0, "n": n if n is not None else max_samples}
+        settings: dict[str, Any] = {"n0": n0, "n": n if n is not None else max_draws}
         settings["radius"] = max(asked) if asked else None
     elif method == "sequential":
         rule, refused = SequentialRule, {"n0": n0, "n": n}
         if asked is not None:
             refused["tolerance"] = tolerance
-        settings = {"radii": asked, "max_samples": max_samples, "tolerance": tolerance}
+        settings = {"radii": asked, "max_draws": max_draws, "tolerance": tolerance}
     elif method == "surrogate":
-        rule, refused = SurrogateRule, {"max_samples": max_samples, "n0": n0, "tolerance": tolerance}
+        rule, refused = SurrogateRule, {"max_draws": max_draws, "n0": n0, "tolerance": tolerance}
         if delta is None:  # an estimate says each image's radius
             refused |= {"radius": radius, "radii": radii}
         # without delta a calibration that happens to lie beside the head changes nothing
@@ -384,7 +381,7 @@ def make_rule(
     elif method == "counts":
         rule = lambda alpha, **chosen: CountRule(**chosen)  # noqa: E731
         refused = {"radius": radius, "radii": radii, "n0": n0, "tolerance": tolerance}
-        settings = {"n": n if n is not None else max_samples}
+        settings = {"n": n if n is not None else max_draws}
     else:
         raise ValueError(f"method={method!r} is unknown: use 'sequential', 'fixed', 'surrogate' or 'counts'.")
     if method != "surrogate":

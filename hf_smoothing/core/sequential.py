@@ -22,12 +22,10 @@ from .certificates import (
     Guarantee,
     NoiseDistribution,
     Outcome,
-    check_count,
-    check_radii,
-    check_share,
     probability_in_reach,
     too_few,
 )
+from .validation import check_count, check_radii, check_share
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ class SequentialRule:
     Args:
         radii: radii to decide; `None` finds the radius.
         alpha: probability of a wrong certificate, in (0, 1).
-        max_samples: the most draws for one image, besides its clean pass.
+        max_draws: the most draws for one image, besides its clean pass.
         tolerance: without `radii`, stop once the proved radius is at least `1 - tolerance` of what it can still
             become (the upper end of a 95 % confidence interval, or what the budget can show if that is less).
         weight_floor: the part of alpha shared equally over all classes; the rest follows their rank on the clean image, or
@@ -66,7 +64,7 @@ class SequentialRule:
 
     radii: tuple[float, ...] | None = None
     alpha: float = 0.001
-    max_samples: int = 10_000
+    max_draws: int = 10_000
     tolerance: float = 0.1
     weight_floor: float = 0.05
     prior: OddsPrior | None = None
@@ -79,28 +77,28 @@ class SequentialRule:
         check_share("alpha", self.alpha)
         check_share("tolerance", self.tolerance)
         check_share("weight_floor", self.weight_floor)
-        check_count("max_samples", self.max_samples)
+        check_count("max_draws", self.max_draws)
         if self.radii is not None:
             check_radii(self.radii)
 
     @property
     def budget(self) -> int:
-        return self.max_samples
+        return self.max_draws
 
     def check(self, noise: NoiseDistribution) -> None:
         radius = max(self.radii or (0.0,))
         alpha = self._largest_alpha
         p0 = probability_in_reach(noise, radius)
         needed, short = draws_to_reject(p0, alpha, self._prior), 0
-        if needed > self.max_samples:
+        if needed > self.max_draws:
             while short < needed:  # the prior for a larger budget may take more still
-                short, needed = needed, draws_to_reject(p0, alpha, replace(self, max_samples=needed)._prior)
-            best = noise.radius(_lower(self.max_samples, self.max_samples, alpha, self._prior))
-            raise too_few("max_samples", self.max_samples, radius, best, needed)
+                short, needed = needed, draws_to_reject(p0, alpha, replace(self, max_draws=needed)._prior)
+            best = noise.radius(_lower(self.max_draws, self.max_draws, alpha, self._prior))
+            raise too_few("max_draws", self.max_draws, radius, best, needed)
 
     @property
     def _prior(self) -> OddsPrior:
-        return self.prior or OddsPrior.for_budget(self.max_samples, self.alpha)
+        return self.prior or OddsPrior.for_budget(self.max_draws, self.alpha)
 
     @property
     def _largest_alpha(self) -> float:
@@ -120,7 +118,7 @@ class SequentialRule:
         log_odds = round(_ROUNDING * float(special.logit(np.clip(clean.scores.max(), 1e-6, 1 - 1e-6)))) / _ROUNDING
         radii = self.radii
         if radii is None:  # what will be claimed in the end
-            most = _lower(self.max_samples, self.max_samples, self._largest_alpha, prior)
+            most = _lower(self.max_draws, self.max_draws, self._largest_alpha, prior)
             radii = ((1 - self.tolerance) * noise.radius(min(float(special.expit(log_odds)), most)),)
         nulls = [noise.probability_needed(radius) for radius in radii]
         distances = [log_odds - float(special.logit(null)) for null in nulls]
@@ -182,10 +180,10 @@ class _SequentialRun:
         self.counts = np.zeros(len(weights), np.int64)
         self.best = ABSTENTION
         self._best_radius = 0.0
-        self.wanted = min(8, rule.max_samples)
+        self.wanted = min(8, rule.max_draws)
         self.radii = sorted(rule.radii or ())  # those not yet claimed
         if rule.radii is None:
-            most = _lower(rule.max_samples, rule.max_samples, rule._largest_alpha, self.prior)
+            most = _lower(rule.max_draws, rule.max_draws, rule._largest_alpha, self.prior)
             self.largest_radius = noise.radius(most)
 
     def next_draws(self) -> int:
@@ -199,7 +197,7 @@ class _SequentialRun:
         runner_up = int(np.delete(self.counts, top).max(initial=0))
         unclaimed = len(self.radii)
         wanted = (self._decide if self.rule.radii is not None else self._find)(top, hits, runner_up, draws)
-        self.wanted = min(wanted, self.rule.max_samples - draws)
+        self.wanted = min(wanted, self.rule.max_draws - draws)
         # at a claim too: later draws may speak less clearly, and the claim stands
         if not self.wanted or len(self.radii) < unclaimed:
             self._keep_better(top, hits, runner_up, draws)
@@ -229,7 +227,7 @@ class _SequentialRun:
 
     def _hopeless(self, radius: float, top: int, hits: int, runner_up: int, draws: int) -> bool:
         """Whether the rest of the budget would not show `radius` even if it went well; no guarantee rests on this."""
-        left = self.rule.max_samples - draws
+        left = self.rule.max_draws - draws
         p_a, p_b = _interval(hits, runner_up, draws, _ALPHA_STOP)
         return not self._shows(radius, top, hits + left * p_a, runner_up + left * p_b, draws + left)
 

@@ -14,15 +14,16 @@ from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from .active_images import ActiveImage, ProgressBar, in_order
-from .base_classifier import Classifier, Denoiser, ForwardPass
+from .base_classifier import BaseClassifier, Classifier, Denoiser
 from .calibration import Calibration
-from .certificates import ABSTAIN, Certificate, CleanPass, Rule, check_count
+from .certificates import ABSTAIN, Certificate, CleanPass, Rule
 from .count_predictor import CountPredictor
 from .image_loading import to_pixels
 from .loading import weights_digest
 from .noise import SmoothingNoise, image_key
-from .preprocessing import NoiseResolution, Preparation
+from .preprocessing import NoiseResolution, Preprocessing
 from .rules import PredictRule, make_rule
+from .validation import check_count
 
 _FIRST_DRAWS = 8
 """About what an image wants right after its clean pass."""
@@ -88,10 +89,10 @@ class SmoothedClassifier:
         self.noise = noise
         self.batch_size = batch_size
         self.image_processor = image_processor
-        self.preparation = None if image_processor is None else Preparation.of(image_processor, noise_resolution)
-        self.base = ForwardPass(base_classifier, self.preparation, denoiser, device, autocast, compile)
+        self.preprocessing = None if image_processor is None else Preprocessing.of(image_processor, noise_resolution)
+        self.base = BaseClassifier(base_classifier, self.preprocessing, denoiser, device, autocast, compile)
         self.device = self.base.device
-        if self.preparation is None and noise_resolution != "input":
+        if self.preprocessing is None and noise_resolution != "input":
             raise ValueError(
                 f"noise_resolution={noise_resolution!r} takes an image processor, which says how to resize."
             )
@@ -185,7 +186,7 @@ class SmoothedClassifier:
                 (ask the count head: an estimate, or with `delta` and its calibration a claim about most images).
             seed: seed of the noise. The same seed gives an image the same noise, whatever else is in the call.
             progress: show a progress bar.
-            settings: of the method, see [`make_rule`]: `alpha`, `radius`, `radii`, `max_samples`, `tolerance`, `n0`, `n`,
+            settings: of the method, see [`make_rule`]: `alpha`, `radius`, `radii`, `max_draws`, `tolerance`, `n0`, `n`,
                 `delta`.
 
         Returns:
@@ -267,7 +268,7 @@ class SmoothedClassifier:
         if isinstance(images, Iterator):
             return in_order(self.certify_stream(images, rule, seed=seed, progress=progress))
         # All of them before the first draw: a broken image at the end must not cost the work before it
-        pixels = [to_pixels(image, self.preparation) for image in images]
+        pixels = [to_pixels(image, self.preprocessing) for image in images]
         return list(in_order(self.certify_stream(pixels, rule, seed=seed, progress=progress)))
 
     @torch.inference_mode()
@@ -307,13 +308,13 @@ class SmoothedClassifier:
                     < self.batch_size
                 ):
                     try:
-                        pixels = to_pixels(next(waiting), self.preparation)
+                        pixels = to_pixels(next(waiting), self.preprocessing)
                     except StopIteration:
                         exhausted = True
                         break
                     position = next(positions)
                     shape = shape or pixels.shape
-                    resized = self.preparation is not None and self.preparation.resize is not None
+                    resized = self.preprocessing is not None and self.preprocessing.resize is not None
                     if pixels.shape != shape and not resized:
                         raise ValueError(
                             f"Image {position} has shape {tuple(pixels.shape)}, the first one {tuple(shape)}: "

@@ -14,7 +14,7 @@ from ..core.calibration import CALIBRATION_FILE, Calibration
 from ..core.count_predictor import CountPredictor
 from ..core.loading import weights_digest
 from ..core.noise import GaussianNoise
-from ..core.preprocessing import Preparation
+from ..core.preprocessing import Preprocessing
 from .count_errors import Comparison
 from .measured_counts import Counts, read_counts
 
@@ -88,7 +88,7 @@ def predict_counts(
         ValueError: for images that are no longer those counted.
     """
     images = measured.open()
-    images.meet(predictor.class_names, Preparation.of(AutoImageProcessor.from_pretrained(folder)))
+    images.meet(predictor.class_names, Preprocessing.of(AutoImageProcessor.from_pretrained(folder)))
     wanted, rows = np.unique(measured.indices, return_inverse=True)
     found = np.empty((len(rows), len(predictor.class_names)))
     for first in tqdm(range(0, len(wanted), batch_size), "asking the count head", leave=False):

@@ -16,10 +16,10 @@ from transformers import AutoConfig, AutoImageProcessor
 from ..core.configuration_mixed_noise_vit import MixedNoiseViTConfig
 from ..core.loading import loading, refuse_other_weights
 from ..core.modeling_count_prediction import DRAWS, OF_FREQUENCIES, MixedNoiseViTForCountPrediction
-from ..core.preprocessing import Preparation
-from ..runs.records import write_json
+from ..core.preprocessing import Preprocessing
 from ..training.training_images import Batch
 from ..training.training_loop import TrainingSettings, train
+from ..utils.files import write_json
 from ..utils.provenance import command_line, package_versions
 from .measured_counts import Counts
 
@@ -67,11 +67,13 @@ class CountBatches:
             targets = self.targets[chosen]
             if self.most_draws is not None:
                 generator = np.random.default_rng([self.seed, number, int(chosen[0])])
-                targets = torch.cat([targets[..., :1], thinned(targets[..., 1:], self.most_draws, generator)], -1)
+                targets = torch.cat(
+                    [targets[..., :1], subsample_counts(targets[..., 1:], self.most_draws, generator)], -1
+                )
             yield self.inputs[chosen], targets
 
 
-def thinned(counts: torch.Tensor, draws: int, generator: np.random.Generator) -> torch.Tensor:
+def subsample_counts(counts: torch.Tensor, draws: int, generator: np.random.Generator) -> torch.Tensor:
     """
     Counts of some of the draws, chosen by chance: distributed as if no more had been made.
 
@@ -231,7 +233,7 @@ def train_count_head(
         raise ValueError(f"loss='logistic_normal' takes {DRAWS[0]} draws of an image: {draws} was counted.")
     processor = AutoImageProcessor.from_pretrained(base)
     images = counts.open()
-    images.meet(counts.settings["label_names"], Preparation.of(processor))
+    images.meet(counts.settings["label_names"], Preprocessing.of(processor))
     wanted, targets = counts_by_image(counts)
     reading = tqdm(wanted.tolist(), "reading images", disable=not accelerator.is_main_process)
     inputs = torch.stack([(images.pixels(images.source[index]) * 255).round().byte() for index in reading])

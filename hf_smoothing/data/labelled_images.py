@@ -17,7 +17,7 @@ from datasets.exceptions import DatasetsError
 from PIL import Image
 
 from ..core.image_loading import load_image, to_pixels
-from ..core.preprocessing import Preparation
+from ..core.preprocessing import Preprocessing
 
 Row = dict[str, Any]
 
@@ -180,9 +180,9 @@ class LabelledImages:
             raise ValueError(f"The split {split!r} of {name!r} is empty.")
         self.shape: tuple[int, ...] | None = None
 
-    def meet(self, names: list[str], preparation: Preparation | None) -> None:
+    def meet(self, names: list[str], preprocessing: Preprocessing | None) -> None:
         """Match the labels to the model's classes; those of a stream can only be looked at when their turn comes."""
-        self.preparation = preparation
+        self.preprocessing = preprocessing
         self.to_class = match_labels(self.class_names, names)
         if isinstance(self.source, Dataset):
             labels = self.source.select_columns(self.label_column).select(self.indices)
@@ -225,9 +225,9 @@ class LabelledImages:
             ValueError: see [`LabelledImages.picture`]; where they have another shape than the others.
             OSError: where its file cannot be read.
         """
-        found = to_pixels(self.picture(row), self.preparation)
+        found = to_pixels(self.picture(row), self.preprocessing)
         at_input = (
-            self.preparation is None or self.preparation.resize is None
+            self.preprocessing is None or self.preprocessing.resize is None
         )  # else the base classifier takes all sizes
         if at_input and self.shape is not None and tuple(found.shape) != self.shape:
             raise ValueError(

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..core.certificates import ABSTAIN, check_count, check_share
+from ..core.certificates import ABSTAIN
 from ..core.smoothing import SmoothedClassifier
+from ..core.validation import check_count, check_share
 
 STEP_SIZES = (0.05, 0.2, 1.0)
 """Steps of the gradient attack, as parts of the largest norm allowed."""

@@ -13,14 +13,14 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..core.certificates import check_count
 from ..core.loading import loading
 from ..core.noise import GaussianNoise
 from ..core.smoothing import SmoothedClassifier
+from ..core.validation import check_count
 from ..data.labelled_images import LabelledImages
 from ..runs.dataset_run import DTYPES, classifier_identity
-from ..runs.records import write_json
 from ..runs.run_folder import images_of
+from ..utils.files import write_json
 from ..utils.provenance import command_line, package_versions
 from .attacks import AttackSettings, Attempt, Success, attack
 
@@ -108,7 +108,7 @@ def audit(
         raise ValueError(f"{run_dir} holds no certificate with a radius above 0.")
     smoothed = _load(run, device, batch_size)
     source = images_of(run)
-    source.meet(run["label_names"], smoothed.preparation)
+    source.meet(run["label_names"], smoothed.preprocessing)
     certificates = hashlib.sha256((run_dir / "certificates.parquet").read_bytes()).hexdigest()
     identity = {
         **asdict(settings),

@@ -181,7 +181,7 @@ def _pictures(
 ) -> tuple[list[torch.Tensor], list[int | None]]:
     names = list(smoothed.class_names or ())
     if images is not None:
-        images.meet(names, smoothed.preparation)
+        images.meet(names, smoothed.preprocessing)
         there = list(images.chosen())
         chosen_rows = [there[one] for one in np.random.default_rng(0).permutation(len(there))[:count]]
         rows = [(index, read()) for index, read in chosen_rows]
@@ -193,7 +193,7 @@ def _pictures(
     except ValueError:
         to_class = None
     chosen = shipped.select(np.random.default_rng(0).permutation(len(shipped))[:count])
-    pixels = [to_pixels(picture, smoothed.preparation) for picture in chosen["image"]]
+    pixels = [to_pixels(picture, smoothed.preprocessing) for picture in chosen["image"]]
     return pixels, [None if to_class is None else to_class(label) for label in chosen["label"]]
 
 

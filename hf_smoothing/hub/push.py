@@ -31,7 +31,7 @@ from huggingface_hub.utils import (
 )
 from transformers.hf_argparser import HfArg
 
-from ..runs.processes import on_main_first
+from ..utils.processes import on_main_first
 from .publication import publication_of
 
 KINDS = ("model", "dataset")

@@ -16,15 +16,17 @@ import torch
 from accelerate import Accelerator
 
 from ..core.calibration import Calibration
-from ..core.certificates import Rule, check_count
+from ..core.certificates import Rule
 from ..core.count_predictor import CountPredictor, read_calibration
 from ..core.loading import loading, weights_digest
 from ..core.noise import GaussianNoise
 from ..core.preprocessing import NoiseResolution
 from ..core.rules import SurrogateRule, make_rule
 from ..core.smoothing import SmoothedClassifier
+from ..core.validation import check_count
 from ..data.labelled_images import LabelledImages
-from .processes import Crew, Progress, on_main_first
+from ..utils.processes import on_main_first
+from .progress import Progress
 from .records import (
     Record,
     ShardWriter,
@@ -33,6 +35,7 @@ from .records import (
     record,
 )
 from .run_folder import Plan, RunSummary, check_folder, is_right, merge, prepare, session_of
+from .work_queue import WorkQueue
 
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 """Types of the forward passes by name, as the engine takes them: float32 weights, under autocast or not."""
@@ -111,12 +114,9 @@ class RunSettings:
             raise ValueError(f"sigmas={self.sigmas} must be one or more different noise levels.")
         if not 0 <= self.seed < 2**63:  # records hold it as a 64-bit number
             raise ValueError(f"seed={self.seed} must be 0 or above, and below 2**63.")
-        try:
-            reached = {radius for sigma in self.sigmas for radius in self.rule(sigma)[1] or ()}
-            if missed := sorted(set(self.radii or ()) - reached):
-                self._rule(tuple(missed)).check(GaussianNoise(max(self.sigmas)))  # says how many draws it takes
-        except ValueError as error:  # rules call max_samples what is max_draws here
-            raise ValueError(str(error).replace("max_samples=", "max_draws=")) from error
+        reached = {radius for sigma in self.sigmas for radius in self.rule(sigma)[1] or ()}
+        if missed := sorted(set(self.radii or ()) - reached):
+            self._rule(tuple(missed)).check(GaussianNoise(max(self.sigmas)))  # says how many draws it takes
 
     @property
     def smallest_radius(self) -> float:
@@ -139,7 +139,7 @@ class RunSettings:
         return make_rule(
             self.method,
             radii=radii,
-            max_samples=self.max_draws,
+            max_draws=self.max_draws,
             calibration=self._calibration,
             **{name: getattr(self, name) for name in names},
         )
@@ -176,7 +176,7 @@ def certify_dataset(
     Args:
         settings: what decides the records.
         output_dir: an empty or new folder, or that of a run with the same settings, which is gone on with.
-        accelerator: the processes, from [`crew.start_processes`].
+        accelerator: the processes, from [`queue.start_processes`].
         batch_size: draws in one forward pass.
         streaming: read the dataset as a stream, once for each sigma, without storing it.
         resume: go on with a run; otherwise the folder must not hold one.
@@ -225,7 +225,7 @@ def certify_dataset(
     if settings.delta is not None:
         smoothed.check_calibration()
     names = list(smoothed.class_names or ())
-    images.meet(names, smoothed.preparation)
+    images.meet(names, smoothed.preprocessing)
 
     def begin() -> Plan:
         session = session_of(accelerator, smoothed)
@@ -233,37 +233,37 @@ def certify_dataset(
 
     plan = on_main_first(accelerator, begin)
     images.shape = plan.shape
-    crew = Crew(accelerator, plan.start)
+    queue = WorkQueue(accelerator, plan.start)
     writer = ShardWriter(output_dir / "shards" / f"records-rank{accelerator.process_index:05d}.jsonl")
     expected = None if images.total is None else images.total * len(settings.sigmas)
     at_most = expected or (settings.max_samples and settings.max_samples * len(settings.sigmas))
     before = {sigma: plan.before.get(sigma, (0, 0)) for sigma in settings.sigmas}
-    progress = Progress(crew, before, settings.smallest_radius, at_most, accelerator.is_main_process, settings.method)
+    progress = Progress(queue, before, settings.smallest_radius, at_most, accelerator.is_main_process, settings.method)
     ended = time.monotonic()
 
     def keep(row: Record) -> None:
         nonlocal ended
         row["seconds"], ended = time.monotonic() - ended, time.monotonic()
         writer.write(row)
-        crew.count(row["sigma"], is_right(row, settings.smallest_radius), row["num_samples"])
+        queue.count(row["sigma"], is_right(row, settings.smallest_radius), row["num_samples"])
         progress.update(row["sigma"])
 
     try:
         for sigma in settings.sigmas:
             smoothed.noise = GaussianNoise(sigma)
             work = (item for item in images.chosen() if (sigma, item[0]) not in plan.finished)
-            _certify(smoothed, settings, images, crew.handed_out(work, sigma), keep)
-        crew.finish()
-        while accelerator.is_main_process and not crew.all_finished():
+            _certify(smoothed, settings, images, queue.handed_out(work, sigma), keep)
+        queue.finish()
+        while accelerator.is_main_process and not queue.all_finished():
             progress.update(settings.sigmas[-1])
             time.sleep(0.05)
         progress.update(settings.sigmas[-1], at_once=True)
     except KeyboardInterrupt as error:
-        crew.fail(error)
+        queue.fail(error)
         done = f"{count_records(writer.path.parent)}{'' if expected is None else f' of {expected}'}"
         raise KeyboardInterrupt(f"stopped; {done} are done; the same command goes on") from error
     except BaseException as error:
-        crew.fail(error)  # so that the main process does not wait for this one
+        queue.fail(error)  # so that the main process does not wait for this one
         raise
     finally:
         progress.bar.close()

@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 
 from ..core.certificates import Certificate, Rule
 from ..core.smoothing import SmoothedClassifier
+from ..utils.files import put_in_place
 
 Record = dict[str, Any]
 
@@ -211,17 +212,4 @@ def write_parquet(found: Iterable[Record], path: Path) -> None:
     rows = sorted(found, key=lambda row: (row["sigma"], row["index"]))
     part = path.with_name(f".{path.name}.part")
     pq.write_table(pa.Table.from_pylist(rows, SCHEMA), part)
-    _put(part, path)
-
-
-def write_json(content: Any, path: Path) -> None:
-    """Write `content`, indented, to a file that is either complete or not there."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(content, indent=2) + "\n")
-    _put(part, path)
-
-
-def _put(part: Path, path: Path) -> None:
-    with part.open("rb+") as file:
-        os.fsync(file.fileno())  # or a power cut may leave the new name without the content
-    part.replace(path)
+    put_in_place(part, path)

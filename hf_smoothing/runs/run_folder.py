@@ -13,8 +13,9 @@ from accelerate import Accelerator
 
 from ..core.smoothing import SmoothedClassifier
 from ..data.labelled_images import LabelledImages
+from ..utils.files import write_json
 from ..utils.provenance import command_line, package_versions
-from .records import Record, count_records, read_shards, repair, shards_in, write_json, write_parquet
+from .records import Record, count_records, read_shards, repair, shards_in, write_parquet
 
 Pair = tuple[float, int]
 """What a record is about: sigma, and the index of the image in its split."""

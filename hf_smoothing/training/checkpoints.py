@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from ..runs.records import write_json
+from ..utils.files import write_json
 
 LATEST = "latest"
 

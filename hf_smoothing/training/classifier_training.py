@@ -16,14 +16,15 @@ from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessor
 from transformers.hf_argparser import HfArg
 
-from ..core.certificates import check_count
 from ..core.configuration_mixed_noise_vit import MixedNoiseViTConfig
 from ..core.loading import check_weights, loading, refuse_other_weights
 from ..core.modeling_mixed_noise_vit import MixedNoiseViTForImageClassification
-from ..core.preprocessing import Preparation
+from ..core.preprocessing import Preprocessing
+from ..core.validation import check_count
 from ..data.labelled_images import LabelledImages
-from ..runs.records import write_json
+from ..utils.files import write_json
 from ..utils.provenance import command_line, package_versions
+from .from_timm import from_timm
 from .training_images import ImageSettings, TrainingBatches
 from .training_loop import TrainingSettings, train
 
@@ -126,7 +127,7 @@ def load_to_finetune(
     }
     timm_name = model_name_or_path.removeprefix("timm/")
     if not Path(model_name_or_path).exists() and timm.is_model(timm_name):
-        own = MixedNoiseViTForImageClassification.from_timm(timm_name, **labels, **config_kwargs)
+        own = from_timm(timm_name, **labels, **config_kwargs)
         return own, plain_processor(own.config.image_size)
     at: dict[str, Any] = {} if revision is None else {"revision": revision}
     with loading(model_name_or_path):
@@ -221,12 +222,12 @@ def train_classifier(
         ValueError: see [`train`] and [`TrainingBatches`].
     """
     processor = processor or plain_processor(model.config.image_size)
-    preparation = Preparation.of(processor)
-    height, size = preparation.before(Image.new("RGB", (64, 64))).shape[1:]
+    preprocessing = Preprocessing.of(processor)
+    height, size = preprocessing.before(Image.new("RGB", (64, 64))).shape[1:]
     if height != size:
         raise ValueError(f"The model takes {height}x{size} pixels: only square pictures are trained on here.")
     names = [model.config.id2label[index] for index in range(model.config.num_labels)]
-    images.meet(names, preparation)
+    images.meet(names, preprocessing)
     batches = TrainingBatches(
         images,
         image_settings,
@@ -251,7 +252,7 @@ def train_classifier(
         if mixing is not None:
             (pixels, labels), smoothing = mixing(pixels, labels), 0.0  # it smooths the labels itself
         # noise comes last: mixing would change its level
-        logits = model(preparation.normalize(mixture.add_to(pixels, copies))).logits
+        logits = model(preprocessing.normalize(mixture.add_to(pixels, copies))).logits
         loss = nn.functional.cross_entropy(logits, torch.cat([labels] * copies), label_smoothing=smoothing)
         return loss + consistency_loss(logits.unflatten(0, (copies, -1)), weight) if weight else loss
 
@@ -278,7 +279,7 @@ def train_classifier(
             "frozen": sorted(name for name, parameter in model.named_parameters() if not parameter.requires_grad),
             "base": base,
         },
-        evaluate=_evaluation(evaluation, image_settings, names, preparation, accelerator),
+        evaluate=_evaluation(evaluation, image_settings, names, preprocessing, accelerator),
     )
     results = {
         "command": command_line(),
@@ -301,7 +302,7 @@ def _evaluation(
     evaluation: EvaluationSettings,
     image_settings: ImageSettings,
     names: list[str],
-    preparation: Preparation,
+    preprocessing: Preprocessing,
     accelerator: Accelerator,
 ) -> Any:
     """The accuracy at each noise level, from a model; each process looks at its part of the images."""
@@ -322,7 +323,7 @@ def _evaluation(
         spread=True,
         streaming=image_settings.streaming,
     )
-    images.meet(names, preparation)
+    images.meet(names, preprocessing)
     chosen = [(index, read()) for index, read in images.chosen()]
     rows = [(images.pixels(row), images.label(index, row)) for index, row in chosen]
     mine = rows[accelerator.process_index :: accelerator.num_processes]
@@ -335,7 +336,7 @@ def _evaluation(
         found = {}
 
         def prepared(pixels: torch.Tensor) -> Any:
-            return model(preparation.normalize(pixels))
+            return model(preprocessing.normalize(pixels))
 
         for sigma in evaluation.eval_sigmas:
             answers = majority_answers(

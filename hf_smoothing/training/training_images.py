@@ -19,10 +19,10 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
-from ..core.certificates import check_count
 from ..core.image_loading import to_pixels
-from ..core.noise import NoiseMixture
+from ..core.validation import check_count
 from ..data.labelled_images import LabelledImages, Row
+from .noise_mixture import NoiseMixture
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 """Inputs and targets: here pixels, uint8 `(batch, channels, height, width)`, and labels `(batch,)`."""
@@ -171,7 +171,7 @@ def _picture(images: LabelledImages, which: int | str, row: Row, size: int | Non
             f"Image {which} of the split cannot be trained on: {error} Mend it or leave it out."
         ) from error
     if size is not None and picture.size != (size, size):
-        pixels = to_pixels(picture, images.preparation)  # resized as it will be where it is certified
+        pixels = to_pixels(picture, images.preprocessing)  # resized as it will be where it is certified
         picture = Image.fromarray(pixels.mul(255).round().byte().permute(1, 2, 0).numpy())
     return picture, label
 

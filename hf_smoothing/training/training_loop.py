@@ -23,8 +23,8 @@ from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 from transformers.hf_argparser import HfArg
 
-from ..core.certificates import check_count
-from ..runs.processes import start_processes
+from ..core.validation import check_count
+from ..utils.processes import start_processes
 from .checkpoints import Log, Position, find_checkpoint, save_checkpoint
 from .training_images import Batch, seed_all
 

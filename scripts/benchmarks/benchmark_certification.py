@@ -89,7 +89,7 @@ def draws_to_decide(
             def draw(count: int, p: np.ndarray = p) -> np.ndarray:
                 return generator.multinomial(count, p)
 
-            rule, clean = SequentialRule(radii=(radius,), alpha=alpha, max_samples=BUDGET), CleanPass(image_scores)
+            rule, clean = SequentialRule(radii=(radius,), alpha=alpha, max_draws=BUDGET), CleanPass(image_scores)
             for _ in range(repeats):
                 outcome, spent_on = simulate(rule, noise, p, clean, generator)
                 # the clean pass counts as a draw
@@ -134,7 +134,7 @@ def engine_over_bare(smoothed: SmoothedClassifier, pixels: list[torch.Tensor], r
         sizes.append(len(batch))
         return classifier(batch)
 
-    rule = SequentialRule(radii=(0.25, 0.5), max_samples=400)
+    rule = SequentialRule(radii=(0.25, 0.5), max_draws=400)
 
     def certify() -> None:
         for _ in smoothed.certify_stream(pixels, rule):
@@ -213,7 +213,7 @@ def main() -> None:
     console = Console()
     smoothed = SmoothedClassifier.from_pretrained(args.model, GaussianNoise(args.sigma))
     pictures = load_demo_images().select(range(num_images))["image"]
-    pixels = [to_pixels(picture, smoothed.preparation) for picture in pictures]
+    pixels = [to_pixels(picture, smoothed.preprocessing) for picture in pictures]
     if args.engine_only:
         engine = engine_over_bare(smoothed, pixels[: 12 if args.quick else 40], repeats=5)
         engine["command"] = command_line()
@@ -233,7 +233,7 @@ def main() -> None:
     console.print("Simulating the rules ...")
     decide = draws_to_decide(counts, scores, args.sigma, args.alpha, repeats)
     usual = usual_protocol_seconds(smoothed, pixels[0], 2000)
-    job = timed(lambda: smoothed.certify(pixels[:20], radii=RADII[:2], max_samples=2000)) / 20
+    job = timed(lambda: smoothed.certify(pixels[:20], radii=RADII[:2], max_draws=2000)) / 20
 
     table = Table(
         title=f"Mean draws to decide a radius (sigma = {args.sigma:g}, alpha = {args.alpha:g}, {num_images} images)"

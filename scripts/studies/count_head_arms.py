@@ -29,8 +29,8 @@ from hf_smoothing.count_head.count_calibration import compare, predict_counts, r
 from hf_smoothing.count_head.count_errors import errors
 from hf_smoothing.count_head.count_training import build_count_model, train_count_head
 from hf_smoothing.count_head.measured_counts import Counts, read_counts
-from hf_smoothing.runs.records import write_json
 from hf_smoothing.training.training_loop import TrainingSettings
+from hf_smoothing.utils.files import write_json
 from hf_smoothing.utils.provenance import command_line, package_versions
 
 RADII = (0.25, 0.5, 0.75, 1.0)

@@ -37,7 +37,7 @@ from hf_smoothing.count_head.measured_counts import Counts, read_counts
 from hf_smoothing.diagnostics.simulation import simulate, wald_draws
 from hf_smoothing.reporting.reports import summarize
 from hf_smoothing.reporting.results import read_results
-from hf_smoothing.runs.records import write_json
+from hf_smoothing.utils.files import write_json
 from hf_smoothing.utils.provenance import command_line, package_versions
 
 RADII = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -86,7 +86,7 @@ def draws_to_decide(
     chosen = np.flatnonzero(bounds <= BUDGET / 4)
     if not len(chosen):
         return None
-    rule = SequentialRule(radii=(radius,), alpha=one.alpha, max_samples=BUDGET)
+    rule = SequentialRule(radii=(radius,), alpha=one.alpha, max_draws=BUDGET)
     spent: dict[str, list[list[int]]] = {}
     claimed: dict[str, list[float]] = {}
     for image in tqdm(chosen, f"sigma {one.sigma:g}, radius {radius:g}", leave=False):
@@ -118,7 +118,7 @@ def draws_to_decide(
 def clean_logits(smoothed: SmoothedClassifier, measured: Counts) -> np.ndarray:
     """What the base classifier says of the clean images: `(rows, classes)`."""
     images = measured.open()
-    images.meet(measured.settings["label_names"], smoothed.preparation)
+    images.meet(measured.settings["label_names"], smoothed.preprocessing)
     wanted, rows = np.unique(measured.indices, return_inverse=True)
     logits = [
         smoothed.base([torch.stack([images.pixels(images.source[int(one)]) for one in some]).to(smoothed.device)], 0.0)
@@ -136,7 +136,7 @@ def seconds_an_image(
 ) -> dict[str, Any]:
     """Of the estimate, in batches, and of the sampling rules, from the rate at which the same model is drawn from."""
     images = measured.open()
-    images.meet(predictor.class_names, smoothed.preparation)
+    images.meet(predictor.class_names, smoothed.preprocessing)
     index = np.unique(measured.indices)[: args.batch_size]
     batch = torch.stack([images.pixels(images.source[int(one)]) for one in index])
     sigma = float(measured.sigmas.max())

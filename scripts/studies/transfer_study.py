@@ -33,9 +33,8 @@ from hf_smoothing import (
     SmoothedClassifier,
 )
 from hf_smoothing.core.certificates import Certificate
-from hf_smoothing.core.preprocessing import Preparation
+from hf_smoothing.core.preprocessing import Preprocessing
 from hf_smoothing.data.labelled_images import LabelledImages
-from hf_smoothing.runs.records import write_json
 from hf_smoothing.training.checkpoints import LATEST
 from hf_smoothing.training.classifier_training import (
     EvaluationSettings,
@@ -46,6 +45,7 @@ from hf_smoothing.training.classifier_training import (
 from hf_smoothing.training.training_images import ImageSettings, names_of_classes
 from hf_smoothing.training.training_loop import TrainingSettings
 from hf_smoothing.utils.argument_parser import argument_parser
+from hf_smoothing.utils.files import write_json
 from hf_smoothing.utils.provenance import command_line, package_versions
 
 NORMS = ("layernorm", "batchnorm")
@@ -86,7 +86,7 @@ class StudySettings:
         if not re.fullmatch(r"[1-9]/[1-9]", self.part or "1/1") or self.chosen[0] >= self.chosen[1]:
             raise ValueError(f"part={self.part!r} must be such as 1/2: the first of two.")
         for sigma in self.levels[1:]:  # what would otherwise only be refused behind the first training
-            rule = SequentialRule(self.radii(sigma), alpha=self.alpha, max_samples=self.max_draws)
+            rule = SequentialRule(self.radii(sigma), alpha=self.alpha, max_draws=self.max_draws)
             rule.check(GaussianNoise(sigma))
 
     @property
@@ -176,7 +176,7 @@ def evaluate_arm(settings: StudySettings, folder: Path, pixels: torch.Tensor, la
             list(pixels[: settings.certify_samples]),
             alpha=settings.alpha,
             radii=settings.radii(sigma),
-            max_samples=settings.max_draws,
+            max_draws=settings.max_draws,
             seed=settings.seed,
         )
         # of a wrong answer nothing is certified, not even radius 0
@@ -337,7 +337,7 @@ def study(settings: StudySettings) -> None:
 def images_to_evaluate(settings: StudySettings, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """Pixels and labels of some images, spread over the split at random."""
     images = LabelledImages(settings.dataset_name, split=settings.eval_split)
-    images.meet(names_of_classes(images), Preparation.of(AutoImageProcessor.from_pretrained(folder)))
+    images.meet(names_of_classes(images), Preprocessing.of(AutoImageProcessor.from_pretrained(folder)))
     chosen = np.random.default_rng(settings.seed).permutation(len(images.source))[: settings.eval_samples].tolist()
     rows = [(index, images.source[index]) for index in chosen]
     pixels = torch.stack([images.pixels(row) for _, row in rows])

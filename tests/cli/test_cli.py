@@ -28,7 +28,7 @@ def pictures(tmp_path):
 
 
 def test_certify_prints_a_table(pictures, tiny_model_dir):
-    found = run("certify", *pictures, "--model", tiny_model_dir, "--max-samples", 50)
+    found = run("certify", *pictures, "--model", tiny_model_dir, "--max-draws", 50)
     assert found.exit_code == 0, found.output
     for word in ("prediction", "radius", "per_input", "sigma = 0.25"):
         assert word in found.output
@@ -37,7 +37,7 @@ def test_certify_prints_a_table(pictures, tiny_model_dir):
 def test_certify_prints_json(pictures, tiny_model_dir):
     found = run(
         "certify", *pictures, "--model", tiny_model_dir, "--sigma", 0.5, "--alpha", 0.01, "--radius", 0.1,
-        "--max-samples", 200, "--seed", 5, "--json",
+        "--max-draws", 200, "--seed", 5, "--json",
     )  # fmt: skip
     lines = [json.loads(line) for line in found.stdout.splitlines() if line.startswith("{")]
     assert [Path(line["image"]).name for line in lines] == ["red.png", "blue.png"]
@@ -52,7 +52,7 @@ def test_certify_prints_json(pictures, tiny_model_dir):
         (["gone.png"], "There is no image at 'gone.png'"),
         (["--sigma", "0"], "sigma=0.0 must be"),
         (["--alpha", "2"], "alpha=2.0"),
-        (["--radius", "0.7", "--max-samples", "50"], "at least"),
+        (["--radius", "0.7", "--max-draws", "50"], "at least"),
         (["--method", "surely"], "method='surely'"),
     ],
 )
@@ -65,7 +65,7 @@ def test_errors_are_one_clear_line_and_an_exit_code(pictures, tiny_model_dir, ar
 
 def test_names_are_not_read_as_markup(tmp_path, tiny_model_dir):
     Image.new("RGB", (8, 8)).save(tmp_path / "cat[bold].png")
-    found = run("certify", tmp_path / "cat[bold].png", "--model", tiny_model_dir, "--max-samples", 50)
+    found = run("certify", tmp_path / "cat[bold].png", "--model", tiny_model_dir, "--max-draws", 50)
     assert "cat[bold].png" in "".join(found.output.replace("│", "").split())
     assert "gone[x].png" in run("certify", "gone[x].png", "--model", tiny_model_dir).stderr
 
@@ -77,7 +77,7 @@ def test_a_model_that_is_not_there(pictures):
 
 
 def test_demo_on_the_images_that_ship(tiny_model_dir, tmp_path):
-    found = run("demo", "--model", tiny_model_dir, "--output-dir", tmp_path, "--max-samples", 400)
+    found = run("demo", "--model", tiny_model_dir, "--output-dir", tmp_path, "--max-draws", 400)
     # three classes for ten: the demo says so instead of certifying nonsense
     assert found.exit_code == 2
     assert "classes" in found.stderr
@@ -101,7 +101,7 @@ def test_demo_with_the_shipped_model(tmp_path):
         "demo",
         "--output-dir",
         str(tmp_path),
-        "--max-samples",
+        "--max-draws",
         "60",
     ]
     done = subprocess.run([*command, "--sigma", "0.5"], cwd=ROOT, capture_output=True, text=True)

@@ -222,7 +222,7 @@ def test_settings_that_do_not_fit():
         ({"radii": [0.5]}, "radii=[0.5] has no meaning for method 'surrogate' without delta"),
         ({"delta": 0.1, "calibration": calibration, "radii": ()}, "radii=() asks for nothing"),
         ({"delta": 0.1, "calibration": calibration, "radius": -1}, "radius=-1 must be"),
-        ({"max_samples": 5}, "max_samples=5 has no meaning"),
+        ({"max_draws": 5}, "max_draws=5 has no meaning"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             make_rule("surrogate", **settings)

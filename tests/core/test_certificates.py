@@ -54,7 +54,7 @@ def test_fixed_is_wrong_at_most_alpha(p):
 def test_deciding_a_radius_is_wrong_at_most_alpha(below):
     """p at and just under the threshold, where a wrong claim is likeliest."""
     threshold = NOISE.probability_needed(1.0)
-    rule = SequentialRule(radii=(1.0,), alpha=0.05, max_samples=40)
+    rule = SequentialRule(radii=(1.0,), alpha=0.05, max_draws=40)
     share = wrong_share(rule, threshold - below, is_wrong=lambda found: found.p_lower >= threshold)
     assert share <= at_most(0.05)
     assert share > 0.01 or below
@@ -62,12 +62,12 @@ def test_deciding_a_radius_is_wrong_at_most_alpha(below):
 
 def test_deciding_several_radii_is_wrong_at_most_alpha_together():
     p = NOISE.probability_needed(0.5) - 1e-9  # 0.25 is true, 0.5 and 1 are false
-    rule = SequentialRule(radii=(0.25, 0.5, 1.0), alpha=0.05, max_samples=100)
+    rule = SequentialRule(radii=(0.25, 0.5, 1.0), alpha=0.05, max_draws=100)
     assert wrong_share(rule, p, runs=5_000) <= at_most(0.05, 5_000)
 
 
 def test_finding_the_radius_is_wrong_at_most_alpha():
-    rule = SequentialRule(alpha=0.05, max_samples=100, tolerance=0.2)
+    rule = SequentialRule(alpha=0.05, max_draws=100, tolerance=0.2)
     assert wrong_share(rule, 0.9, runs=2_000) <= at_most(0.05, 2_000)
 
 
@@ -76,9 +76,9 @@ def test_finding_the_radius_is_wrong_at_most_alpha():
     "rule",
     [
         FixedRule(n0=10, n=100, alpha=0.05),
-        SequentialRule(radii=(0.5,), alpha=0.05, max_samples=60),
-        SequentialRule(radii=(0.2, 0.5, 0.8), alpha=0.05, max_samples=60),
-        SequentialRule(alpha=0.05, max_samples=100, tolerance=0.2),
+        SequentialRule(radii=(0.5,), alpha=0.05, max_draws=60),
+        SequentialRule(radii=(0.2, 0.5, 0.8), alpha=0.05, max_draws=60),
+        SequentialRule(alpha=0.05, max_draws=100, tolerance=0.2),
     ],
     ids=["fixed", "one radius", "radii", "find"],
 )
@@ -90,9 +90,7 @@ def test_every_rule_is_wrong_at_most_alpha_with_other_noise_too(noise, rule):
     found = [sample(rule, np.array([p, 1 - p]), generator, noise=noise)[0] for _ in range(runs)]
     wrong = np.mean([one.prediction == 0 and noise.radius(one.p_lower, one.p_upper) >= 0.5 for one in found])
     assert wrong <= at_most(0.05, runs)
-    assert wrong > 0 or rule == SequentialRule(
-        alpha=0.05, max_samples=100, tolerance=0.2
-    )  # which is not asked for 0.5
+    assert wrong > 0 or rule == SequentialRule(alpha=0.05, max_draws=100, tolerance=0.2)  # which is not asked for 0.5
 
 
 def test_predicting_a_class_that_is_not_the_likeliest_happens_at_most_alpha():
@@ -106,7 +104,7 @@ def test_predicting_a_class_that_is_not_the_likeliest_happens_at_most_alpha():
 def test_all_classes_share_one_alpha(scores):
     """Two equally likely classes, ranked last or first on the clean image: a claim for either is wrong."""
     generator = np.random.default_rng(5)
-    rule = SequentialRule(radii=(0.0,), alpha=0.05, max_samples=100)
+    rule = SequentialRule(radii=(0.0,), alpha=0.05, max_draws=100)
     two = np.array([0.5, 0.5] + [0.0] * 8)
     share = np.mean([sample(rule, two, generator, scores=scores)[0].prediction != ABSTAIN for _ in range(2_000)])
     assert share <= at_most(0.05, 2_000)
@@ -121,12 +119,12 @@ def test_bounding_the_runner_up_is_wrong_at_most_alpha():
     """A radius just above the true one, which only the bound of the runner-up could (wrongly) show."""
     generator = np.random.default_rng(0)
     runs = 1_500
-    rule = SequentialRule(radii=(TRUE_RADIUS + 1e-9,), alpha=0.05, max_samples=200)
+    rule = SequentialRule(radii=(TRUE_RADIUS + 1e-9,), alpha=0.05, max_draws=200)
     found = [sample(rule, FIVE, generator)[0] for _ in range(runs)]
     assert np.mean([NOISE.radius(one.p_lower, one.p_upper) > TRUE_RADIUS for one in found]) <= at_most(0.05, runs)
     # and with the classes in doubt, so that claims for several of them compete
     two = np.array([0.35, 0.35, 0.1, 0.1, 0.1])
-    found = [sample(SequentialRule(radii=(0.0,), alpha=0.05, max_samples=200), two, generator)[0] for _ in range(runs)]
+    found = [sample(SequentialRule(radii=(0.0,), alpha=0.05, max_draws=200), two, generator)[0] for _ in range(runs)]
     assert np.mean([one.prediction != ABSTAIN for one in found]) <= at_most(0.05, runs)
 
 
@@ -136,7 +134,7 @@ def test_bounding_the_runner_up_certifies_what_the_lower_bound_alone_cannot():
     assert found.p_lower < 0.5 < 1 - found.p_upper
     assert NOISE.radius(found.p_lower, found.p_upper) >= 0.7 * TRUE_RADIUS
     assert taken < 4_000
-    found, _ = sample(SequentialRule(tolerance=0.2, max_samples=50_000), FIVE, np.random.default_rng(1))
+    found, _ = sample(SequentialRule(tolerance=0.2, max_draws=50_000), FIVE, np.random.default_rng(1))
     assert 0.7 * TRUE_RADIUS < NOISE.radius(found.p_lower, found.p_upper) < TRUE_RADIUS
 
 
@@ -145,7 +143,7 @@ def test_deciding_takes_little_more_than_walds_bound(radius, p, most):
     p0 = NOISE.probability_needed(radius)
     divergence = p * np.log(p / p0) + (1 - p) * np.log((1 - p) / (1 - p0))
     generator = np.random.default_rng(0)
-    rule = SequentialRule(radii=(radius,), max_samples=100_000)
+    rule = SequentialRule(radii=(radius,), max_draws=100_000)
     probabilities = np.array([p, *[(1 - p) / 9] * 9])
     runs = [sample(rule, probabilities, generator) for _ in range(400)]
     assert np.mean([NOISE.radius(found.p_lower, found.p_upper) >= radius for found, _ in runs]) > 0.97
@@ -154,7 +152,7 @@ def test_deciding_takes_little_more_than_walds_bound(radius, p, most):
 
 def test_a_hopeless_radius_is_given_up_early_and_the_best_so_far_is_kept():
     generator = np.random.default_rng(0)
-    rule = SequentialRule(radii=(0.5, 2.0), max_samples=100_000)
+    rule = SequentialRule(radii=(0.5, 2.0), max_draws=100_000)
     found, taken = sample(rule, np.array([0.8, 0.2]), generator)
     assert found.prediction == 0
     assert NOISE.probability_needed(0.5) <= found.p_lower < 0.8
@@ -173,7 +171,7 @@ def test_a_claim_stands_when_later_draws_speak_less_clearly():
 
 
 def test_two_equal_classes_end_in_abstention():
-    found, taken = sample(SequentialRule(max_samples=1000), np.array([0.35, 0.35, 0.3]), np.random.default_rng(0))
+    found, taken = sample(SequentialRule(max_draws=1000), np.array([0.35, 0.35, 0.3]), np.random.default_rng(0))
     assert found == ABSTENTION
     assert taken < 1000  # the budget's last draws cannot turn it
 
@@ -184,7 +182,7 @@ def test_a_top_class_far_below_the_threshold_of_the_lower_bound(classes, top):
     probabilities = np.full(classes, (1 - top) / (classes - 1))
     probabilities[0] = top
     for seed in range(5):
-        found, _ = sample(SequentialRule(radii=(1.1,), max_samples=5000), probabilities, np.random.default_rng(seed))
+        found, _ = sample(SequentialRule(radii=(1.1,), max_draws=5000), probabilities, np.random.default_rng(seed))
         assert found.prediction in (0, ABSTAIN)
 
 
@@ -192,7 +190,7 @@ def test_the_radius_is_found_to_the_tolerance():
     generator = np.random.default_rng(0)
     for tolerance in (0.05, 0.2):
         found, taken = sample(
-            SequentialRule(tolerance=tolerance, max_samples=100_000), np.array([0.95, 0.05]), generator
+            SequentialRule(tolerance=tolerance, max_draws=100_000), np.array([0.95, 0.05]), generator
         )
         assert (1 - tolerance) * NOISE.radius(0.95) * 0.95 < NOISE.radius(found.p_lower) < NOISE.radius(0.95)
         assert taken < 100_000
@@ -242,12 +240,12 @@ def test_certificate_as_a_dict():
         ({"method": "sequential", "alpha": 1.5}, "alpha=1.5"),
         ({"method": "fixed", "n": 0}, "n=0"),
         ({"method": "fixed", "n": 1e2}, "n=100.0 must be a whole number"),
-        ({"method": "sequential", "max_samples": float("nan")}, "max_samples=nan"),
+        ({"method": "sequential", "max_draws": float("nan")}, "max_draws=nan"),
         ({"method": "sequential", "alpha": "0.1"}, "alpha='0.1'"),
         ({"method": "sequential", "radius": "0.5"}, "radius='0.5'"),
         ({"method": "sequential", "radii": 0.5}, "radii=0.5 must be a list"),
         ({"method": "fixed", "radii": (-1, 0.2)}, "radius=-1"),
-        ({"method": "sequential", "max_samples": 0}, "max_samples=0"),
+        ({"method": "sequential", "max_draws": 0}, "max_draws=0"),
         ({"method": "sequential", "radius": -1.0}, "radius=-1.0"),
         ({"method": "sequential", "radius": float("nan")}, "radius=nan"),
         ({"method": "sequential", "radii": ()}, "radii=()"),
@@ -256,7 +254,7 @@ def test_certificate_as_a_dict():
         ({"method": "sequential", "tolerance": 0.0}, "tolerance=0.0"),
         ({"method": "sequential", "tolerance": 0.1, "radius": 1.0}, "tolerance=0.1"),
         ({"method": "fixed", "tolerance": 0.1}, "tolerance=0.1"),
-        ({"method": "fixed", "n": 7, "max_samples": 6}, "n=7 exceeds max_samples=6"),
+        ({"method": "fixed", "n": 7, "max_draws": 6}, "n=7 exceeds max_draws=6"),
     ],
 )
 def test_settings_that_make_no_sense(settings, said):
@@ -269,12 +267,12 @@ def test_settings_that_make_no_sense(settings, said):
 @pytest.mark.parametrize("radius", [0.5, 2.0])
 def test_too_few_draws_for_the_radius_are_refused_with_the_number_it_takes(method, radius):
     with pytest.raises(ValueError, match="can never certify radius") as caught:
-        make_rule(method, radius=radius, max_samples=10).check(NOISE)
+        make_rule(method, radius=radius, max_draws=10).check(NOISE)
     needed = int(str(caught.value).split("at least ")[1].split(" draws")[0].replace(",", ""))
-    make_rule(method, radius=radius, max_samples=needed).check(NOISE)
+    make_rule(method, radius=radius, max_draws=needed).check(NOISE)
     with pytest.raises(ValueError, match="can never certify"):
-        make_rule(method, radius=radius, max_samples=needed - 1).check(NOISE)
-    run = make_rule(method, radius=radius, max_samples=needed + 5).start(NOISE, CleanPass(np.zeros(1)))
+        make_rule(method, radius=radius, max_draws=needed - 1).check(NOISE)
+    run = make_rule(method, radius=radius, max_draws=needed + 5).start(NOISE, CleanPass(np.zeros(1)))
     while draws := run.next_draws():
         run.update(np.array([draws]))
     assert NOISE.radius(run.outcome().p_lower) >= radius

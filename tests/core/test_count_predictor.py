@@ -21,7 +21,7 @@ from hf_smoothing.count_head.measured_counts import read_counts
 from hf_smoothing.reporting.reports import notes, summarize
 from hf_smoothing.reporting.results import read_results
 from hf_smoothing.runs.dataset_run import RunSettings, certify_dataset
-from hf_smoothing.runs.processes import start_processes
+from hf_smoothing.utils.processes import start_processes
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_from_head_to_claims_about_most_images(head, model, fixed_run, certify, 
         certify_pictures(pictures, method="surrogate", delta=0.1)[0]["calibration"]
         == "others; Monte-Carlo with n = 60"
     )
-    assert {one["guarantee"] for one in certify_pictures(pictures, max_samples=50, radius=0.1)} == {"per_input"}
+    assert {one["guarantee"] for one in certify_pictures(pictures, max_draws=50, radius=0.1)} == {"per_input"}
     pictures[0].save(tmp_path / "one.png")
     command = ["certify", str(tmp_path / "one.png"), "--model", model, "--method", "surrogate", "--count-head", head]
     done = CliRunner().invoke(app, [*command, "--json"])

@@ -108,7 +108,7 @@ def test_the_rounding_attack_breaks_plain_floats_and_not_the_lattice():
     distance = float((here - there).norm())
     for lattice in (False, True):
         smoothed = SmoothedClassifier(rounding_attack, GaussianNoise(5.0, lattice=lattice), batch_size=4096)
-        at_here, at_there = smoothed.certify([here, there], max_samples=20_000, tolerance=0.01)
+        at_here, at_there = smoothed.certify([here, there], max_draws=20_000, tolerance=0.01)
         assert at_here.sampling == ("lattice" if lattice else "float")
         broken = at_here.prediction == 1 and at_here.radius > distance and at_there.prediction == 0
         assert broken == (not lattice)
@@ -145,7 +145,7 @@ def test_l1_radii_are_exact_for_a_threshold_on_one_pixel(kind):
 
     smoothed = SmoothedClassifier(base, kind(0.5), batch_size=4096)
     exact = (images[:, 0, 0, 0] - 0.4).abs()
-    found = smoothed.certify(images, alpha=0.01, max_samples=4000, tolerance=0.05)
+    found = smoothed.certify(images, alpha=0.01, max_draws=4000, tolerance=0.05)
     wrong = sum(
         a.radius > r or a.prediction == int(x[0, 0, 0] <= 0.4)
         for a, r, x in zip(found, exact, images)

@@ -33,7 +33,7 @@ import hf_smoothing  # noqa: F401
 from hf_smoothing import GaussianNoise, SmoothedClassifier
 from hf_smoothing.core.base_classifier import wiener
 from hf_smoothing.core.image_loading import to_pixels
-from hf_smoothing.core.preprocessing import Preparation
+from hf_smoothing.core.preprocessing import Preprocessing
 from hf_smoothing.training.classifier_training import EvaluationSettings, head_of, load_to_finetune, train_classifier
 from hf_smoothing.training.training_images import ImageSettings, names_of_classes
 from hf_smoothing.training.training_loop import TrainingSettings, parameter_groups
@@ -98,14 +98,14 @@ def test_logits_without_noise_are_those_of_the_models_own_pipeline(folder, pictu
     with torch.inference_mode():
         expected = own.model(**own.image_processor(picture, return_tensors="pt")).logits
     smoothed = SmoothedClassifier.from_pretrained(folder, GaussianNoise(0.25))
-    pixels = to_pixels(picture, smoothed.preparation)
+    pixels = to_pixels(picture, smoothed.preprocessing)
     assert 0 <= float(pixels.min()) <= float(pixels.max()) <= 1
     with torch.inference_mode():
         found = smoothed.base([pixels[None]], 0.0)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
         # at the picture's own size the same steps follow, on pixels that were not rounded in between
         native = SmoothedClassifier.from_pretrained(folder, GaussianNoise(0.25), noise_resolution="native")
-        whole = to_pixels(picture, native.preparation)
+        whole = to_pixels(picture, native.preprocessing)
         assert whole.shape == (3, 50, 60)
         resized = native.base.at_input(whole[None], 0.0)
         assert resized.shape == (1, 3, SIDE, SIDE)
@@ -115,7 +115,7 @@ def test_logits_without_noise_are_those_of_the_models_own_pipeline(folder, pictu
 
 def test_it_goes_through_pipeline_script_and_metric(folder, picture, certify, tmp_path, demo_images):
     found = pipeline("certified-image-classification", model=str(folder), sigma=0.1)(
-        [picture, picture.rotate(90, expand=True)], max_samples=60, noise_resolution="native"
+        [picture, picture.rotate(90, expand=True)], max_draws=60, noise_resolution="native"
     )
     assert [one["noise_resolution"] for one in found] == ["native", "native"]
     assert all(one["guarantee"] == "per_input" for one in found)
@@ -149,14 +149,14 @@ def test_sigma_is_in_pixels_whatever_the_processor_does(resolution):
         size={"height": 8, "width": 8}, image_mean=[0.3] * 3, image_std=[0.1] * 3, do_resize=resolution == "input"
     )
     picture = Image.fromarray(np.random.default_rng(1).integers(100, 150, (8, 8, 3), np.uint8))
-    pixels = to_pixels(picture, Preparation.of(processor))
+    pixels = to_pixels(picture, Preprocessing.of(processor))
     # (x - 0.3) / 0.1 is what it sees; its plane lies at a distance of 0.3 from the picture
     behind = LinearClassifier(direction, 0.0)
     behind.offset = float(3.0 - behind.margin((pixels[None] - 0.3) / 0.1))
     smoothed = SmoothedClassifier(
         behind, GaussianNoise(0.25), image_processor=processor, noise_resolution=resolution, class_names=["a", "b"]
     )
-    (found,) = smoothed.certify([picture], max_samples=20_000, tolerance=0.02)
+    (found,) = smoothed.certify([picture], max_draws=20_000, tolerance=0.02)
     assert found.noise_resolution == resolution
     assert found.prediction == 1
     assert 0.27 < found.radius <= 0.3
@@ -177,7 +177,7 @@ def test_noise_at_the_pictures_own_size_is_another_radius():
         smoothed = SmoothedClassifier(
             Mean(), GaussianNoise(0.25), image_processor=processor, noise_resolution=resolution, class_names=["a", "b"]
         )
-        (found,) = smoothed.certify([picture], max_samples=20_000, tolerance=0.02)
+        (found,) = smoothed.certify([picture], max_draws=20_000, tolerance=0.02)
         assert 0.85 * radius < found.radius <= radius
     assert exact["native"] == pytest.approx(2 * exact["input"])
 
@@ -201,15 +201,15 @@ def test_processors_whose_steps_cannot_be_parted_are_refused_with_the_reason():
         (ViTImageProcessor(size=SQUARE), {"noise_resolution": -3}, "noise_resolution=-3"),
     ):
         with pytest.raises(ValueError, match=message):
-            Preparation.of(processor, **settings)
+            Preprocessing.of(processor, **settings)
 
 
 def test_offsets_and_scales_of_processors_are_kept(picture):
     """EfficientNet's takes pixels to [-1, 1] before it normalises."""
     processor = EfficientNetImageProcessor(size=SQUARE, rescale_offset=True, rescale_factor=1 / 127.5)
-    preparation = Preparation.of(processor)
+    preprocessing = Preprocessing.of(processor)
     expected = processor(picture, return_tensors="pt")["pixel_values"]
-    found = preparation.normalize(to_pixels(picture, preparation)[None])
+    found = preprocessing.normalize(to_pixels(picture, preprocessing)[None])
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
@@ -284,7 +284,7 @@ def test_a_denoiser_that_is_a_module_is_in_evaluation_mode_and_named_by_its_weig
 
     denoiser = Cleans(torch.nn.BatchNorm2d(3), torch.nn.Dropout(0.5))
     smoothed = SmoothedClassifier(lambda pixels: pixels.mean((2, 3)), GaussianNoise(0.25), denoiser=denoiser)
-    (found,) = smoothed.certify(torch.full((1, 3, 8, 8), 0.5), radius=0.1, max_samples=50)
+    (found,) = smoothed.certify(torch.full((1, 3, 8, 8), 0.5), radius=0.1, max_draws=50)
     assert not denoiser.training
     assert int(denoiser[0].num_batches_tracked) == 0
     assert found.denoiser.startswith("Cleans ")

@@ -30,7 +30,7 @@ KEYS = {
 
 @pytest.fixture(scope="module")
 def certify():
-    return pipeline("certified-image-classification", model=str(SHIPPED_MODEL), sigma=0.25, max_samples=200)
+    return pipeline("certified-image-classification", model=str(SHIPPED_MODEL), sigma=0.25, max_draws=200)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def car(demo_images, tmp_path_factory):
 
 @pytest.fixture
 def tiny(tiny_model_dir):
-    return pipeline("certified-image-classification", model=str(tiny_model_dir), sigma=0.25, max_samples=100)
+    return pipeline("certified-image-classification", model=str(tiny_model_dir), sigma=0.25, max_draws=100)
 
 
 def test_a_path(certify, car):
@@ -93,8 +93,7 @@ def test_an_abstention_has_no_label(tiny):
         parameter.data.zero_()
     tiny.model.classifier.weight.data.normal_(std=100)
     found = [
-        tiny(Image.fromarray(np.full((8, 8, 3), value, np.uint8)), sigma=3.0, max_samples=30)
-        for value in (0, 120, 255)
+        tiny(Image.fromarray(np.full((8, 8, 3), value, np.uint8)), sigma=3.0, max_draws=30) for value in (0, 120, 255)
     ]
     for result in found:
         assert (result["label"] is None) == (result["radius"] == 0 and result["p_lower"] == 0)
@@ -135,7 +134,7 @@ def test_a_broken_picture_is_refused_before_any_work(tiny, tmp_path, monkeypatch
         ({"sigma": float("nan")}, ValueError, "sigma=nan"),
         ({"alpha": 0}, ValueError, "alpha=0"),
         ({"alpha": 1}, ValueError, "alpha=1"),
-        ({"radius": 0.75, "max_samples": 100}, ValueError, r"max_samples=100 .* at least [\d,]+ draws"),
+        ({"radius": 0.75, "max_draws": 100}, ValueError, r"max_draws=100 .* at least [\d,]+ draws"),
         ({"method": "fixed", "radius": 0.75, "n": 100}, ValueError, r"n=100 .* at least [\d,]+ draws"),
         ({"method": "surely"}, ValueError, "method='surely'"),
         ({"top_k": 3}, TypeError, "'top_k' is no setting"),

@@ -12,7 +12,7 @@ from transformers import ViTImageProcessor
 from hf_smoothing import ABSTAIN, FixedRule, GaussianNoise, SequentialRule, SmoothedClassifier
 from hf_smoothing.core.bounds import clopper_pearson_lower
 from hf_smoothing.core.image_loading import to_pixels
-from hf_smoothing.core.preprocessing import Preparation
+from hf_smoothing.core.preprocessing import Preprocessing
 
 
 def answers(certificates):
@@ -28,7 +28,7 @@ def test_a_linear_classifier_is_never_certified_beyond_its_exact_radius(linear, 
     smoothed = SmoothedClassifier(linear, GaussianNoise(0.25), batch_size=4096)
     wrong = 0
     for seed in range(3):
-        found = smoothed.certify(images, method, alpha=0.01, max_samples=500, seed=seed)
+        found = smoothed.certify(images, method, alpha=0.01, max_draws=500, seed=seed)
         for certificate, radius, label in zip(found, exact, right):
             assert certificate.guarantee == "per_input"
             wrong += certificate.prediction not in (ABSTAIN, int(label)) or certificate.radius > radius
@@ -48,7 +48,7 @@ def test_with_many_draws_the_radius_is_nearly_the_exact_one(linear):
 
 @pytest.mark.parametrize(
     "rule",
-    [SequentialRule(max_samples=300), SequentialRule(radii=(0.1, 0.2), max_samples=300), FixedRule(n0=10, n=50)],
+    [SequentialRule(max_draws=300), SequentialRule(radii=(0.1, 0.2), max_draws=300), FixedRule(n0=10, n=50)],
 )
 def test_batch_size_and_order_change_nothing(linear, small_images, noise, rule):
     def run(images, batch_size, seed=0):
@@ -70,7 +70,7 @@ def test_batch_size_and_order_change_nothing_with_the_shipped_model(demo_images,
 
     def run(pictures, batch_size):
         smoothed = SmoothedClassifier.from_pretrained(SHIPPED_MODEL, noise, batch_size=batch_size)
-        return smoothed.certify(pictures, radius=radius, max_samples=130)
+        return smoothed.certify(pictures, radius=radius, max_draws=130)
 
     expected = run(pictures, 64)
     assert run(pictures, 1) == expected
@@ -86,7 +86,7 @@ def test_batches_are_full_while_images_are_left(linear, noise):
         return linear(images)
 
     images = torch.rand(300, 3, 4, 4, generator=torch.Generator().manual_seed(5))
-    SmoothedClassifier(spy, noise, batch_size=64).certify(images, radius=0.1, max_samples=500)
+    SmoothedClassifier(spy, noise, batch_size=64).certify(images, radius=0.1, max_draws=500)
     assert max(sizes) == 64
     full = [
         size == 64 for size in sizes[2:]
@@ -120,7 +120,7 @@ def test_a_first_batch_of_clean_passes_takes_no_more_images_than_the_draws_after
         return linear(batch)
 
     smoothed = SmoothedClassifier(spy, noise, batch_size=64)
-    next(smoothed.certify_stream(images(), SequentialRule(max_samples=8, alpha=0.4)))
+    next(smoothed.certify_stream(images(), SequentialRule(max_draws=8, alpha=0.4)))
     assert len(read) == 8
     assert sizes[-2:] == [8, 64]
 
@@ -164,7 +164,7 @@ def test_a_module_is_put_into_evaluation_mode_and_its_dtype_is_recorded(small_im
             return self.layers(images)
 
     model = Model().to(torch.bfloat16).train()
-    found = SmoothedClassifier(model, noise).certify(small_images, max_samples=50)
+    found = SmoothedClassifier(model, noise).certify(small_images, max_draws=50)
     assert not model.training
     assert {certificate.dtype for certificate in found} == {"bfloat16"}
 
@@ -172,7 +172,7 @@ def test_a_module_is_put_into_evaluation_mode_and_its_dtype_is_recorded(small_im
 def certify_with(tiny_model_dir, **kwargs):
     pictures = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     smoothed = SmoothedClassifier.from_pretrained(tiny_model_dir, GaussianNoise(0.25), batch_size=16, **kwargs)
-    return {(found.dtype, found.compiled) for found in smoothed.certify(pictures, max_samples=60)}
+    return {(found.dtype, found.compiled) for found in smoothed.certify(pictures, max_draws=60)}
 
 
 def test_the_type_of_the_forward_passes_is_recorded(tiny_model_dir):
@@ -241,7 +241,7 @@ class Unread:
 def test_impossible_settings_are_refused_before_an_image_is_read(linear, noise):
     smoothed = SmoothedClassifier(linear, noise)
     with pytest.raises(ValueError, match=r"at least [\d,]+ draws"):
-        smoothed.certify(Unread(), radius=0.9, max_samples=20)
+        smoothed.certify(Unread(), radius=0.9, max_draws=20)
     with pytest.raises(ValueError, match="alpha=2"):
         smoothed.certify(Unread(), alpha=2)
 
@@ -270,10 +270,10 @@ def test_processors_of_other_units_give_pixels_and_their_units_behind_the_noise(
     picture = Image.new("RGB", (4, 4), (255, 128, 0))
     for settings, units in (({"do_rescale": False}, 255.0), ({"rescale_factor": 0.01}, 2.55)):
         processor = ViTImageProcessor(size={"height": 4, "width": 4}, do_normalize=False, **settings)
-        preparation = Preparation.of(processor)
-        pixels = to_pixels(picture, preparation)
+        preprocessing = Preprocessing.of(processor)
+        pixels = to_pixels(picture, preprocessing)
         assert pixels[:, 0, 0].tolist() == pytest.approx([1, 128 / 255, 0])
-        assert preparation.normalize(pixels)[:, 0, 0].tolist() == pytest.approx([units, units * 128 / 255, 0])
+        assert preprocessing.normalize(pixels)[:, 0, 0].tolist() == pytest.approx([units, units * 128 / 255, 0])
 
     class Opaque:
         pass

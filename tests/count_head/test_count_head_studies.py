@@ -17,7 +17,7 @@ from hf_smoothing.count_head.count_calibration import (
 from hf_smoothing.count_head.measured_counts import read_counts
 from hf_smoothing.hub.figures import KINDS
 from hf_smoothing.runs.dataset_run import RunSettings, certify_dataset
-from hf_smoothing.runs.processes import start_processes
+from hf_smoothing.utils.processes import start_processes
 
 SIGMAS = (0.25, 0.5, 1.0)
 

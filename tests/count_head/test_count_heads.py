@@ -39,7 +39,7 @@ def wrong_head(linear):
 def test_a_wrong_head_makes_no_wrong_claims(predicted):
     """p just under what the radius takes, where a wrong claim is likeliest."""
     generator, needed = np.random.default_rng(1), NOISE.probability_needed(0.5)
-    rule = SequentialRule(radii=(0.5,), alpha=0.05, max_samples=60)
+    rule = SequentialRule(radii=(0.5,), alpha=0.05, max_draws=60)
     clean = CleanPass(np.array(predicted), frequencies=True)
     found = [simulate(rule, NOISE, [needed, 1 - needed], clean, generator) for _ in range(1500)]
     wrong = np.mean([outcome.p_lower > needed and outcome.prediction == 0 for outcome, _ in found])
@@ -65,7 +65,7 @@ def test_a_wrong_head_makes_no_wrong_claims_of_ten_classes(lie):
         "sure of another": sure(5),
         "sure of the runner-up": sure(1),
     }[lie]
-    rule = SequentialRule(radii=(0.5,), alpha=0.05, max_samples=100)
+    rule = SequentialRule(radii=(0.5,), alpha=0.05, max_draws=100)
     generator = np.random.default_rng(3)
     clean = CleanPass(predicted, frequencies=True)
     found = [simulate(rule, NOISE, probabilities, clean, generator) for _ in range(300)]
@@ -74,14 +74,14 @@ def test_a_wrong_head_makes_no_wrong_claims_of_ten_classes(lie):
     assert max(taken for _, taken in found) <= 100
     # and what is true is proved all the same, within the budget
     clear = np.array([0.97, *[0.03 / 9] * 9])
-    rule = SequentialRule(radii=(0.5,), max_samples=1500)
+    rule = SequentialRule(radii=(0.5,), max_draws=1500)
     found = [simulate(rule, NOISE, clear, clean, generator) for _ in range(20)]
     assert np.mean([NOISE.radius(one.p_lower, one.p_upper) >= 0.5 for one, _ in found]) > 0.95
 
 
 def test_a_head_that_knows_p_saves_draws_and_a_wrong_one_costs_few():
     probabilities = np.array([0.97, 0.03])
-    rule = SequentialRule(radii=(0.5,), max_samples=10_000)
+    rule = SequentialRule(radii=(0.5,), max_draws=10_000)
     spent = {}
     for name, clean in (
         ("none", CleanPass(np.array([2.0, 0.0]))),
@@ -172,9 +172,9 @@ def test_a_calibrated_surrogate_says_what_it_rests_on(linear, small_images):
 @pytest.mark.parametrize("make_head", [right_head, wrong_head])
 def test_certificates_hold_whatever_the_head_says(linear, small_images, make_head):
     smoothed = SmoothedClassifier(linear, NOISE, count_head=make_head(linear), batch_size=50)
-    found = smoothed.certify(small_images, radii=[0.1, 0.3], max_samples=2000)
+    found = smoothed.certify(small_images, radii=[0.1, 0.3], max_draws=2000)
     again = SmoothedClassifier(linear, NOISE, count_head=make_head(linear), batch_size=7).certify(
-        small_images, radii=[0.1, 0.3], max_samples=2000
+        small_images, radii=[0.1, 0.3], max_draws=2000
     )
     assert found == again
     for certificate, radius in zip(found, linear.exact_radius(small_images).tolist()):

@@ -9,21 +9,21 @@ from scipy.stats import multivariate_hypergeom
 from transformers import AutoImageProcessor
 
 from hf_smoothing import GaussianNoise, SmoothedClassifier
-from hf_smoothing.core.preprocessing import Preparation
+from hf_smoothing.core.preprocessing import Preprocessing
 from hf_smoothing.core.rules import make_rule
 from hf_smoothing.count_head.count_training import (
     CountBatches,
     build_count_model,
     counts_by_image,
     prediction_errors,
-    thinned,
+    subsample_counts,
     train_count_head,
 )
 from hf_smoothing.count_head.measured_counts import read_counts
 from hf_smoothing.hub.figures import KINDS
 from hf_smoothing.runs.dataset_run import RunSettings, certify_dataset
-from hf_smoothing.runs.processes import start_processes
 from hf_smoothing.training.training_loop import TrainingSettings
+from hf_smoothing.utils.processes import start_processes
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def test_an_own_backbone_may_see_images_mirrored(counts_dir, tmp_path, hflip):
     found = train_count_head(model, counts, settings, accelerator, **chosen)
     assert found["settings"]["hflip"] == hflip
     images, places = counts.open(), counts_by_image(counts)[0]
-    images.meet(counts.settings["label_names"], Preparation.of(AutoImageProcessor.from_pretrained(base)))
+    images.meet(counts.settings["label_names"], Preprocessing.of(AutoImageProcessor.from_pretrained(base)))
     pixels = torch.stack([images.pixels(images.source[int(place)]) for place in places])
     shown = pixels.flip(-1) if hflip else pixels
     assert len(seen) == 1
@@ -121,7 +121,7 @@ def test_an_own_backbone_may_see_images_mirrored(counts_dir, tmp_path, hflip):
 def test_many_draws_are_thinned_to_what_the_loss_is_for(counts_dir, tmp_path):
     generator = np.random.default_rng(0)
     counts = torch.tensor([[900.0, 80.0, 20.0], [3.0, 1.0, 0.0]]).repeat(3000, 1)
-    fewer = thinned(counts, 16, generator)
+    fewer = subsample_counts(counts, 16, generator)
     assert fewer.dtype == counts.dtype
     assert (fewer >= 0).all()
     assert (fewer <= counts).all()

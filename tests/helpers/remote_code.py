@@ -26,8 +26,8 @@ with torch.inference_mode():
             {
                 "task": certify.task,
                 "module": type(classifier).__module__,
-                "certificates": certify(pictures, max_samples=60, radius=0.1),
-                "with_count_head": certify(pictures, max_samples=60, radius=0.1, count_head=count_head),
+                "certificates": certify(pictures, max_draws=60, radius=0.1),
+                "with_count_head": certify(pictures, max_draws=60, radius=0.1, count_head=count_head),
                 "counts": head.eval()(pixels, sigma=0.25).probabilities.tolist(),
             }
         )

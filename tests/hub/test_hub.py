@@ -25,7 +25,7 @@ RUN = SHIPPED_MODEL / "results" / "cifar10"
 CODE = {
     "active_images.py", "bounds.py", "calibration.py", "certificates.py", "configuration_mixed_noise_vit.py",
     "count_predictor.py", "data.py", "forward_pass.py", "loading.py", "modeling_count_prediction.py",
-    "modeling_mixed_noise_vit.py", "noise.py", "pipeline_certified_image_classification.py", "preparation.py", "rules.py",
+    "modeling_mixed_noise_vit.py", "noise.py", "pipeline_certified_image_classification.py", "preprocessing.py", "rules.py",
     "sequential.py", "smoothing.py",
 }  # fmt: skip
 
@@ -142,7 +142,7 @@ def test_a_pushed_model_needs_no_remote_code_where_the_package_is(client, traine
     local, there = (
         pipeline("certified-image-classification", model=str(one), sigma=0.25) for one in (trained, folder)
     )
-    assert local(pictures, max_samples=60) == there(pictures, max_samples=60)
+    assert local(pictures, max_draws=60) == there(pictures, max_draws=60)
 
 
 def test_without_the_package_remote_code_gives_the_same_certificates(hub, client, pictures, tmp_path):
@@ -162,8 +162,8 @@ def test_without_the_package_remote_code_gives_the_same_certificates(hub, client
     assert found["module"].startswith("transformers_modules.user.remote.")
     certify = pipeline("certified-image-classification", model=str(SHIPPED_MODEL), sigma=0.25)
     assert {one["label"] for one in found["certificates"]} <= set(certify.model.config.id2label.values())
-    assert found["certificates"] == certify(pictures, max_samples=60, radius=0.1)
-    assert found["with_count_head"] == certify(pictures, max_samples=60, radius=0.1, count_head=str(head))
+    assert found["certificates"] == certify(pictures, max_draws=60, radius=0.1)
+    assert found["with_count_head"] == certify(pictures, max_draws=60, radius=0.1, count_head=str(head))
     size = certify.model.config.image_size
     with torch.inference_mode():
         model = MixedNoiseViTForCountPrediction.from_pretrained(head).eval()

@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, rows
 
 from hf_smoothing.runs.dataset_run import RunSettings, certify_dataset
-from hf_smoothing.runs.processes import start_processes
+from hf_smoothing.utils.processes import start_processes
 
 
 def script(model, data, output_dir, *arguments, processes=2):

@@ -51,7 +51,7 @@ def test_records_and_run_json(certify, parquet, model, tmp_path):
 
 def test_the_same_certificates_as_the_pipeline(certify, model, demo_images, tmp_path):
     certify(every=10, seed=3, radii=(0.1, 0.2))
-    pipe = pipeline("certified-image-classification", model=model, sigma=0.25, max_samples=60)
+    pipe = pipeline("certified-image-classification", model=model, sigma=0.25, max_draws=60)
     expected = pipe(list(demo_images[::10]["image"]), seed=3, radii=(0.1, 0.2))
     found = rows(tmp_path / "run")
     assert len(found) == len(expected) == 20

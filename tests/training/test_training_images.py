@@ -6,14 +6,14 @@ import torch
 from PIL import Image
 from transformers import ViTImageProcessor
 
-from hf_smoothing.core.preprocessing import Preparation
+from hf_smoothing.core.preprocessing import Preprocessing
 from hf_smoothing.data.labelled_images import LabelledImages
 from hf_smoothing.training.training_images import ImageSettings, TrainingBatches, names_of_classes
 
 
 def opened(path, size=8, **kwargs):
     images = LabelledImages(str(path), split="train", **kwargs)
-    images.meet(names_of_classes(images), Preparation.of(ViTImageProcessor(size={"height": size, "width": size})))
+    images.meet(names_of_classes(images), Preprocessing.of(ViTImageProcessor(size={"height": size, "width": size})))
     return images
 
 

@@ -4,12 +4,12 @@ import time
 import pytest
 from accelerate import Accelerator
 
-from hf_smoothing.runs.processes import Crew
+from hf_smoothing.runs.work_queue import WorkQueue
 
 
 def crews(number):
     """As many processes of one run, in this one: they share a store."""
-    found = [Crew(Accelerator(cpu=True), "start") for _ in range(number)]
+    found = [WorkQueue(Accelerator(cpu=True), "start") for _ in range(number)]
     for one in found:
         one.num_processes = number
         one.store = found[0].store
@@ -19,8 +19,8 @@ def crews(number):
 def test_every_item_goes_to_one_process_and_a_slow_one_gets_less():
     taken = {0: [], 1: [], 2: []}
 
-    def work(rank, crew):
-        for item in crew.handed_out(iter(range(60)), 0.25):
+    def work(rank, queue):
+        for item in queue.handed_out(iter(range(60)), 0.25):
             taken[rank].append(item)
             time.sleep(0.02 if rank == 0 else 0.002)
 

@@ -1,0 +1,50 @@
+"""The mixture of noise levels that a model is trained on (arXiv 2312.09020)."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class NoiseMixture:
+    """
+    The training mixture: each image gets Gaussian noise of a level drawn for it alone (arXiv 2312.09020).
+
+    Args:
+        sigmas: noise levels (standard deviations) in units of `[0, 1]` pixels; 0 is a clean image.
+        weights: their relative frequencies; equal by default.
+
+    Raises:
+        ValueError: for no levels, a negative or non-finite one, or weights that do not match them.
+    """
+
+    sigmas: tuple[float, ...]
+    weights: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.sigmas or not all(0 <= sigma < math.inf for sigma in self.sigmas):
+            raise ValueError(f"sigmas={self.sigmas} must be one or more finite numbers, 0 or above.")
+        if self.weights is not None and (
+            len(self.weights) != len(self.sigmas)
+            or not all(0 <= weight < math.inf for weight in self.weights)
+            or sum(self.weights) <= 0
+        ):
+            raise ValueError(f"weights={self.weights} must be {len(self.sigmas)} numbers, 0 or above, not all 0.")
+
+    def add_to(self, images: torch.Tensor, copies: int = 1) -> torch.Tensor:
+        """
+        Noisy copies of `images`, `(batch, channels, height, width)` in `[0, 1]`; not clipped.
+
+        Args:
+            images: clean ones.
+            copies: of each; they share its noise level. The first copies of all images come first, then the second ones.
+
+        Returns:
+            Pixels `(copies * batch, channels, height, width)`.
+        """
+        weights = torch.tensor(self.weights or [1.0] * len(self.sigmas), dtype=torch.float, device=images.device)
+        levels = torch.multinomial(weights, len(images), replacement=True)
+        sigmas = torch.tensor(self.sigmas, device=images.device, dtype=images.dtype)[levels].repeat(copies)
+        images = images.repeat(copies, 1, 1, 1)
+        return images + sigmas.view(-1, 1, 1, 1) * torch.randn_like(images)

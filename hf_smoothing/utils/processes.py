@@ -1,0 +1,45 @@
+"""The processes that a launcher started."""
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+
+Item = TypeVar("Item")
+Found = TypeVar("Found")
+
+_REFRESH = 0.5
+"""Seconds between two looks at what the other processes have done."""
+
+
+def start_processes(**options: Any) -> Accelerator:
+    """
+    The processes that `accelerate launch` or `torchrun` started; one where neither did.
+
+    Args:
+        options: further ones of `Accelerator`.
+    """
+    return Accelerator(
+        # untold, accelerate takes each of several processes on CPUs for the only one
+        cpu=not torch.accelerator.is_available(),
+        # A process may wait for another as long as one image takes; launchers end the others when one dies
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
+        **options,
+    )
+
+
+def on_main_first(accelerator: Accelerator, call: Callable[[], Found]) -> Found:
+    """What `call` returns on the main process, on all of them; or what it raises (OSError, ValueError), on all of them."""
+    box: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            box = [call()]
+        except (OSError, ValueError) as error:
+            box = [error]
+    broadcast_object_list(box)
+    if isinstance(box[0], Exception):
+        raise box[0]
+    return box[0]
