@@ -1,15 +1,14 @@
 """Measured class counts, as a finished run holds them."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from ..data.labelled_images import LabelledImages
-from ..runs.run_folder import images_of
+from ..runs.identity import open_images
+from ..runs.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class Counts:
         Raises:
             ValueError: where they are no longer those.
         """
-        return images_of(self.settings)
+        return open_images(self.settings)
 
 
 def read_counts(run_dir: Path) -> Counts:
@@ -64,16 +63,14 @@ def read_counts(run_dir: Path) -> Counts:
     Raises:
         ValueError: for a run that is not finished, or of a method that stops early: its counts are biased.
     """
-    if not (run_dir / "certificates.parquet").is_file():
-        raise ValueError(f"{run_dir} holds no finished run: certify-dataset makes one.")
-    settings = json.loads((run_dir / "run.json").read_text())["settings"]
+    folder = RunFolder(run_dir)
+    settings = folder.read_settings()
     if settings["method"] not in ("counts", "fixed"):
         raise ValueError(
             f"{run_dir} is of method {settings['method']!r}, which draws nothing, or stops when it has seen enough: that "
             "biases counts. Use --method counts, or fixed for certificates too."
         )
-    rows = pq.read_table(run_dir / "certificates.parquet", columns=[*_COLUMNS, "error"]).to_pylist()
-    rows = [row for row in rows if row["error"] is None]
+    rows = [row for row in folder.read_records([*_COLUMNS, "error"]) if row["error"] is None]
     if not rows:
         raise ValueError(f"{run_dir} holds no counts: all of its images failed.")
     indices, sigmas, counts, labels, predictions, p_lower = (

@@ -1,6 +1,5 @@
 """Try to break the certificates of a finished run: none may fall to a change smaller than its radius."""
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -8,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from torch import nn
 from tqdm.auto import tqdm
@@ -18,8 +16,9 @@ from ..core.noise import GaussianNoise
 from ..core.smoothing import SmoothedClassifier
 from ..core.validation import check_count
 from ..data.labelled_images import LabelledImages
-from ..runs.dataset_run import DTYPES, classifier_identity
-from ..runs.run_folder import images_of
+from ..runs.dataset_run import DTYPES
+from ..runs.identity import describe_classifier, open_images
+from ..runs.run_folder import RunFolder
 from ..utils.files import write_json
 from ..utils.provenance import command_line, package_versions
 from .attacks import AttackSettings, Attempt, Success, attack
@@ -90,12 +89,11 @@ def audit(
         OSError: for a folder that cannot be written to.
     """
     check_count("images", images)
-    if not (run_dir / "certificates.parquet").is_file():
-        raise ValueError(f"{run_dir} holds no finished run.")
-    run = json.loads((run_dir / "run.json").read_text())["settings"]
+    folder = RunFolder(run_dir)
+    run = folder.read_settings()
     if "model_weights" not in run:
         raise ValueError(f"{run_dir} does not say which weights were certified: audit a run of certify-dataset.")
-    rows = [row for row in pq.read_table(run_dir / "certificates.parquet").to_pylist() if row["error"] is None]
+    rows = [row for row in folder.read_records() if row["error"] is None]
     certified = [row for row in rows if row["prediction"] >= 0 and row["radius"] > 0]
     if kinds := {row["guarantee"] for row in certified} - {"per_input"}:
         raise ValueError(
@@ -107,9 +105,9 @@ def audit(
     if not chosen:
         raise ValueError(f"{run_dir} holds no certificate with a radius above 0.")
     smoothed = _load(run, device, batch_size)
-    source = images_of(run)
+    source = open_images(run)
     source.meet(run["label_names"], smoothed.preprocessing)
-    certificates = hashlib.sha256((run_dir / "certificates.parquet").read_bytes()).hexdigest()
+    certificates = folder.table_digest()
     identity = {
         **asdict(settings),
         "images": images,
@@ -190,7 +188,7 @@ def _load(run: dict[str, Any], device: str, batch_size: int) -> SmoothedClassifi
             denoiser=run.get("denoiser"),
             **at,
         )
-    now = json.loads(json.dumps(classifier_identity(smoothed)))
+    now = json.loads(json.dumps(describe_classifier(smoothed)))
     if other := sorted(one for one, value in now.items() if one in run and run[one] != value):
         raise ValueError(f"The model {name!r} is not the one that was certified: it has another {', '.join(other)}.")
     return smoothed

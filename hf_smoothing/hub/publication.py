@@ -6,7 +6,6 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
-import pyarrow.parquet as pq
 from huggingface_hub import DatasetCard
 from transformers.dynamic_module_utils import custom_object_save
 
@@ -14,6 +13,7 @@ from ..core.configuration_mixed_noise_vit import MixedNoiseViTConfig
 from ..core.modeling_count_prediction import MixedNoiseViTForCountPrediction
 from ..core.modeling_mixed_noise_vit import MixedNoiseViTForImageClassification, MixedNoiseViTModel
 from ..core.pipeline_certified_image_classification import CertifiedImageClassificationPipeline
+from ..runs.run_folder import RunFolder
 
 Json = dict[str, Any]
 
@@ -94,9 +94,10 @@ def publication_of(folder: str | Path) -> Publication:
         raise ValueError(
             f"{str(folder)!r} has neither config.json nor run.json: push a model, a count head, or the folder of a run."
         )
-    run = _read(folder / "run.json")
-    _check_run(folder, run)
-    return _publication(folder, "dataset", _RUN_FILES, run)
+    run_folder = RunFolder(folder)
+    run_folder.read_settings()
+    run_folder.check_table()
+    return _publication(folder, "dataset", _RUN_FILES, run_folder.read_run())
 
 
 def _publication(
@@ -140,15 +141,6 @@ def _check_model(folder: Path, config: Json) -> None:
         needed = set(_read(index).get("weight_map", {}).values())
     if missing := sorted(one for one in {*needed, "preprocessor_config.json"} if not (folder / one).is_file()):
         raise ValueError(f"{folder} lacks {', '.join(missing)}: save model and image processor to it first.")
-
-
-def _check_run(folder: Path, run: Json) -> None:
-    if not (folder / "certificates.parquet").is_file() or run.get("finished", True) is None:
-        raise ValueError(f"{folder} holds a run that is not finished: the command that began it goes on with it.")
-    try:
-        pq.read_schema(folder / "certificates.parquet")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder / 'certificates.parquet'} cannot be read as Parquet: {error}.") from error
 
 
 def _add_code(config: Json, target: Path) -> dict[str, str]:

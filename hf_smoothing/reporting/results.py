@@ -1,7 +1,6 @@
 """Reading finished runs: folders with `certificates.parquet`, logs of research scripts, and the pictures certified."""
 
 import csv
-import json
 import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -10,11 +9,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import pyarrow.parquet as pq
 from PIL import Image
 
 from ..core.certificates import ABSTAIN
 from ..data.labelled_images import LabelledImages, match_labels
+from ..runs.run_folder import RunFolder
 
 Row = dict[str, Any]
 
@@ -163,7 +162,7 @@ def read_results(sources: Sequence[Path], log_guarantee: str | None = None) -> l
         FileNotFoundError: where there is no such run.
         ValueError: for a file that is no such table, or holds an image twice, or is named twice; the message names it.
     """
-    tables = [(source / "certificates.parquet" if source.is_dir() else source).resolve() for source in sources]
+    tables = [(RunFolder(source).table if source.is_dir() else source).resolve() for source in sources]
     for number, source in enumerate(sources):
         if tables[number] in tables[:number]:
             raise ValueError(f"{str(source)!r} is there twice: name each run once.")
@@ -181,19 +180,12 @@ def read_results(sources: Sequence[Path], log_guarantee: str | None = None) -> l
 
 
 def _read_run(source: Path, name: str) -> list[Result]:
-    table = source / "certificates.parquet" if source.is_dir() else source
-    if not table.is_file():
-        raise FileNotFoundError(f"{str(source)!r} has no {table.name}: is the run finished?")
-    try:
-        rows = pq.read_table(table).to_pylist()
-    except (OSError, ValueError) as error:  # pyarrow's errors are among them
-        raise ValueError(f"{table} cannot be read as Parquet: {error}.") from error
+    folder = RunFolder(source) if source.is_dir() else RunFolder(source.parent, table=source)
+    rows = folder.read_records()
     if not rows or (missing := [column for column in COLUMNS if column not in rows[0]]):
-        raise ValueError(
-            f"{table} {f'lacks the columns {missing}' if rows else 'has no rows'}: it holds no certificates."
-        )
-    facts = table.with_name("run.json")
-    run = json.loads(facts.read_text()) if facts.is_file() else {}
+        problem = f"lacks the columns {missing}" if rows else "has no rows"
+        raise ValueError(f"{folder.table} {problem}: it holds no certificates.")
+    run = folder.read_run()
     sigmas = sorted({row["sigma"] for row in rows if row.get("sigma") is not None})
     # an image that failed before any noise was added counts once at every noise level
     everywhere = list({row["index"]: row for row in rows if row.get("sigma") is None}.values()) if sigmas else rows

@@ -1,160 +1,33 @@
-"""Certifying a whole dataset: by any number of processes, resumable, with one record an image.
+"""Certifies a dataset: with any number of processes, resumable, one record per image and noise level.
 
 Processes take images one at a time from a counter that they share, so that none idles while there is work, however much
-the images differ in cost. Every image's noise depends on the seed and its pixels alone, so it does not matter which
-process takes it, when, or beside which others.
+the images differ in cost. The noise of an image depends only on the seed and its pixels, so it does not matter which
+process takes it, when, or in which batch.
 """
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-from ..core.calibration import Calibration
-from ..core.certificates import Rule
-from ..core.count_predictor import CountPredictor, read_calibration
-from ..core.loading import loading, weights_digest
+from ..core.loading import loading
 from ..core.noise import GaussianNoise
-from ..core.preprocessing import NoiseResolution
-from ..core.rules import SurrogateRule, make_rule
 from ..core.smoothing import SmoothedClassifier
-from ..core.validation import check_count
 from ..data.labelled_images import LabelledImages
 from ..utils.processes import on_main_first
+from .identity import describe_run, describe_session
 from .progress import Progress
-from .records import (
-    Record,
-    ShardWriter,
-    count_records,
-    error_record,
-    record,
-)
-from .run_folder import Plan, RunSummary, check_folder, is_right, merge, prepare, session_of
+from .records import Record, error_record, is_right, record
+from .run_folder import RunFolder, RunState, RunSummary
+from .settings import RunSettings
 from .work_queue import WorkQueue
 
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
-"""Types of the forward passes by name, as the engine takes them: float32 weights, under autocast or not."""
-
-
-@dataclass(frozen=True)
-class RunSettings:
-    """
-    What decides the records of a run. A run is gone on with only under the same settings.
-
-    Args:
-        model_name_or_path: an image classifier on the Hub or in a local folder.
-        dataset_name: what `load_dataset` takes (a name on the Hub, a local folder), or a Parquet file.
-        sigmas: noise levels, in `[0, 1]` pixels.
-        dataset_config_name: configuration of the dataset.
-        split: its split.
-        revision: revision of the model.
-        image_column: column of the images; found if it has a usual name.
-        label_column: column of the labels; found if it has a usual name.
-        every: take the images whose index in the split is a multiple of this.
-        max_samples: take at most this many images.
-        radii: radii to decide (`surrogate`: with `delta`); `None` finds the radius of each image.
-        method: `sequential`, `fixed`, `surrogate` or `counts`, see [`make_rule`].
-        count_head: a count head on the Hub or in a local folder: `surrogate` asks it alone, `sequential` draws less with it.
-        noise_resolution: where noise is added: `input`, `native`, or pixels a side.
-        denoiser: name of a denoiser in front of the model.
-        delta: share of the images about which a calibrated count head may be wrong, `surrogate` only.
-        alpha: probability that a certificate is wrong.
-        max_draws: the most draws for one image.
-        n0, n: draws of the `fixed` method.
-        tolerance: relative tolerance of the radius, `sequential` without radii.
-        seed: seed of the noise, from 0 to 2**63 - 1.
-        dtype: `float32`, or `bfloat16` (autocast).
-
-    Raises:
-        ValueError: for a setting out of range.
-    """
-
-    model_name_or_path: str
-    dataset_name: str
-    sigmas: tuple[float, ...]
-    dataset_config_name: str | None = None
-    split: str = "test"
-    revision: str | None = None
-    image_column: str | None = None
-    label_column: str | None = None
-    every: int = 1
-    max_samples: int | None = None
-    radii: tuple[float, ...] | None = None
-    method: str = "sequential"
-    alpha: float = 0.001
-    max_draws: int | None = None
-    n0: int | None = None
-    n: int | None = None
-    tolerance: float | None = None
-    seed: int = 0
-    dtype: str = "float32"
-    count_head: str | None = None
-    delta: float | None = None
-    noise_resolution: NoiseResolution = "input"
-    denoiser: str | None = None
-
-    def __post_init__(self) -> None:
-        check_count("every", self.every)
-        if self.max_samples is not None:
-            check_count("max_samples", self.max_samples)
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype={self.dtype!r} is unknown: use {' or '.join(DTYPES)}.")
-        if self.method == "surrogate" and self.count_head is None:
-            raise ValueError("method='surrogate' takes a count head: pass count_head.")
-        if self.count_head is not None and self.method not in ("surrogate", "sequential"):
-            raise ValueError(
-                f"count_head={self.count_head!r} has no meaning for method {self.method!r}: leave it out."
-            )
-        if not self.sigmas or len(set(self.sigmas)) < len(self.sigmas):
-            raise ValueError(f"sigmas={self.sigmas} must be one or more different noise levels.")
-        if not 0 <= self.seed < 2**63:  # records hold it as a 64-bit number
-            raise ValueError(f"seed={self.seed} must be 0 or above, and below 2**63.")
-        reached = {radius for sigma in self.sigmas for radius in self.rule(sigma)[1] or ()}
-        if missed := sorted(set(self.radii or ()) - reached):
-            self._rule(tuple(missed)).check(GaussianNoise(max(self.sigmas)))  # says how many draws it takes
-
-    @property
-    def smallest_radius(self) -> float:
-        """The smallest radius asked for; 0 where none is."""
-        return min(self.radii or (0.0,))
-
-    def rule(self, sigma: float) -> tuple[Rule, tuple[float, ...] | None]:
-        """
-        The rule at one sigma, and the radii that it decides: those that the budget can show there. With several sigmas the
-        larger radii are for the larger sigmas; deciding them at a smaller one would be an error.
-        """
-        noise = GaussianNoise(sigma)
-        reachable = None if self.radii is None else tuple(one for one in self.radii if self._shows(one, noise))
-        rule = self._rule(reachable or self.radii)
-        rule.check(noise)
-        return rule, reachable
-
-    def _rule(self, radii: tuple[float, ...] | None) -> Rule:
-        names = ("alpha", "n0", "n", "tolerance", "delta")
-        return make_rule(
-            self.method,
-            radii=radii,
-            max_draws=self.max_draws,
-            calibration=self._calibration,
-            **{name: getattr(self, name) for name in names},
-        )
-
-    @cached_property
-    def _calibration(self) -> Calibration | None:
-        return read_calibration(self.count_head) if self.count_head and self.delta is not None else None
-
-    def _shows(self, radius: float, noise: GaussianNoise) -> bool:
-        rule = self._rule((radius,))
-        try:
-            rule.check(noise)
-        except ValueError:
-            return False
-        return True
+"""Types of the forward passes by name, as the engine takes them: float32 weights, with autocast or without."""
 
 
 def certify_dataset(
@@ -192,13 +65,13 @@ def certify_dataset(
             written before stand, and a later run goes on.
         KeyboardInterrupt: on the user's, with a message that says how many records are there.
     """
-    output_dir = Path(output_dir)
+    folder = RunFolder(output_dir)
     at: dict[str, Any] = {} if settings.revision is None else {"revision": settings.revision}
     if at and Path(settings.model_name_or_path).is_dir():
         raise ValueError(
             f"revision={settings.revision!r} is for models on the Hub; {settings.model_name_or_path!r} is a local folder."
         )
-    on_main_first(accelerator, partial(check_folder, output_dir, resume))
+    on_main_first(accelerator, partial(folder.check, resume))
     with accelerator.main_process_first():  # one downloads, the others find it there
         images = LabelledImages(
             settings.dataset_name,
@@ -218,7 +91,7 @@ def certify_dataset(
                 device=accelerator.device,
                 autocast=DTYPES[settings.dtype],
                 count_head=settings.count_head,
-                noise_resolution=settings.noise_resolution,
+                noise_resolution=settings.resolution,
                 denoiser=settings.denoiser,
                 **at,
             )
@@ -227,14 +100,14 @@ def certify_dataset(
     names = list(smoothed.class_names or ())
     images.meet(names, smoothed.preprocessing)
 
-    def begin() -> Plan:
-        session = session_of(accelerator, smoothed)
-        return prepare(output_dir, _identity(settings, images, smoothed), session, images)
+    def start() -> RunState:
+        session = describe_session(accelerator, smoothed)
+        return folder.start(describe_run(settings, images, smoothed), session, images.find_shape)
 
-    plan = on_main_first(accelerator, begin)
-    images.shape = plan.shape
+    plan = on_main_first(accelerator, start)
+    images.shape = plan.image_shape
     queue = WorkQueue(accelerator, plan.start)
-    writer = ShardWriter(output_dir / "shards" / f"records-rank{accelerator.process_index:05d}.jsonl")
+    writer = folder.open_shard(accelerator.process_index)
     expected = None if images.total is None else images.total * len(settings.sigmas)
     at_most = expected or (settings.max_samples and settings.max_samples * len(settings.sigmas))
     before = {sigma: plan.before.get(sigma, (0, 0)) for sigma in settings.sigmas}
@@ -260,15 +133,15 @@ def certify_dataset(
         progress.update(settings.sigmas[-1], at_once=True)
     except KeyboardInterrupt as error:
         queue.fail(error)
-        done = f"{count_records(writer.path.parent)}{'' if expected is None else f' of {expected}'}"
-        raise KeyboardInterrupt(f"stopped; {done} are done; the same command goes on") from error
+        done = f"{folder.count_records()}{'' if expected is None else f' of {expected}'}"
+        raise KeyboardInterrupt(f"stopped; {done} are done; the same command resumes") from error
     except BaseException as error:
         queue.fail(error)  # so that the main process does not wait for this one
         raise
     finally:
         progress.bar.close()
         writer.close()
-    return merge(output_dir, len(plan.finished), expected) if accelerator.is_main_process else None
+    return folder.finish(len(plan.finished), expected) if accelerator.is_main_process else None
 
 
 def _certify(
@@ -302,44 +175,3 @@ def _certify(
     for position, certificate in smoothed.certify_stream(pixels(), rule, seed=settings.seed):
         index, label = handed[position]
         keep(record(index, label, names, certificate))
-
-
-def _calibration(settings: RunSettings, smoothed: SmoothedClassifier) -> Record | None:
-    found, shifts = smoothed.calibration, {}
-    for sigma in settings.sigmas:
-        rule = settings.rule(sigma)[0]
-        if isinstance(rule, SurrogateRule) and rule.delta is not None:
-            shifts[f"{sigma:g}"] = rule.shift(GaussianNoise(sigma))
-    if not shifts or found is None:
-        return None
-    return {"dataset": found.dataset, "model": found.model, "n": found.n, "alpha": found.alpha, "shifts": shifts}
-
-
-def classifier_identity(smoothed: SmoothedClassifier) -> Record:
-    """What makes the base classifier the function that it is: weights, classes, attention and image processor."""
-    model: Any = smoothed.base.classifier
-    processor = smoothed.image_processor
-    return {
-        "label_names": smoothed.class_names,
-        "attn_implementation": getattr(model.config, "_attn_implementation", None),
-        "model_weights": weights_digest(model),
-        "image_processor": type(processor).__name__,
-        "image_processor.backend": getattr(processor, "backend", None),
-        **{f"image_processor.{name}": value for name, value in processor.to_dict().items()},
-    }
-
-
-def _identity(settings: RunSettings, images: LabelledImages, smoothed: SmoothedClassifier) -> Record:
-    """What must be the same for a run to be gone on with, as plain values. Processes, batch size and device may change."""
-    model: Any = smoothed.base.classifier
-    head = smoothed.count_head
-    return {
-        **asdict(replace(settings, image_column=images.image_column, label_column=images.label_column)),
-        "dataset_fingerprint": images.fingerprint,
-        "dataset_label_names": images.class_names,
-        "model_commit": getattr(model.config, "_commit_hash", None),
-        **classifier_identity(smoothed),
-        "count_head_weights": weights_digest(head.model) if isinstance(head, CountPredictor) else None,
-        "calibration": _calibration(settings, smoothed),
-        "radii_decided": {f"{sigma:g}": settings.rule(sigma)[1] for sigma in settings.sigmas},
-    }

@@ -207,6 +207,11 @@ def read_shards(folder: Path) -> Iterator[Record]:
                 yield json.loads(line)
 
 
+def is_right(row: Record, radius: float) -> bool:
+    """Whether the prediction of a record is right and certified at `radius`."""
+    return row["error"] is None and row["prediction"] == row["label"] and row["radius"] >= radius
+
+
 def write_parquet(found: Iterable[Record], path: Path) -> None:
     """Write records, by sigma and index, to a file that is either complete or not there."""
     rows = sorted(found, key=lambda row: (row["sigma"], row["index"]))

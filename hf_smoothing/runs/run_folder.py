@@ -1,21 +1,19 @@
-"""The folder of a run: what it is of (`run.json`), what is done (`shards`), and the table that it becomes."""
+"""The folder of a run, and the only reader and writer of what is in it."""
 
+import hashlib
 import json
 import uuid
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryFile
 
-import torch
-from accelerate import Accelerator
+import pyarrow.parquet as pq
 
-from ..core.smoothing import SmoothedClassifier
-from ..data.labelled_images import LabelledImages
 from ..utils.files import write_json
-from ..utils.provenance import command_line, package_versions
-from .records import Record, count_records, read_shards, repair, shards_in, write_parquet
+from .records import Record, ShardWriter, count_records, is_right, read_shards, repair, shards_in, write_parquet
 
 Pair = tuple[float, int]
 """What a record is about: sigma, and the index of the image in its split."""
@@ -42,188 +40,249 @@ class RunSummary:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunState:
     """
-    What the main process finds out for all.
+    Where a run stands when it starts or resumes.
 
     Attributes:
         start: a name for this start of the run.
-        shape: the shape of the images, `None` where none can be read.
-        finished: what is done.
-        before: for each sigma, how many images that is, and how many of them are right.
+        image_shape: the shape that all images must have; `None` where no image can be read.
+        finished: sigma and index of each image that has a record.
+        before: for each sigma, how many records there are, and how many of them are right.
     """
 
     start: str
-    shape: tuple[int, ...] | None
+    image_shape: tuple[int, ...] | None
     finished: frozenset[Pair]
     before: dict[float, tuple[int, int]]
 
 
-def images_of(settings: Record) -> LabelledImages:
+class RunFolder:
     """
-    The images of a run.
+    The folder of a run: `run.json` says what is certified and how, `shards` holds a JSON line per record while the run
+    goes, and `certificates.parquet` holds all records once it is finished.
 
     Args:
-        settings: the run's, from its `run.json`.
-
-    Raises:
-        ValueError: where they cannot be loaded, or are no longer those of the run.
+        path: the folder. It need not exist.
+        table: the Parquet file with the records; by default `certificates.parquet` in the folder.
     """
-    images = LabelledImages(
-        settings["dataset_name"],
-        config_name=settings["dataset_config_name"],
-        split=settings["split"],
-        image_column=settings["image_column"],
-        label_column=settings["label_column"],
-    )
-    if settings["dataset_fingerprint"] not in (None, images.fingerprint):
-        raise ValueError(
-            f"{settings['dataset_name']!r} is not what the run is of: its files were changed, copied or touched since."
+
+    def __init__(self, path: str | Path, table: str | Path | None = None):
+        self.path = Path(path)
+        self.file = self.path / "run.json"
+        self.table = self.path / "certificates.parquet" if table is None else Path(table)
+        self.shards = self.path / "shards"
+
+    def read_run(self) -> Record:
+        """
+        The content of `run.json`: `settings`, `sessions`, `command`, `versions`, ...; empty where there is no such file.
+
+        Raises:
+            ValueError: where the file is no JSON object.
+        """
+        if not self.file.is_file():
+            return {}
+        try:
+            run = json.loads(self.file.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{self.file} is not JSON: {error}.") from error
+        if not isinstance(run, dict):
+            raise ValueError(f"{self.file} does not hold a JSON object.")
+        return run
+
+    def read_settings(self) -> Record:
+        """
+        The settings of a finished run.
+
+        Raises:
+            ValueError: where the run is not finished.
+        """
+        run = self.read_run()
+        if "settings" not in run or not self.table.is_file() or run.get("finished", True) is None:
+            raise ValueError(
+                f"{self.path} holds no finished run: start one with `hf-smoothing certify-dataset`, or resume it with the "
+                "command that started it."
+            )
+        return run["settings"]
+
+    def read_records(self, columns: Sequence[str] | None = None) -> list[Record]:
+        """
+        The records of a finished run, by sigma and index.
+
+        Args:
+            columns: read only these; by default all of them.
+
+        Raises:
+            FileNotFoundError: where there is no table.
+            ValueError: where the table is not Parquet.
+        """
+        if not self.table.is_file():
+            raise FileNotFoundError(f"{str(self.path)!r} has no {self.table.name}: is the run finished?")
+        try:
+            return pq.read_table(self.table, columns=columns).to_pylist()
+        except (OSError, ValueError) as error:  # pyarrow's errors are among them
+            raise ValueError(f"{self.table} cannot be read as Parquet: {error}.") from error
+
+    def check_table(self) -> None:
+        """Raise a `ValueError` where the table is not Parquet."""
+        try:
+            pq.read_schema(self.table)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{self.table} cannot be read as Parquet: {error}.") from error
+
+    def table_digest(self) -> str:
+        """The SHA-256 of the table."""
+        return hashlib.sha256(self.table.read_bytes()).hexdigest()
+
+    def check(self, resume: bool) -> None:
+        """
+        Check all that can be checked before dataset and model are loaded. Leaves nothing in the folder.
+
+        Args:
+            resume: whether the folder may hold a run.
+
+        Raises:
+            OSError: where the folder cannot be written to.
+            ValueError: for a file, a folder with a run if it may not hold one, a damaged `run.json`.
+        """
+        if self.path.is_file():
+            raise ValueError(f"output_dir={str(self.path)!r} is a file: choose a folder.")
+        shards = self.shards.absolute()
+        try:
+            with TemporaryFile(dir=next(folder for folder in (shards, *shards.parents) if folder.exists())):
+                pass
+        except OSError as error:
+            raise OSError(f"output_dir={str(self.path)!r} cannot be written to: {error.strerror}.") from error
+        if self._read_started() is not None and not resume:
+            raise ValueError(f"{self.path} holds a run: choose another folder, or resume it (--resume).")
+
+    def start(self, settings: Record, session: Record, find_shape: Callable[[], tuple[int, ...] | None]) -> RunState:
+        """
+        Start a run in the folder or resume the one there: compare the settings, repair the shards, see what is done.
+
+        Args:
+            settings: what must be the same for a run to be resumed.
+            session: what is new at each start: command, versions, device, ...
+            find_shape: finds the shape of the images; called if the run is new.
+
+        Raises:
+            ValueError: for a run with other settings; the message lists the differences.
+        """
+        self.shards.mkdir(parents=True, exist_ok=True)
+        settings = json.loads(json.dumps(settings))
+        run = self._read_started()
+        if run is not None:
+            _refuse_other_settings(run["settings"], settings, self.path)
+        elif shards_in(self.shards):
+            raise ValueError(
+                f"{self.shards} holds records, but there is no {self.file} that describes them: choose another folder."
+            )
+        else:
+            run = {
+                "settings": settings,
+                "image_shape": find_shape(),
+                "command": session["command"],
+                "sessions": [],
+            }
+        for shard in shards_in(self.shards):
+            repair(shard)
+        session["num_before"] = count_records(self.shards)
+        for last in run["sessions"][-1:]:
+            if "num_new" not in last:  # it was interrupted; sessions of older versions have no num_before
+                last["num_new"] = max(session["num_before"] - last.get("num_before", 0), 0)
+        run["sessions"].append(session)
+        run |= {"versions": _merge_versions(run["sessions"]), "finished": None}
+        write_json(run, self.file)
+        radius = min(settings["radii"] or (0.0,))
+        finished = {(row["sigma"], row["index"]): is_right(row, radius) for row in read_shards(self.shards)}
+        done = Counter(sigma for sigma, _ in finished)
+        right = Counter(sigma for (sigma, _), counts in finished.items() if counts)
+        return RunState(
+            start=uuid.uuid4().hex,
+            image_shape=run["image_shape"] and tuple(run["image_shape"]),
+            finished=frozenset(finished),
+            before={sigma: (done[sigma], right[sigma]) for sigma in done},
         )
-    return images
 
+    def open_shard(self, rank: int) -> ShardWriter:
+        """The writer of the shard of one process."""
+        return ShardWriter(self.shards / f"records-rank{rank:05d}.jsonl")
 
-def check_folder(output_dir: Path, resume: bool) -> None:
-    """
-    What can be said of a folder before dataset and model are loaded; nothing is left in it.
+    def count_records(self) -> int:
+        """How many records the shards hold."""
+        return count_records(self.shards)
 
-    Args:
-        output_dir: it need not exist.
-        resume: whether it may hold a run.
+    def finish(self, num_before: int, expected: int | None) -> RunSummary:
+        """
+        Merge the records of all shards into the table, and write to `run.json` that the run is finished.
 
-    Raises:
-        OSError: where it cannot be written to.
-        ValueError: for a file, a folder with a run if it may not hold one, a damaged `run.json`.
-    """
-    shards = (output_dir / "shards").absolute()
-    if output_dir.is_file():
-        raise ValueError(f"output_dir={str(output_dir)!r} is a file: choose a folder.")
-    try:
-        with TemporaryFile(dir=next(one for one in (shards, *shards.parents) if one.exists())):
-            pass
-    except OSError as error:
-        raise OSError(f"output_dir={str(output_dir)!r} cannot be written to: {error.strerror}.") from error
-    if _read_run(output_dir) is not None and not resume:
-        raise ValueError(f"{output_dir} holds a run: choose another folder, or go on with it (resume).")
+        Args:
+            num_before: records that were there at the start.
+            expected: records that there must be, if that is known.
 
-
-def _read_run(output_dir: Path) -> Record | None:
-    """What `run.json` says; `None` where there is none."""
-    file = output_dir / "run.json"
-    if not file.exists():
-        return None
-    try:
-        run = json.loads(file.read_bytes())
-        sound = isinstance(run["settings"], dict) and isinstance(run["sessions"], list) and "image_shape" in run
-    except (KeyError, TypeError, ValueError):
-        sound = False
-    if not sound:
-        raise ValueError(
-            f"{file} is damaged, and without it nobody knows of what the records beside it are: put a copy of it back, or "
-            "choose another folder."
-        )
-    return run
-
-
-def prepare(output_dir: Path, identity: Record, session: Record, images: LabelledImages) -> Plan:
-    """Begin a run in a folder or go on with the one there: check its settings, mend its shards, see what is done."""
-    shards, file = output_dir / "shards", output_dir / "run.json"
-    shards.mkdir(parents=True, exist_ok=True)
-    identity = json.loads(json.dumps(identity))
-    if (run := _read_run(output_dir)) is not None:
-        _refuse_other(run["settings"], identity, output_dir)
-    elif shards_in(shards):
-        raise ValueError(f"{shards} holds records, but there is no {file} that says of what: choose another folder.")
-    else:
-        run = {
-            "settings": identity,
-            "image_shape": images.find_shape(),
-            "command": session["command"],
-            "sessions": [],
+        Raises:
+            RuntimeError: where records are missing.
+        """
+        rows = {(row["sigma"], row["index"]): row for row in read_shards(self.shards)}
+        if expected is not None and len(rows) != expected:
+            raise RuntimeError(
+                f"{len(rows)} records of {expected} are there: run the same command again to certify the rest."
+            )
+        write_parquet(rows.values(), self.table)
+        errors = tuple((sigma, index, row["error"]) for (sigma, index), row in sorted(rows.items()) if row["error"])
+        run = self.read_run()
+        run["sessions"][-1]["num_new"] = len(rows) - num_before
+        run |= {
+            "versions": _merge_versions(run["sessions"]),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "num_records": len(rows),
+            "num_errors": len(errors),
+            "process_seconds": sum(row["seconds"] for row in rows.values()),
         }
-    for shard in shards_in(shards):
-        repair(shard)
-    session["num_before"] = count_records(shards)
-    for last in run["sessions"][-1:]:
-        if "num_new" not in last:  # it was cut short; one of an older version does not say where it began
-            last["num_new"] = max(session["num_before"] - last.get("num_before", 0), 0)
-    run["sessions"].append(session)
-    run |= {"versions": _versions(run["sessions"]), "finished": None}
-    write_json(run, file)
-    smallest = min(identity["radii"] or (0.0,))
-    finished = {(row["sigma"], row["index"]): is_right(row, smallest) for row in read_shards(shards)}
-    done = Counter(sigma for sigma, _ in finished)
-    right = Counter(sigma for (sigma, _), one in finished.items() if one)
-    return Plan(
-        start=uuid.uuid4().hex,
-        shape=run["image_shape"] and tuple(run["image_shape"]),
-        finished=frozenset(finished),
-        before={sigma: (done[sigma], right[sigma]) for sigma in done},
-    )
+        write_json(run, self.file)
+        return RunSummary(self.table, len(rows), len(rows) - num_before, errors)
+
+    def _read_started(self) -> Record | None:
+        """The content of `run.json` if there is one, checked for what resuming needs."""
+        if not self.file.exists():
+            return None
+        try:
+            run = self.read_run()
+            intact = isinstance(run["settings"], dict) and isinstance(run["sessions"], list) and "image_shape" in run
+        except (KeyError, ValueError):
+            intact = False
+        if not intact:
+            raise ValueError(
+                f"{self.file} is damaged, and without it the records beside it mean nothing: restore it from a copy, or "
+                "choose another folder."
+            )
+        return run
 
 
-def _versions(sessions: list[Record]) -> dict[str, str]:
-    """The versions that records were made with, all of them where sessions differ; a session under way counts."""
-    found: dict[str, list[str]] = {}
+def _merge_versions(sessions: list[Record]) -> dict[str, str]:
+    """The versions that the records were made with, all of them where sessions differ; a session in progress counts."""
+    versions: dict[str, list[str]] = {}
     for session in sessions:
         if session.get("num_new") != 0:
-            for name, one in session["versions"].items():
-                if one not in found.setdefault(name, []):
-                    found[name].append(one)
-    return {name: " and ".join(several) for name, several in found.items()}
+            for package, version in session["versions"].items():
+                if version not in versions.setdefault(package, []):
+                    versions[package].append(version)
+    return {package: " and ".join(several) for package, several in versions.items()}
 
 
-def _refuse_other(before: Record, now: Record, output_dir: Path) -> None:
-    fingerprints = [one.get("dataset_fingerprint") for one in (before, now)]
+def _refuse_other_settings(before: Record, now: Record, folder: Path) -> None:
     # only one of a stream and a stored dataset has a fingerprint: nothing to compare
-    unknown = {"dataset_fingerprint"} if None in fingerprints else set()
+    has_both = None not in (before.get("dataset_fingerprint"), now.get("dataset_fingerprint"))
+    compared = {**before, **now}.keys() - (set() if has_both else {"dataset_fingerprint"})
     differing = {
         name: f"{name}: {before.get(name)!r} -> {now.get(name)!r}"
         for name in {**before, **now}
-        if name not in unknown and before.get(name) != now.get(name)
+        if name in compared and before.get(name) != now.get(name)
     }
     if "dataset_fingerprint" in differing and not {"dataset_name", "dataset_config_name", "split"} & differing.keys():
         differing["dataset_fingerprint"] += " (the dataset's files were changed, copied or touched since)"
     if differing:
         raise ValueError(
-            f"{output_dir} holds a run with other settings ({'; '.join(differing.values())}): go on with those, or choose "
+            f"{folder} holds a run with other settings ({'; '.join(differing.values())}): resume it with those, or choose "
             "another folder."
         )
-
-
-def session_of(accelerator: Accelerator, smoothed: SmoothedClassifier) -> Record:
-    return {
-        "command": command_line(),
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "num_processes": accelerator.num_processes,
-        "num_threads": torch.get_num_threads(),
-        "device": str(accelerator.device),
-        "batch_size": smoothed.batch_size,
-        "versions": package_versions("datasets", "accelerate", "torchvision"),
-    }
-
-
-def is_right(row: Record, radius: float) -> bool:
-    """Whether a record is of a right answer, certified at `radius`."""
-    return row["error"] is None and row["prediction"] == row["label"] and row["radius"] >= radius
-
-
-def merge(output_dir: Path, num_before: int, expected: int | None) -> RunSummary:
-    """Put the records of all shards into one file, and say in `run.json` that the run is finished."""
-    rows = {(row["sigma"], row["index"]): row for row in read_shards(output_dir / "shards")}
-    if expected is not None and len(rows) != expected:
-        raise RuntimeError(f"{len(rows)} records of {expected} are there: start the run again to certify the rest.")
-    path = output_dir / "certificates.parquet"
-    write_parquet(rows.values(), path)
-    errors = tuple((sigma, index, row["error"]) for (sigma, index), row in sorted(rows.items()) if row["error"])
-    run = json.loads((output_dir / "run.json").read_text())
-    run["sessions"][-1]["num_new"] = len(rows) - num_before
-    run |= {
-        "versions": _versions(run["sessions"]),
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "num_records": len(rows),
-        "num_errors": len(errors),
-        "process_seconds": sum(row["seconds"] for row in rows.values()),
-    }
-    write_json(run, output_dir / "run.json")
-    return RunSummary(path, len(rows), len(rows) - num_before, errors)

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
@@ -37,6 +36,7 @@ from hf_smoothing.count_head.measured_counts import Counts, read_counts
 from hf_smoothing.diagnostics.simulation import simulate, wald_draws
 from hf_smoothing.reporting.reports import summarize
 from hf_smoothing.reporting.results import read_results
+from hf_smoothing.runs.run_folder import RunFolder
 from hf_smoothing.utils.files import write_json
 from hf_smoothing.utils.provenance import command_line, package_versions
 
@@ -363,9 +363,9 @@ def main() -> None:
 
 def read_seconds(run: Path) -> float:
     """What a run took, with as many processes as it had in the end."""
-    processes = json.loads((run / "run.json").read_text())["sessions"][-1]["num_processes"]
-    seconds = pq.read_table(run / "certificates.parquet", columns=["seconds"])["seconds"].to_numpy()
-    return float(np.sum(seconds) / processes)
+    folder = RunFolder(run)
+    seconds = sum(row["seconds"] for row in folder.read_records(["seconds"]))
+    return seconds / folder.read_run()["sessions"][-1]["num_processes"]
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ def test_report_goes_into_the_folder_of_a_single_run(tmp_path):
 
 
 def test_report_shows_pictures(tmp_path):
-    images = ROOT / "hf_smoothing" / "cifar10_demo.parquet"
+    images = ROOT / "hf_smoothing" / "data" / "cifar10_demo.parquet"
     found = run("report", SHIPPED_MODEL / "results" / "demo", "--output-dir", tmp_path, "--images", images)
     assert found.exit_code == 0, found.output
     assert Image.open(tmp_path / "examples-0.png").width > 500
@@ -166,7 +166,7 @@ def test_report_of_a_run_all_of_whose_images_failed(tmp_path):
     folder = write_run(tmp_path / "one", images=60)
     rows = [row for row in pq.read_table(folder / "certificates.parquet").to_pylist() if row["error"]]
     pq.write_table(pa.Table.from_pylist([row | {"index": 0} for row in rows]), folder / "certificates.parquet")
-    images = ROOT / "hf_smoothing" / "cifar10_demo.parquet"
+    images = ROOT / "hf_smoothing" / "data" / "cifar10_demo.parquet"
     found = run("report", folder, "--images", images)
     assert found.exit_code == 0, found.output
     assert (folder / "report.md").read_text().startswith("# Certified accuracy (every image failed)\n")

@@ -342,7 +342,7 @@ def test_a_connection_cut_in_a_file_and_a_hub_that_is_busy_for_once_are_got_over
         (["push", "HEAD", "a/b/c"], TOKEN, "a/b/c"),
         (["push", "EMPTY", "user/x"], TOKEN, "has neither config.json nor run.json"),
         (["push", "GONE", "user/x"], TOKEN, "There is no folder"),
-        (["push", "UNFINISHED", "user/x"], TOKEN, "holds a run that is not finished"),
+        (["push", "UNFINISHED", "user/x"], TOKEN, "holds no finished run"),
         (["push", "OTHER", "user/x"], TOKEN, "holds a vit model (ViTForImageClassification)"),
         (["push", "BARE", "user/x"], TOKEN, "lacks model.safetensors, preprocessor_config.json"),
         (["pull", "user/private"], None, "there is no such repository, or it is private"),

@@ -379,7 +379,7 @@ def test_the_same_drawing_gives_the_same_bytes(tmp_path):
 
 def test_pictures_of_other_data_are_refused(tmp_path):
     (result,) = read_results([SHIPPED_MODEL / "results" / "demo"])
-    data = str(ROOT / "hf_smoothing" / "cifar10_demo.parquet")
+    data = str(ROOT / "hf_smoothing" / "data" / "cifar10_demo.parquet")
     rows, picture = load_pictures(result, data, "test")
     assert len(rows) == 200
     assert picture(7).tobytes() == load_demo_images()[7]["image"].tobytes()

@@ -74,7 +74,7 @@ def test_where_records_came_from_outlives_later_starts(certify, tmp_path, monkey
 def test_a_damaged_run_json_is_named(certify, tmp_path, content):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text(content)
-    with pytest.raises(ValueError, match=r"run\.json is damaged, .* put a copy of it back"):
+    with pytest.raises(ValueError, match=r"run\.json is damaged, .* restore it from a copy"):
         certify(model_name_or_path="no/such-model")  # before it is loaded
 
 

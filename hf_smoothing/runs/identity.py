@@ -1,0 +1,98 @@
+"""What a run certifies and with what: its identity, kept in `run.json`, by which it is resumed, audited and reused."""
+
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from ..core.count_predictor import CountPredictor
+from ..core.loading import weights_digest
+from ..core.noise import GaussianNoise
+from ..core.rules import SurrogateRule
+from ..core.smoothing import SmoothedClassifier
+from ..data.labelled_images import LabelledImages
+from ..utils.provenance import command_line, package_versions
+from .records import Record
+from .settings import RunSettings
+
+
+def open_images(settings: Record) -> LabelledImages:
+    """
+    The images of a run.
+
+    Args:
+        settings: the run's, from its `run.json`.
+
+    Raises:
+        ValueError: where they cannot be loaded, or have changed since the run.
+    """
+    images = LabelledImages(
+        settings["dataset_name"],
+        config_name=settings["dataset_config_name"],
+        split=settings["split"],
+        image_column=settings["image_column"],
+        label_column=settings["label_column"],
+    )
+    if settings["dataset_fingerprint"] not in (None, images.fingerprint):
+        raise ValueError(
+            f"{settings['dataset_name']!r} is not what the run certified: its files were changed, copied or touched since."
+        )
+    return images
+
+
+def describe_classifier(smoothed: SmoothedClassifier) -> Record:
+    """What defines the function of the base classifier: weights, classes, attention and image processor."""
+    model: Any = smoothed.base.classifier
+    processor = smoothed.image_processor
+    return {
+        "label_names": smoothed.class_names,
+        "attn_implementation": getattr(model.config, "_attn_implementation", None),
+        "model_weights": weights_digest(model),
+        "image_processor": type(processor).__name__,
+        "image_processor.backend": getattr(processor, "backend", None),
+        **{f"image_processor.{name}": value for name, value in processor.to_dict().items()},
+    }
+
+
+def describe_run(settings: RunSettings, images: LabelledImages, smoothed: SmoothedClassifier) -> Record:
+    """What must be the same for a run to be resumed, as plain values. Processes, batch size and device may change."""
+    model: Any = smoothed.base.classifier
+    head = smoothed.count_head
+    return {
+        **asdict(replace(settings, image_column=images.image_column, label_column=images.label_column)),
+        "noise_resolution": settings.resolution,
+        "dataset_fingerprint": images.fingerprint,
+        "dataset_label_names": images.class_names,
+        "model_commit": getattr(model.config, "_commit_hash", None),
+        **describe_classifier(smoothed),
+        "count_head_weights": weights_digest(head.model) if isinstance(head, CountPredictor) else None,
+        "calibration": _describe_calibration(settings, smoothed),
+        "radii_decided": {f"{sigma:g}": settings.rule(sigma)[1] for sigma in settings.sigmas},
+    }
+
+
+def describe_session(accelerator: Accelerator, smoothed: SmoothedClassifier) -> Record:
+    """What may change when a run is resumed: command, device, processes, batch size and versions."""
+    return {
+        "command": command_line(),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "num_processes": accelerator.num_processes,
+        "num_threads": torch.get_num_threads(),
+        "device": str(accelerator.device),
+        "batch_size": smoothed.batch_size,
+        "versions": package_versions("datasets", "accelerate", "torchvision"),
+    }
+
+
+def _describe_calibration(settings: RunSettings, smoothed: SmoothedClassifier) -> Record | None:
+    calibration, shifts = smoothed.calibration, {}
+    for sigma in settings.sigmas:
+        rule, _ = settings.rule(sigma)
+        if isinstance(rule, SurrogateRule) and rule.delta is not None:
+            shifts[f"{sigma:g}"] = rule.shift(GaussianNoise(sigma))
+    if not shifts or calibration is None:
+        return None
+    fields = ("dataset", "model", "n", "alpha")
+    return {**{name: getattr(calibration, name) for name in fields}, "shifts": shifts}

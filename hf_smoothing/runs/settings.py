@@ -1,0 +1,157 @@
+"""The options of `certify-dataset`, declared once: `scripts/certify.py` and the command line are made from them."""
+
+# ruff: noqa: RUF009 (_option makes a dataclass field)
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..core.validation import check_count
+
+if TYPE_CHECKING:  # imported where they are used, so that the command line shows help without loading torch
+    from ..core.calibration import Calibration
+    from ..core.certificates import Rule
+    from ..core.noise import GaussianNoise
+    from ..core.preprocessing import NoiseResolution
+
+
+def _option(help: str, *aliases: str, **default: Any) -> Any:
+    metadata = {"help": help, "aliases": list(aliases)} if aliases else {"help": help}
+    return field(metadata=metadata, **default)
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """
+    What decides the records of a run. A run is resumed only under the same settings.
+
+    The help texts say what each field means. Radii and noise levels are in `[0, 1]` pixels.
+
+    Raises:
+        ValueError: for a setting out of range.
+    """
+
+    model_name_or_path: str = _option("image classifier: a name on the Hub or a local folder", "--model")
+    dataset_name: str = _option(
+        "what `load_dataset` takes: a name on the Hub, a local folder (pictures too); or a Parquet file", "--dataset"
+    )
+    sigmas: list[float] = _option("noise levels, in [0, 1] pixels", "--sigma")
+    dataset_config_name: str | None = _option("configuration of the dataset", default=None)
+    split: str = _option("split of the dataset", default="test")
+    revision: str | None = _option("revision of the model: a branch, tag or commit", default=None)
+    image_column: str | None = _option("column of the images (default: img or image)", default=None)
+    label_column: str | None = _option("column of the labels (default: label, labels or fine_label)", default=None)
+    every: int = _option("certify every this many images, from the first one on; 20 is usual for CIFAR-10", default=1)
+    max_samples: int | None = _option("certify no more images than this", default=None)
+    radii: list[float] | None = _option(
+        "decide these radii; without them each image's radius is found (surrogate: with --delta, to claim the largest of "
+        "them that it can)",
+        default=None,
+    )
+    method: str = _option(
+        "sequential: draw until the question is settled; fixed: the usual protocol; surrogate: ask a count head alone; "
+        "counts: only count",
+        default="sequential",
+    )
+    alpha: float = _option("probability that a certificate is wrong", default=0.001)
+    max_draws: int | None = _option("the most draws per image", default=None)
+    n0: int | None = _option("selection draws, which choose the class (fixed)", default=None)
+    n: int | None = _option("draws that bound its probability (fixed), or are counted (counts)", default=None)
+    tolerance: float | None = _option("relative tolerance of the radius (sequential, without radii)", default=None)
+    seed: int = _option("seed of the noise: the same seed gives the same certificates", default=0)
+    dtype: Literal["float32", "bfloat16"] = _option(
+        "type of the forward passes (bfloat16: autocast)", default="float32"
+    )
+    count_head: str | None = _option(
+        "count head, on the Hub or in a local folder: sequential draws less with it, surrogate asks it alone",
+        default=None,
+    )
+    delta: float | None = _option(
+        "share of the images that a calibrated count head may be wrong about (surrogate)", default=None
+    )
+    noise_resolution: str = _option(
+        "where noise is added, and to whose pixels the radius belongs: input (the network's), native (the picture's own "
+        "size), or pixels per side",
+        default="input",
+    )
+    denoiser: str | None = _option("denoiser in front of the model, part of what is certified: wiener", default=None)
+
+    def __post_init__(self) -> None:
+        from ..core.noise import GaussianNoise
+
+        check_count("every", self.every)
+        if self.max_samples is not None:
+            check_count("max_samples", self.max_samples)
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype={self.dtype!r} is unknown: use float32 or bfloat16.")
+        if self.method == "surrogate" and self.count_head is None:
+            raise ValueError("method='surrogate' takes a count head: pass count_head.")
+        if self.count_head is not None and self.method not in ("surrogate", "sequential"):
+            raise ValueError(
+                f"count_head={self.count_head!r} has no meaning for method {self.method!r}: leave it out."
+            )
+        if not self.sigmas or len(set(self.sigmas)) < len(self.sigmas):
+            raise ValueError(f"sigmas={self.sigmas} must be one or more different noise levels.")
+        if not 0 <= self.seed < 2**63:  # records hold it as a 64-bit number
+            raise ValueError(f"seed={self.seed} must be 0 or above, and below 2**63.")
+        reachable = {radius for sigma in self.sigmas for radius in self.rule(sigma)[1] or ()}
+        if unreachable := sorted(set(self.radii or ()) - reachable):
+            self._make_rule(tuple(unreachable)).check(GaussianNoise(max(self.sigmas)))  # says how many draws it takes
+
+    @property
+    def smallest_radius(self) -> float:
+        """The smallest radius asked for; 0 where none is."""
+        return min(self.radii or (0.0,))
+
+    @property
+    def resolution(self) -> "NoiseResolution":
+        """Where noise is added, as the engine takes it."""
+        from ..core.preprocessing import read_resolution
+
+        return read_resolution(str(self.noise_resolution))
+
+    def rule(self, sigma: float) -> "tuple[Rule, tuple[float, ...] | None]":
+        """
+        The rule at one sigma, and the radii that it decides: those that `max_draws` can show there. With several sigmas the
+        larger radii are for the larger sigmas; deciding them at a smaller one would be an error.
+        """
+        from ..core.noise import GaussianNoise
+
+        noise = GaussianNoise(sigma)
+        reachable = None
+        if self.radii is not None:
+            reachable = tuple(radius for radius in self.radii if self._can_show(radius, noise))
+        rule = self._make_rule(reachable or (self.radii and tuple(self.radii)))
+        rule.check(noise)
+        return rule, reachable
+
+    def _make_rule(self, radii: tuple[float, ...] | None) -> "Rule":
+        from ..core.rules import make_rule
+
+        names = ("max_draws", "alpha", "n0", "n", "tolerance", "delta")
+        options = {name: getattr(self, name) for name in names}
+        return make_rule(self.method, radii=radii, calibration=self._calibration, **options)
+
+    @cached_property
+    def _calibration(self) -> "Calibration | None":
+        from ..core.count_predictor import read_calibration
+
+        return read_calibration(self.count_head) if self.count_head and self.delta is not None else None
+
+    def _can_show(self, radius: float, noise: "GaussianNoise") -> bool:
+        rule = self._make_rule((radius,))
+        try:
+            rule.check(noise)
+        except ValueError:
+            return False
+        return True
+
+
+@dataclass(frozen=True)
+class ExecutionSettings:
+    """What does not decide the records of a run, and may change when it is resumed."""
+
+    output_dir: str = _option("a new folder, or the folder of a run to resume")
+    batch_size: int = _option("draws in one forward pass", default=128)
+    streaming: bool = _option("read the dataset as a stream, without storing it", default=False)
+    resume: bool = _option("resume the run in the output folder, if there is one", default=True)
