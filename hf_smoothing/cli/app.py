@@ -13,28 +13,11 @@ from transformers import pipeline
 from ..core.certificates import format_radius
 from ..core.loading import loading
 from ..core.preprocessing import read_resolution
-from ..reporting.plots import (
-    picture_of_certificates,
-    plot_certified_accuracy,
-    plot_draws,
-    plot_true_class_frequency,
-    require_matplotlib,
-)
-from ..reporting.reports import (
-    counted_draws,
-    how_drawn,
-    markdown,
-    notes,
-    other_rows,
-    share_rows,
-    summarize,
-)
-from ..reporting.results import load_pictures, name_of_figure, read_results
+from ..reporting.report import print_report, write_report
 from ..reporting.tables import print_table
 from ..runs import dataset_run as dataset_runs
 from ..runs.dataset_run import RunSettings
 from ..utils.processes import start_processes
-from ..utils.provenance import command_line
 from . import hub_commands, model_commands
 from ._errors import fail
 from .demo import run_demo
@@ -52,7 +35,6 @@ app.add_typer(model_commands.app)
 app.add_typer(hub_commands.app)
 
 DEMO_MODEL = "model_cards/mixed-noise-vit-nano-cifar10"
-SHOWN_PICTURES = 60
 
 
 @app.command()
@@ -290,44 +272,17 @@ def report(
     Example: `hf-smoothing report runs/cifar10 --envelope`
     """
     try:
-        require_matplotlib()
-        results = read_results(runs, log_guarantee)
-        found = summarize(results, radii or None, envelope)
-        folder = output_dir or (runs[0] if len(runs) == 1 and runs[0].is_dir() else Path("report"))
-        folder.mkdir(parents=True, exist_ok=True)
-        label = found["envelope"]["label"] if envelope else None
-        plot_certified_accuracy(results, folder / "certified-accuracy", label)
-        figures = [("Curves", "certified-accuracy.png", how_drawn(found))]
-        if plot_true_class_frequency(results, folder / "p-a"):
-            what = "How often the base classifier is right under noise (p_A)"
-            figures.append((what, "p-a.png", counted_draws(found)))
-        if plot_draws(results, folder / "draws"):
-            figures.append(("Forward passes an image", "draws.png", ""))
-        if images is not None:
-            for number, result in enumerate(results):
-                rows, picture = load_pictures(result, images, split)
-                if not rows:  # every image failed
-                    continue
-                file = f"examples-{number}.png"
-                picture_of_certificates(
-                    picture,
-                    [row["prediction"] for row in rows],
-                    [row["radius"] for row in rows],
-                    [row["label"] for row in rows],
-                    result.names(),
-                    result.title,
-                    folder / file,
-                    at_most=SHOWN_PICTURES,
-                )
-                figures.append((f"Examples from largest to smallest radius: {result.title}", file, ""))
-        found["command"] = command_line()
-        (folder / "report.json").write_text(json.dumps(found, indent=2) + "\n")
-        (folder / "report.md").write_text(markdown(found, figures))
+        summary, folder = write_report(
+            runs,
+            output_dir,
+            radii=radii,
+            envelope=envelope,
+            images=images,
+            split=split,
+            log_guarantee=log_guarantee,
+        )
     except (ImportError, OSError, TypeError, ValueError) as error:
         fail(error)
     console = Console()
-    print_table(console, name_of_figure(found["guarantee"]), share_rows(found), keys=2)
-    print_table(console, "Abstentions, radii, cost", other_rows(found), keys=2)
-    for note in notes(found):
-        console.print(note, markup=False, highlight=False)
+    print_report(summary, console)
     console.print(f"Wrote {folder / 'report.md'}, report.json and the pictures.", markup=False, soft_wrap=True)

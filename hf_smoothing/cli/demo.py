@@ -17,8 +17,8 @@ from ..core.noise import GaussianNoise
 from ..core.smoothing import SmoothedClassifier
 from ..data.demo_images import load_demo_images
 from ..metrics.certified_accuracy import certified_accuracy
-from ..reporting.plots import picture_of_certificates, require_matplotlib
-from ..reporting.reports import percent
+from ..reporting.examples import picture_of_certificates
+from ..reporting.plots import require_matplotlib
 from ..reporting.tables import print_table
 from ..runs.dataset_run import RunSettings
 from ..runs.records import record, write_parquet
@@ -155,7 +155,9 @@ def _show_demo(
     )
     console.print(f"Certified accuracy over all {len(labels)} pictures, abstentions counted as wrong [95 % interval]:")
     for row in run["certified_accuracy"]:
-        console.print(f"  r = {row['radius']:<5g} {percent(row)}", markup=False, highlight=False)
+        low, high = row["interval_95"]
+        text = f"  r = {row['radius']:<5g} {row['share']:.1%} [{low:.1%}, {high:.1%}]"
+        console.print(text, markup=False, highlight=False)
     steered = "" if run["settings"]["count_head"] is None else " with a count head to say where to look"
     console.print(
         f"{run['mean_draws']:.0f} forward passes a picture on average{steered} (the usual protocol takes 100,100), "

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from ..reporting.reports import markdown_table
+from ..reporting.report import render_report as markdown_table
 from .count_head_figures import count_head, count_head_arms
 
 

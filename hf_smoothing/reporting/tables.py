@@ -8,23 +8,23 @@ from rich.table import Table
 from rich.text import Text
 
 _NUMBERS = ("radius", "draws")
-"""Columns that are set to the right."""
+"""Right-aligned columns."""
 
 _BETWEEN = 3
-"""Cells between the texts of two columns: a blank on either side of a rule."""
+"""Characters between the texts of two columns: a space on each side of a rule."""
 
 
 def print_table(console: Console, title: str, rows: Sequence[dict[str, Any]], keys: int = 1) -> None:
     """
-    Print rows, each a dict with the same columns, as one table, or as several below each other where the terminal is narrow.
+    Print rows, each a dict with the same columns, as one table, or on a narrow terminal as several below each other.
 
-    No cell is broken into more lines than it has, but for names of several words or beyond a third of the terminal's width.
+    Only cells of the first column wrap: names of several words, and those wider than a third of the terminal.
 
     Args:
         console: where to print.
         title: one line above.
         rows: at least one.
-        keys: so many columns, from the first on, say what a row is about: each table has them.
+        keys: number of leading columns that identify a row; each table repeats them.
     """
     columns = list(rows[0])
     texts = {name: [name, *(str(row[name]) for row in rows)] for name in columns}
@@ -34,7 +34,7 @@ def print_table(console: Console, title: str, rows: Sequence[dict[str, Any]], ke
     room = console.width - 1 - sum(widths[name] + _BETWEEN for name in columns[:keys])
     parts: list[list[str]] = [[]]
     for name in columns[keys:]:
-        if parts[-1] and sum(widths[one] + _BETWEEN for one in [*parts[-1], name]) > room:
+        if parts[-1] and sum(widths[column] + _BETWEEN for column in [*parts[-1], name]) > room:
             parts.append([])
         parts[-1].append(name)
     for part in parts:

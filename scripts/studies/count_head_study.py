@@ -34,7 +34,7 @@ from hf_smoothing.count_head.count_calibration import compare, predict_counts, r
 from hf_smoothing.count_head.count_errors import Comparison, errors, expected_at, judged, random_splits
 from hf_smoothing.count_head.measured_counts import Counts, read_counts
 from hf_smoothing.diagnostics.simulation import simulate, wald_draws
-from hf_smoothing.reporting.reports import summarize
+from hf_smoothing.reporting.report import summarize
 from hf_smoothing.reporting.results import read_results
 from hf_smoothing.runs.run_folder import RunFolder
 from hf_smoothing.utils.files import write_json

@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, SHIPPED_MODEL
+from finished_runs import write_log, write_run
 from PIL import Image
-from test_reports import write_log, write_run
 from typer.testing import CliRunner
 
 from hf_smoothing.cli.app import app
@@ -140,7 +140,7 @@ def test_report_of_runs_and_a_log(tmp_path):
         "one, sigma = 0.25", "one, sigma = 0.5", "two, sigma = 0.5", "cohen.tsv",
     ]  # fmt: skip
     text = (out / "report.md").read_text()
-    assert text.count("Median number of counted draws an image: one, sigma = 0.25: 200; ") == 1
+    assert text.count("Median number of counted draws per image: one, sigma = 0.25: 200; ") == 1
     for picture in ("certified-accuracy", "p-a", "draws"):
         assert f"({picture}.png)" in text
         assert Image.open(out / f"{picture}.png").width > 500

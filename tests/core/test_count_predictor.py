@@ -18,7 +18,7 @@ from hf_smoothing.core.count_predictor import CountPredictor
 from hf_smoothing.core.rules import probabilities_showing
 from hf_smoothing.count_head.count_training import build_count_model
 from hf_smoothing.count_head.measured_counts import read_counts
-from hf_smoothing.reporting.reports import notes, summarize
+from hf_smoothing.reporting.report import render_notes, summarize
 from hf_smoothing.reporting.results import read_results
 from hf_smoothing.runs.dataset_run import RunSettings, certify_dataset
 from hf_smoothing.utils.processes import start_processes
@@ -93,7 +93,7 @@ def test_from_head_to_claims_about_most_images(head, model, fixed_run, certify, 
         certify(tmp_path / "decided", sigmas=(0.25,), delta=0.1, radii=(0.1,), **estimated)
     report = summarize(read_results([tmp_path / "decided"]), (0.0, 0.1, 0.2))
     (entry,) = report["results"]
-    assert any("of each image the largest of the radii 0, 0.1 is claimed" in note for note in notes(report))
+    assert "each image claims the largest of the radii 0, 0.1" in render_notes(report)
     assert [share["standing"] for share in entry["certified_accuracy"]] == ["counted", "counted", "floor"]
     with pytest.raises(ValueError, match=r"n=60 draws can never certify radius 0\.9"):
         certify(tmp_path / "beyond", sigmas=(0.25,), delta=0.1, radii=(0.1, 0.9), **estimated)

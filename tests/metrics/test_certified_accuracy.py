@@ -13,11 +13,11 @@ import evaluate
 import numpy as np
 import pytest
 import torch
+from finished_runs import LOG
 from huggingface_hub import metadata_load
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from test_reports import LOG
 
 import hf_smoothing.metrics.certified_accuracy as package
 from hf_smoothing import ABSTAIN, CertifiedAccuracy

@@ -6,93 +6,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, SHIPPED_MODEL
+from finished_runs import LOG, write_log, write_run
 from matplotlib.figure import Figure
 from PIL import Image
 
-from hf_smoothing import Certificate, GaussianNoise, load_demo_images
+from hf_smoothing import load_demo_images
 from hf_smoothing.metrics.certified_accuracy import certified_accuracy
-from hf_smoothing.reporting.plots import (
-    draw_certified_accuracy,
-    picture_of_certificates,
-    plot_certified_accuracy,
-    true_class_frequency,
-)
-from hf_smoothing.reporting.reports import (
-    counted_draws,
-    how_drawn,
-    markdown,
-    markdown_table,
-    notes,
+from hf_smoothing.reporting.examples import load_pictures, picture_of_certificates
+from hf_smoothing.reporting.plots import draw_certified_accuracy, plot_certified_accuracy, true_class_frequency
+from hf_smoothing.reporting.report import (
     other_rows,
+    render_notes,
+    render_report,
     share_rows,
     summarize,
 )
-from hf_smoothing.reporting.results import load_pictures, read_results
-
-
-def certificate(prediction, radius, guarantee="per_input"):
-    return Certificate(
-        prediction=prediction, radius=radius, guarantee=guarantee, method="sequential", noise="gaussian", norm="l2",
-        sampling="float",
-        sigma=0.25, alpha=0.001, p_lower=0.9, p_upper=0.1, counts=(3, 1), num_samples=5, seed=0, dtype="float32",
-    )  # fmt: skip
-
-
-NAMES = ["cat", "dog", "frog"]
-
-
-def write_run(
-    folder, sigmas=(0.25,), model="user/model", guarantee="per_input", radii=(), images=60, seed=0, method=None
-):
-    """A finished run: every 20th image, the third one undecodable. The settings name `radii` and the `method`, if any."""
-    generator = np.random.default_rng(seed)
-    rows = []
-    for sigma in sigmas:
-        for position in range(images):
-            label = position % 3
-            row = {"index": 20 * position, "label": label, "label_name": NAMES[label], "sigma": sigma, "error": "torn"}
-            row |= {"num_samples": 0, "seconds": 0.1, "norm": "l2", "alpha": 0.001}
-            if position != 2:
-                hits = generator.beta(5, 1)
-                counts = np.roll(generator.multinomial(200, [hits, (1 - hits) * 0.7, (1 - hits) * 0.3]), label)
-                prediction = int(counts.argmax()) if counts.max() > 120 else -1
-                p_lower = counts.max() / 200 - 0.05 if prediction >= 0 else 0.0
-                row |= {
-                    "error": None,
-                    "prediction": prediction,
-                    "prediction_name": NAMES[prediction] if prediction >= 0 else None,
-                    "radius": GaussianNoise(sigma).radius(p_lower) if prediction >= 0 else 0.0,
-                    "guarantee": guarantee,
-                    "alpha": 0.001,
-                    "counts": counts.tolist(),
-                    "p_lower": p_lower,
-                    "num_samples": int(generator.integers(20, 2000)),
-                    "norm": "l2",
-                    "seconds": 0.5,
-                }
-            rows.append(row)
-    folder.mkdir()
-    fullest = max(rows, key=len)
-    pq.write_table(
-        pa.table({name: [row.get(name) for row in rows] for name in fullest}), folder / "certificates.parquet"
-    )
-    settings = {"model_name_or_path": model, "radii": list(radii) or None} | ({"method": method} if method else {})
-    run = {"command": "scripts/certify.py", "settings": settings, "versions": {"torch": "2"}}
-    (folder / "run.json").write_text(json.dumps(run))
-    return folder
-
-
-LOG = """idx\tlabel\tpredict\tradius\tcorrect\ttime
-0\t3\t3\t0.747\t1\t0:00:17.341
-20\t8\t1\t0.35\t0\t0:00:16.2
-40\t0\t-1\t0.0\t0\t0:01:00
-60\t6\t6\t0.25\t1\t0:00:16.000001
-"""
-
-
-def write_log(path, text=LOG):
-    path.write_text(text)
-    return path
+from hf_smoothing.reporting.results import read_results
 
 
 def test_the_picture(tmp_path):
@@ -122,10 +51,11 @@ def test_a_run_of_several_sigmas(tmp_path):
             [row["num_samples"] for row in result.rows if row["num_samples"]]
         )
     assert json.loads(json.dumps(report)) == report
-    table = markdown_table(report)
-    assert table.count("\n| run |") == 2
-    assert "2410.06895" in table
-    assert "scripts/certify.py" in markdown(report, [("Curves", "curves.png", "")])
+    report["pictures"] = [{"kind": "certified_accuracy", "title": "Curves", "file": "curves.png"}]
+    page = render_report(report)
+    assert page.count("\n| run | ") == 3  # the heading, and one row per sigma
+    for text in ("2410.06895", "](curves.png)", "scripts/certify.py"):
+        assert text in page
 
 
 def test_an_image_without_a_sigma_counts_once_at_every_one(tmp_path):
@@ -153,8 +83,8 @@ def test_the_log_of_a_research_script(tmp_path):
     assert entry["abstention_rate"] == 0.25
     assert entry["mean_seconds"] == pytest.approx((17.341 + 16.2 + 60 + 16.000001) / 4)
     assert share_rows(report)[0]["sigma"] == other_rows(report)[0]["median\ndraws"] == "unknown"
-    assert any("guarantee is unknown" in note for note in notes(report))
-    assert "as claimed" in markdown(report, [])
+    assert "guarantee is unknown" in render_notes(report)
+    assert "as claimed" in render_report(report)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +119,7 @@ def test_logs_are_told_apart_by_their_files(tmp_path):
 def test_a_run_is_named_once(tmp_path):
     folder = write_run(tmp_path / "run")
     for again in (folder, folder / "certificates.parquet", tmp_path / "run" / ".." / "run"):
-        with pytest.raises(ValueError, match="is there twice"):
+        with pytest.raises(ValueError, match="is given twice"):
             read_results([folder, again])
 
 
@@ -214,9 +144,9 @@ def test_guarantees_are_not_mixed(tmp_path):
             summarize(results)
         with pytest.raises(ValueError, match="do not make one figure"):
             plot_certified_accuracy(results, tmp_path / "curves")
-    assert "not certified" in markdown(summarize(read_results(folders[1:])), [])
+    assert "not certified" in render_report(summarize(read_results(folders[1:])))
     stated = summarize(read_results([folders[0], tmp_path / "log.tsv"], log_guarantee="per_input"))
-    assert any("--log-guarantee states" in note for note in notes(stated))
+    assert "--log-guarantee states" in render_notes(stated)
 
 
 @pytest.mark.parametrize(
@@ -252,9 +182,7 @@ def test_an_envelope_takes_the_same_images(tmp_path):
 def test_radii_that_were_decided_are_the_ones_reported(tmp_path):
     report = summarize(read_results([write_run(tmp_path / "run", radii=[0.1, 0.3])]))
     assert [row["radius"] for row in report["results"][0]["certified_accuracy"]] == [0.1, 0.3]
-    assert any("0.1, 0.3 were settled" in note for note in notes(report))
-    assert "no measurement" in how_drawn(report)
-    assert not how_drawn(summarize(read_results([write_run(tmp_path / "found")])))
+    assert "0.1, 0.3 were decided" in render_notes(report)
 
 
 def test_what_was_not_decided_is_marked_as_a_bound(tmp_path):
@@ -267,13 +195,12 @@ def test_what_was_not_decided_is_marked_as_a_bound(tmp_path):
         True,
     ]
     assert ["-" in shares[f"r = {radius}"] for radius in ("0", "0.1", "0.2", "0.5")] == [False, True, False, False]
-    assert (others["abstains"][:3], others["mean\nradius (*)"][:3]) == ("<= ", ">= ")
-    everywhere = "Everywhere but at these radii, radius 0 and the abstention rate included"
-    assert any(everywhere in note for note in notes(report))
+    assert (others["abstains"][:3], others["mean\nradius †"][:3]) == ("<= ", ">= ")
+    assert "radius 0 included, and abstentions are at most" in render_notes(report)
     with_0 = summarize(read_results([write_run(tmp_path / "with-0", radii=[0, 0.3])]))
     assert share_rows(with_0)[0]["r = 0"][0].isdigit()
     assert other_rows(with_0)[0]["abstains"][0].isdigit()
-    assert not any("abstention rate included" in note for note in notes(with_0))
+    assert "radius 0 included" not in render_notes(with_0)
 
 
 @pytest.mark.parametrize("run", [{}, {"radii": [0.1, 0.3], "method": "fixed"}])
@@ -284,8 +211,8 @@ def test_a_run_that_drew_on_has_no_floors(tmp_path, run):
         "radii", [0, 0.25, 0.5, 0.75, 1]
     )
     assert result.standing(0.2) == "counted"
-    assert "settled" not in " ".join(notes(report))
-    assert "=" not in other_rows(report)[0]["mean\nradius (*)"]
+    assert "stopped" not in render_notes(report)
+    assert "=" not in other_rows(report)[0]["mean\nradius †"]
 
 
 def two_sigmas(folder):
@@ -309,7 +236,7 @@ def test_fewer_radii_may_be_decided_at_a_small_sigma(tmp_path):
         "out of reach",
     ]
     assert [large.standing(radius) for radius in radii] == ["floor", "counted", "floor", "counted", "floor"]
-    assert any("Out of reach of its budget, and so 0: 0.4." in note for note in notes(summarize([small, large])))
+    assert "cannot show the radii 0.4: " in render_notes(summarize([small, large]))
 
 
 def test_the_envelope_is_known_only_where_a_radius_was_decided(tmp_path):
@@ -364,7 +291,7 @@ def test_how_often_the_true_class_is_hit(tmp_path):
     shares = true_class_frequency(result)
     assert len(shares) == 59
     assert shares[0] == result.rows[0]["counts"][0] / 200
-    assert "run, sigma = 0.25: 200." in counted_draws(summarize([result]))
+    assert summarize([result])["results"][0]["median_counted_draws"] == 200
 
 
 def test_the_same_drawing_gives_the_same_bytes(tmp_path):

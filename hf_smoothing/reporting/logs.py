@@ -1,0 +1,64 @@
+"""Logs of research scripts (the format of Cohen et al., arXiv 1902.02918)."""
+
+import csv
+import re
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+LOG_COLUMNS = ("idx", "label", "predict", "radius")
+
+
+def read_log(source: Path, guarantee: str | None) -> list[Row]:
+    """
+    The certificates in a log: tab-separated, with the columns idx, label, predict, radius, and often correct and time.
+
+    Args:
+        source: the file.
+        guarantee: what the certificates carry; a log does not say.
+
+    Raises:
+        ValueError: for missing columns, or a line that is not a certificate; the message names the line.
+    """
+    with source.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file, delimiter="\t")
+        header = reader.fieldnames or []
+        if missing := [column for column in LOG_COLUMNS if column not in header]:
+            raise ValueError(f"{source} lacks the columns {missing}: a log has them tab-separated in its first line.")
+        rows = []
+        for row in reader:
+            try:
+                if None in row or None in row.values():  # how `csv` marks extra and missing cells
+                    raise ValueError(f"it does not have the columns {', '.join(header)}")
+                rows.append(_certificate(row, guarantee))
+            except ValueError as error:
+                raise ValueError(f"{source}, line {reader.line_num}, is not a certificate: {error}.") from None
+    if not rows:
+        raise ValueError(f"{source} has no certificates.")
+    return rows
+
+
+def _certificate(row: dict[str, str], guarantee: str | None) -> Row:
+    label, prediction = int(row["label"]), int(row["predict"])
+    correct = row.get("correct")
+    if correct is not None and int(correct) != (label == prediction):
+        raise ValueError(f"correct={correct} with label {label} and prediction {prediction}")
+    return {
+        "index": int(row["idx"]),
+        "label": label,
+        "prediction": prediction,
+        "radius": float(row["radius"]),
+        "guarantee": guarantee,
+        "norm": "l2",
+        "seconds": _seconds(row["time"]) if row.get("time") else None,
+    }
+
+
+def _seconds(text: str) -> float:
+    """Seconds in what `str(timedelta)` or a plain number says: `1 day, 0:00:17.3`, `0:00:17.3`, `17.3`."""
+    days, clock = re.fullmatch(r"(?:(\d+) days?, )?(.*)", text).groups()  # type: ignore[union-attr]  # it always matches
+    seconds = 0.0
+    for part in clock.split(":"):
+        seconds = 60 * seconds + float(part)
+    return 86400 * int(days or 0) + seconds

@@ -1,0 +1,303 @@
+"""A report on finished runs: a summary ready for JSON, and from it alone the tables, the notes and the Markdown page."""
+
+from collections.abc import Sequence
+from itertools import zip_longest
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+
+from ..core.certificates import format_radius
+from ..metrics.certified_accuracy import DEFAULT_THRESHOLDS, certified_accuracy
+from ..utils.files import write_json
+from ..utils.provenance import command_line, package_versions
+from .examples import load_pictures, picture_of_certificates
+from .plots import plot_certified_accuracy, plot_draws, plot_true_class_frequency, require_matplotlib
+from .rendering import format_number, render
+from .results import Result, name_of_figure, read_results, shared_guarantee_and_norm
+from .tables import print_table
+
+Report = dict[str, Any]
+
+SHOWN_PICTURES = 60
+"""Example images of one run and noise level."""
+
+
+def write_report(
+    runs: Sequence[Path],
+    output_dir: Path | None = None,
+    *,
+    radii: Sequence[float] | None = None,
+    envelope: bool = False,
+    images: str | None = None,
+    split: str | None = None,
+    log_guarantee: str | None = None,
+) -> tuple[Report, Path]:
+    """
+    Write `report.json`, `report.md` and pictures on finished runs.
+
+    Args:
+        runs: run folders, Parquet files of certificates, or logs, see [`read_results`].
+        output_dir: where to write; by default the run folder if there is one run, else `report`.
+        radii: where to count, see [`summarize`].
+        envelope: add the best share over all results, see [`summarize`].
+        images: show pictures of this dataset, which [`load_pictures`] takes.
+        split: of `images`; by default the one that the run certified.
+        log_guarantee: the guarantee of the certificates in logs.
+
+    Returns:
+        The report and the folder with its files.
+
+    Raises:
+        ImportError: without matplotlib.
+        OSError: for a run that does not exist, or a folder that cannot be written to.
+        ValueError: for runs that cannot be read or do not belong in one figure, and for images of another dataset.
+    """
+    require_matplotlib()
+    results = read_results(runs, log_guarantee)
+    report = summarize(results, radii or None, envelope)
+    folder = output_dir or (runs[0] if len(runs) == 1 and runs[0].is_dir() else Path("report"))
+    folder.mkdir(parents=True, exist_ok=True)
+    report["pictures"] = _draw_curves(results, report, folder)
+    if images is not None:
+        report["pictures"] += _draw_examples(results, folder, images, split)
+    report["command"] = command_line()
+    write_json(report, folder / "report.json")
+    (folder / "report.md").write_text(render_report(report), encoding="utf-8")
+    return report, folder
+
+
+def _draw_curves(results: Sequence[Result], report: Report, folder: Path) -> list[dict[str, str]]:
+    """Draw what the results have data for; the kind, title and file of each picture."""
+    label = report["envelope"]["label"] if report["envelope"] else None
+    plot_certified_accuracy(results, folder / "certified-accuracy", label)
+    pictures = [{"kind": "certified_accuracy", "title": "Curves", "file": "certified-accuracy.png"}]
+    if plot_true_class_frequency(results, folder / "p-a"):
+        title = "How often the base classifier is right under noise (p_A)"
+        pictures.append({"kind": "true_class_frequency", "title": title, "file": "p-a.png"})
+    if plot_draws(results, folder / "draws"):
+        pictures.append({"kind": "draws", "title": "Forward passes per image", "file": "draws.png"})
+    return pictures
+
+
+def _draw_examples(results: Sequence[Result], folder: Path, dataset: str, split: str | None) -> list[dict[str, str]]:
+    pictures = []
+    for number, result in enumerate(results):
+        rows, picture = load_pictures(result, dataset, split)
+        if not rows:  # every image failed
+            continue
+        file = f"examples-{number}.png"
+        picture_of_certificates(
+            picture,
+            [row["prediction"] for row in rows],
+            [row["radius"] for row in rows],
+            [row["label"] for row in rows],
+            result.names(),
+            result.title,
+            folder / file,
+            at_most=SHOWN_PICTURES,
+        )
+        title = f"Examples from largest to smallest radius: {result.title}"
+        pictures.append({"kind": "examples", "title": title, "file": file})
+    return pictures
+
+
+def print_report(report: Report, console: Console) -> None:
+    """Print the tables and notes of a report."""
+    print_table(console, name_of_figure(report["guarantee"]), share_rows(report), keys=2)
+    print_table(console, "Abstentions, radii, cost", other_rows(report), keys=2)
+    console.print(render_notes(report), markup=False, highlight=False)
+
+
+def summarize(results: Sequence[Result], radii: Sequence[float] | None = None, envelope: bool = False) -> Report:
+    """
+    What a report says, as a dict ready for JSON; tables and text are made from it alone.
+
+    Args:
+        results: of one guarantee and one norm.
+        radii: where to count; by default those asked of the runs, or else 0, 0.25, ... 1.
+        envelope: add the best share over all results at each radius that is more than a floor for one of them. It is the
+            figure of no single model and sigma.
+
+    Raises:
+        ValueError: for mixed guarantees or norms, bad values, or an envelope over one result or over different images.
+    """
+    guarantee, norm = shared_guarantee_and_norm(results)
+    if radii is None:
+        radii = sorted({radius for result in results for radius in result.asked_radii}) or DEFAULT_THRESHOLDS
+    entries = [_summarize_result(result, radii) for result in results]
+    return {
+        "guarantee": guarantee,
+        "norm": norm,
+        "results": entries,
+        "envelope": _summarize_envelope(results, entries) if envelope else None,
+        "versions": package_versions(),
+    }
+
+
+def _summarize_result(result: Result, radii: Sequence[float]) -> dict[str, Any]:
+    optional = {"p_lower": "p_lower", "num_samples": "num_samples", "guarantees": "guarantee"}
+    seconds = [value for value in result.column("seconds") if value is not None]
+    counted = [sum(counts) for counts in result.column("counts") if counts and sum(counts)]
+    try:
+        figures = certified_accuracy(
+            result.column("prediction"),
+            result.column("label"),
+            result.column("radius"),
+            thresholds=radii,
+            **{name: result.column(column) for name, column in optional.items() if result.has(column)},
+        )
+    except ValueError as error:
+        raise ValueError(f"{result.title}: {error}") from None
+    for share in figures["certified_accuracy"]:
+        share["standing"] = result.standing(share["radius"])
+    return {
+        "run": result.name,
+        "title": result.title,
+        "is_log": result.is_log,
+        "model": result.settings.get("model_name_or_path"),
+        "sigma": result.sigma,
+        "alpha": result.alpha,
+        "delta": result.delta,
+        "calibration": sorted({calibration for calibration in result.column("calibration") if calibration}),
+        "noise_resolution": result.noise_resolution,
+        "denoiser": result.denoiser,
+        "decided_radii": result.decided_radii,
+        "radii_out_of_reach": result.radii_out_of_reach,
+        **figures,
+        "median_counted_draws": median(counted) if counted else None,
+        "mean_seconds": sum(seconds) / len(seconds) if seconds else None,
+        "made_by": {name: result.run[name] for name in ("command", "settings", "versions") if name in result.run},
+    }
+
+
+def _summarize_envelope(results: Sequence[Result], entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    if len(results) < 2:
+        raise ValueError("An envelope takes two results or more; there is one.")
+    images = [{(row["index"], row["label"]) for row in result.rows} for result in results]
+    for result, its_images in zip(results, images):
+        if its_images != images[0]:
+            raise ValueError(
+                f"An envelope takes results for the same images; {result.title} has others than {results[0].title}."
+            )
+    models, sigmas = {result.model for result in results}, {result.sigma for result in results}
+    if None in models:
+        kind = "several results, whose models are not all known"
+    elif len(models) > 1:
+        kind = "several models" if len(sigmas) == 1 else "several models and sigmas"
+    else:
+        kind = "several sigmas of one model" if len(sigmas) > 1 else "several runs of one model"
+    rows = [
+        {
+            "radius": share["radius"],
+            "share": share["share"],
+            "standing": "floor" if share["any_floor"] else "counted",
+            "from": entry["title"],
+        }
+        for entry, share in best_shares(entries)
+        if share["any_counted"]
+    ]
+    return {"label": f"best of {kind}", "num_images": len(results[0].rows), "certified_accuracy": rows}
+
+
+def best_shares(entries: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """
+    At each radius, the result with the largest share, and this share. The share also says whether any result was counted at
+    this radius (`any_counted`), and whether any is a floor only (`any_floor`).
+    """
+    best = []
+    for shares in zip(*(entry["certified_accuracy"] for entry in entries)):
+        standings = {share["standing"] for share in shares}
+        number = max(range(len(shares)), key=lambda number: shares[number]["share"])
+        flags = {"any_counted": "counted" in standings, "any_floor": "floor" in standings}
+        best.append((entries[number], shares[number] | flags))
+    return best
+
+
+def share_rows(report: Report) -> list[dict[str, str]]:
+    """
+    Certified accuracy as a table of text: one row per run and noise level, the interval below each share. A floor is marked
+    (`>=`), and has no interval.
+    """
+    rows = []
+    for entry in report["results"]:
+        row = {"run": entry["run"], "sigma": format_number(entry["sigma"])}
+        for share in entry["certified_accuracy"]:
+            low, high = share["interval_95"]
+            interval = f"\n{100 * low:.1f}-{100 * high:.1f}" if share["standing"] == "counted" else ""
+            row[f"r = {share['radius']:g}"] = _format_share(share) + interval
+        rows.append(row)
+    if envelope := report["envelope"]:
+        row = {name: "" for name in rows[0]}  # it may lack some radii
+        row |= {"run": envelope["label"]} | {
+            f"r = {share['radius']:g}": _format_share(share) for share in envelope["certified_accuracy"]
+        }
+        rows.append(row)
+    return rows
+
+
+def _format_share(share: dict[str, Any]) -> str:
+    return f"{'>= ' if share['standing'] == 'floor' else ''}{share['share']:.1%}"
+
+
+def other_rows(report: Report) -> list[dict[str, str]]:
+    """What else a report says of each run and noise level, as a table of text in the order of [`share_rows`]."""
+    rows = []
+    for entry in report["results"]:
+        decided = entry["decided_radii"]
+        rows.append(
+            {
+                "run": entry["run"],
+                "sigma": format_number(entry["sigma"]),
+                "images": str(entry["num_images"]),
+                "failed": str(entry["num_failed"]),
+                "abstains": f"{'<= ' if decided and 0 not in decided else ''}{entry['abstention_rate']:.1%}",
+                "mean\nradius †": f"{'>= ' if decided else ''}{format_radius(entry['mean_certified_radius'])}",
+                "median\ndraws": format_number(entry["median_num_samples"], ",.0f"),
+                "mean\nseconds": format_number(entry["mean_seconds"], ".3g"),
+            }
+        )
+    return rows
+
+
+def render_notes(report: Report) -> str:
+    """What a reader of the tables must know, one paragraph per note."""
+    return render(
+        "report_notes",
+        report=report,
+        figure=name_of_figure(report["guarantee"]),
+        stops=_early_stops(report["results"]),
+    ).strip()
+
+
+def _early_stops(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The results that decided radii: one dict for all at which the same radii were decided."""
+    stops: list[dict[str, Any]] = []
+    for entry in entries:
+        if entry["decided_radii"]:
+            stop = {
+                "decided": entry["decided_radii"],
+                "out_of_reach": entry["radii_out_of_reach"],
+                "calibrated": entry.get("delta") is not None,
+            }
+            same = next((other for other in stops if stop.items() <= other.items()), None)
+            if same is None:
+                same = stop | {"titles": []}
+                stops.append(same)
+            same["titles"].append(entry["title"])
+    return stops
+
+
+def render_report(report: Report) -> str:
+    """A report as Markdown: the table, its notes, the pictures beside `report.json`, and how the runs were made."""
+    blank: dict[str, str] = {}  # the envelope has no other figures
+    rows = [shares | other for shares, other in zip_longest(share_rows(report), other_rows(report), fillvalue=blank)]
+    return render(
+        "report",
+        report=report,
+        figure=name_of_figure(report["guarantee"]),
+        rows=rows,
+        notes=render_notes(report),
+        made_by={entry["run"]: entry["made_by"] for entry in report["results"] if entry["made_by"]},
+    )
