@@ -7,8 +7,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, SHIPPED_MODEL
-from finished_runs import write_log, write_run
+from helpers.finished_runs import write_log, write_run
+from helpers.paths import ROOT, SHIPPED_MODEL
 from PIL import Image
 from typer.testing import CliRunner
 

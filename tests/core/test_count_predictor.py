@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import rows
+from helpers.finished_runs import rows
 from transformers import pipeline
 from typer.testing import CliRunner
 

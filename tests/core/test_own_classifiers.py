@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import LinearClassifier
+from helpers.models import LinearClassifier
 from PIL import Image
 from transformers import (
     AutoImageProcessor,

@@ -2,7 +2,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import SHIPPED_MODEL
+from helpers.paths import SHIPPED_MODEL
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import pipeline

@@ -4,7 +4,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import SHIPPED_MODEL, LinearClassifier
+from helpers.models import LinearClassifier
+from helpers.paths import SHIPPED_MODEL
 from PIL import Image
 from torch import nn
 from transformers import ViTImageProcessor

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, rows
+from helpers.finished_runs import rows
+from helpers.paths import ROOT
 
 from hf_smoothing.count_head.count_calibration import (
     calibrate_count_head,

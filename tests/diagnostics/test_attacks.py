@@ -56,7 +56,7 @@ def test_the_nearest_other_image_shows_a_way_where_the_gradient_says_nothing(ima
             side = (self.linear.margin(images) > 0).float() + 0 * images.sum()
             return torch.stack([1 - side, side], 1)
 
-    from conftest import LinearClassifier
+    from helpers.models import LinearClassifier
 
     direction = torch.ones(48) / 48**0.5
     linear = LinearClassifier(direction, -float(0.5 * direction.sum()) + 0.2)

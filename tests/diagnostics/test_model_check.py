@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import timm
 import torch
-from conftest import SHIPPED_MODEL
+from helpers.paths import SHIPPED_MODEL
 from transformers import ConvNextImageProcessor, ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 from typer.testing import CliRunner
 

@@ -1,6 +1,7 @@
 """Small finished runs and logs, to report on."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -9,6 +10,11 @@ import pyarrow.parquet as pq
 from hf_smoothing import GaussianNoise
 
 NAMES = ["cat", "dog", "frog"]
+
+
+def rows(folder):
+    """The records of a run, without the time that they took."""
+    return [{**row, "seconds": None} for row in pq.read_table(Path(folder) / "certificates.parquet").to_pylist()]
 
 
 def write_run(

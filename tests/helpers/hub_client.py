@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from .paths import ROOT
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Client:
         self.commands = 0
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(
-            ["hub_client", "hf_smoothing.cli.app", "hf_smoothing.count_head.count_training"]
+            ["helpers.hub_client", "hf_smoothing.cli.app", "hf_smoothing.count_head.count_training"]
         )
         with pytest.MonkeyPatch.context() as patch:
             for name in ("HF_TOKEN", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_TOKEN_PATH"):

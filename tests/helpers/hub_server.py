@@ -14,9 +14,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from hub_storage import Blob, Repo
 from huggingface_hub import DatasetCard, ModelCard, SpaceCard
 from yaml import YAMLError
+
+from .hub_storage import Blob, Repo
 
 TOKEN = "hf_" + "t" * 34
 """May do everything in the namespace `user`."""

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import yaml
-from conftest import ROOT
+from helpers.paths import ROOT
 from huggingface_hub import ModelCard
 from typer.testing import CliRunner
 

@@ -11,9 +11,10 @@ import datasets
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT, SHIPPED_MODEL, save_model
-from hub_client import Client
-from hub_server import READ_TOKEN, TOKEN, HubServer
+from helpers.hub_client import Client
+from helpers.hub_server import READ_TOKEN, TOKEN, HubServer
+from helpers.models import save_model
+from helpers.paths import ROOT, SHIPPED_MODEL
 from huggingface_hub import HfApi, ModelCard
 from transformers import AutoConfig, AutoModelForImageClassification, ViTImageProcessor, pipeline
 

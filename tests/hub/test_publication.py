@@ -1,7 +1,7 @@
 """What folders become on the Hub, without one."""
 
 import pytest
-from conftest import ROOT, SHIPPED_MODEL
+from helpers.paths import ROOT, SHIPPED_MODEL
 
 from hf_smoothing.hub.publication import publication_of
 

@@ -13,7 +13,7 @@ import evaluate
 import numpy as np
 import pytest
 import torch
-from finished_runs import LOG
+from helpers.finished_runs import LOG
 from huggingface_hub import metadata_load
 from hypothesis import given, settings
 from hypothesis import strategies as st

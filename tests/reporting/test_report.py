@@ -5,8 +5,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, SHIPPED_MODEL
-from finished_runs import LOG, write_log, write_run
+from helpers.finished_runs import LOG, write_log, write_run
+from helpers.paths import ROOT, SHIPPED_MODEL
 from matplotlib.figure import Figure
 from PIL import Image
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT, rows
+from helpers.finished_runs import rows
+from helpers.paths import ROOT
 
 from hf_smoothing.runs.dataset_run import RunSettings, certify_dataset
 from hf_smoothing.utils.processes import start_processes

@@ -4,7 +4,8 @@ import os
 import datasets
 import pyarrow.parquet as pq
 import pytest
-from conftest import NAMES, rows, save_model
+from helpers.finished_runs import rows
+from helpers.models import NAMES, save_model
 from PIL import Image
 from transformers import ViTImageProcessor, pipeline
 from typer.testing import CliRunner

@@ -4,7 +4,8 @@ import json
 import os
 
 import pytest
-from conftest import NAMES, rows, save_model
+from helpers.finished_runs import rows
+from helpers.models import NAMES, save_model
 
 from hf_smoothing import MixedNoiseViTForImageClassification
 from hf_smoothing.runs import records as records_module

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SHIPPED_MODEL
+from helpers.paths import SHIPPED_MODEL
 from transformers import BertConfig
 
 from hf_smoothing import MixedNoiseViTForImageClassification

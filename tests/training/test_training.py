@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SHIPPED_MODEL
+from helpers.paths import SHIPPED_MODEL
 from safetensors.torch import load_file
 from torch import nn
 
