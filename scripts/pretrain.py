@@ -50,7 +50,7 @@ def normalisation(images: LabelledImages, samples: int = 1000) -> tuple[list[flo
     total = images.total
     step = 1 if total is None else max(1, total // samples)
     moments: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for position, (_, read) in enumerate(images.chosen()):
+    for position, (_, read) in enumerate(images.rows()):
         if len(moments) == samples:
             break
         if position % step == 0:

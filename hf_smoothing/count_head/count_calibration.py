@@ -87,14 +87,12 @@ def predict_counts(
     Raises:
         ValueError: for images that are no longer those counted.
     """
-    images = measured.open()
-    images.meet(predictor.class_names, Preprocessing.of(AutoImageProcessor.from_pretrained(folder)))
+    preprocessing = Preprocessing.of(AutoImageProcessor.from_pretrained(folder))
+    inputs = measured.open().bind(predictor.class_names, preprocessing)
     wanted, rows = np.unique(measured.indices, return_inverse=True)
     found = np.empty((len(rows), len(predictor.class_names)))
     for first in tqdm(range(0, len(wanted), batch_size), "asking the count head", leave=False):
-        pixels = torch.stack(
-            [images.pixels(images.source[int(index)]) for index in wanted[first : first + batch_size]]
-        )
+        pixels = torch.stack([inputs[index][0] for index in wanted[first : first + batch_size]])
         for sigma in np.unique(measured.sigmas):
             here = (rows >= first) & (rows < first + batch_size) & (measured.sigmas == sigma)
             found[here] = predictor(pixels, float(sigma)).double().cpu().numpy()[rows[here] - first]

@@ -232,11 +232,10 @@ def train_count_head(
     if loss == "logistic_normal" and draws < DRAWS[0]:
         raise ValueError(f"loss='logistic_normal' takes {DRAWS[0]} draws of an image: {draws} was counted.")
     processor = AutoImageProcessor.from_pretrained(base)
-    images = counts.open()
-    images.meet(counts.settings["label_names"], Preprocessing.of(processor))
+    images = counts.open().bind(counts.settings["label_names"], Preprocessing.of(processor))
     wanted, targets = counts_by_image(counts)
     reading = tqdm(wanted.tolist(), "reading images", disable=not accelerator.is_main_process)
-    inputs = torch.stack([(images.pixels(images.source[index]) * 255).round().byte() for index in reading])
+    inputs = torch.stack([(images[index][0] * 255).round().byte() for index in reading])
     model.to(accelerator.device)
     if not own_backbone:
         model.mixed_noise_vit.requires_grad_(False)

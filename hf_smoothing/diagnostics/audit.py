@@ -15,7 +15,7 @@ from ..core.loading import loading
 from ..core.noise import GaussianNoise
 from ..core.smoothing import SmoothedClassifier
 from ..core.validation import check_count
-from ..data.labelled_images import LabelledImages
+from ..data.labelled_images import ModelInputs
 from ..runs.dataset_run import DTYPES
 from ..runs.identity import describe_classifier, open_images
 from ..runs.run_folder import RunFolder
@@ -105,8 +105,7 @@ def audit(
     if not chosen:
         raise ValueError(f"{run_dir} holds no certificate with a radius above 0.")
     smoothed = _load(run, device, batch_size)
-    source = open_images(run)
-    source.meet(run["label_names"], smoothed.preprocessing)
+    inputs = open_images(run).bind(run["label_names"], smoothed.preprocessing)
     certificates = folder.table_digest()
     identity = {
         **asdict(settings),
@@ -117,13 +116,13 @@ def audit(
     }
     found = list(_finished(output_dir, identity))
     done = {(row["sigma"], row["index"]) for row in found}
-    neighbours = list(_neighbours(rows, source, settings.seed))
+    neighbours = list(_neighbours(rows, inputs, settings.seed))
     with (output_dir / "audit.jsonl").open("a") as lines:
         for row in tqdm(chosen, "attacking"):
             if (row["sigma"], row["index"]) in done:
                 continue
             smoothed.noise = GaussianNoise(row["sigma"])
-            pixels = source.pixels(source.source[row["index"]])
+            pixels, _ = inputs[row["index"]]
             others = [
                 _as_large(one, pixels)
                 for index, label, one in neighbours
@@ -159,13 +158,11 @@ def _sample(rows: list[dict[str, Any]], sigma: float, images: int, seed: int) ->
     return [there[index] for index in sorted(order)]
 
 
-def _neighbours(
-    rows: list[dict[str, Any]], source: LabelledImages, seed: int
-) -> Iterator[tuple[int, int, torch.Tensor]]:
+def _neighbours(rows: list[dict[str, Any]], inputs: ModelInputs, seed: int) -> Iterator[tuple[int, int, torch.Tensor]]:
     """Index, true class and pixels of some images of the run, whatever came of them."""
     labels = {row["index"]: row["label"] for row in rows}
     for index in np.random.default_rng(seed).permutation(sorted(labels))[:_NEIGHBOURS]:
-        yield int(index), labels[index], source.pixels(source.source[int(index)])
+        yield int(index), labels[index], inputs[index][0]
 
 
 def _as_large(pixels: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

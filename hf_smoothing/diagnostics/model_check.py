@@ -15,8 +15,9 @@ from ..core.bounds import clopper_pearson_lower
 from ..core.image_loading import to_pixels
 from ..core.noise import GaussianNoise
 from ..core.smoothing import SmoothedClassifier
+from ..data.class_matching import match_classes
 from ..data.demo_images import load_demo_images
-from ..data.labelled_images import LabelledImages, match_labels
+from ..data.labelled_images import LabelledImages
 
 SIGMAS = (0.0, 0.12, 0.25, 0.5, 1.0)
 
@@ -181,15 +182,15 @@ def _pictures(
 ) -> tuple[list[torch.Tensor], list[int | None]]:
     names = list(smoothed.class_names or ())
     if images is not None:
-        images.meet(names, smoothed.preprocessing)
-        there = list(images.chosen())
-        chosen_rows = [there[one] for one in np.random.default_rng(0).permutation(len(there))[:count]]
-        rows = [(index, read()) for index, read in chosen_rows]
-        return [images.pixels(row) for _, row in rows], [images.label(index, row) for index, row in rows]
+        inputs = images.bind(names, smoothed.preprocessing)
+        readers = list(images.rows())
+        sample = [readers[position] for position in np.random.default_rng(0).permutation(len(readers))[:count]]
+        rows = [(index, read()) for index, read in sample]
+        return [inputs.pixels(row) for _, row in rows], [inputs.label(index, row) for index, row in rows]
     shipped = load_demo_images()
     nameless = all(name.startswith("LABEL_") for name in names)  # which has the classes of nothing in particular
     try:
-        to_class = None if nameless else match_labels(shipped.features["label"].names, names)
+        to_class = None if nameless else match_classes(shipped.features["label"].names, names)
     except ValueError:
         to_class = None
     chosen = shipped.select(np.random.default_rng(0).permutation(len(shipped))[:count])

@@ -9,7 +9,8 @@ import numpy as np
 from PIL import Image
 
 from ..core.certificates import ABSTAIN, format_radius
-from ..data.labelled_images import LabelledImages, match_labels
+from ..data.class_matching import match_classes
+from ..data.labelled_images import LabelledImages
 from .logs import Row
 from .plots import require_matplotlib
 from .results import Result
@@ -95,7 +96,7 @@ def load_pictures(
         )
     chosen = images.source.select([row["index"] for row in rows])
     # records name classes of the model; without a run.json that lists them, assume those of the dataset or of the records
-    to_class = match_labels(
+    to_class = match_classes(
         images.class_names,
         result.settings.get("label_names") or images.class_names or _names_by_index(result.names()),
     )

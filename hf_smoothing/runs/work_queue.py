@@ -11,15 +11,14 @@ from torch import distributed
 from torch.distributed.distributed_c10d import _get_default_store
 
 Item = TypeVar("Item")
-Found = TypeVar("Found")
-
 REFRESH_SECONDS = 0.5
-"""Seconds between two looks at what the other processes have done."""
+"""Seconds between two looks at the progress of the other processes."""
 
 
 class WorkQueue:
     """
-    The processes of a run: hands images out among them, and adds up what they have done, through the store of their group.
+    The work queue of a run: distributes images across its processes and aggregates their progress through the store of
+    their process group.
 
     Args:
         accelerator: the processes.
@@ -35,12 +34,12 @@ class WorkQueue:
         self.unsent: Counter[str] = Counter()
         self.sent = time.monotonic()
 
-    def handed_out(self, work: Iterable[Item], sigma: float) -> Iterator[Item]:
+    def take(self, work: Iterable[Item], sigma: float) -> Iterator[Item]:
         """
-        The part of the work at one sigma that this process is to do.
+        Take items of the work at one sigma, one at a time, until none is left.
 
-        All processes walk through the same images in the same order; each takes the one whose turn the shared counter gives
-        it. One at a time: that costs far less than an image does, and nobody holds work that another could begin.
+        All processes walk through the same items in the same order; each takes the one whose turn the shared counter gives
+        it. Asking the counter costs far less than certifying an image, and no process holds work that another could start.
         """
         turn = self.store.add(f"turn {sigma}", 1) - 1
         for position, item in enumerate(work):
@@ -49,7 +48,7 @@ class WorkQueue:
                 turn = self.store.add(f"turn {sigma}", 1) - 1
 
     def count(self, sigma: float, right: bool, draws: int) -> None:
-        """Count an image; the other processes know of it within about half a second of the next."""
+        """Count a certified image. Counts are shared at most every [`REFRESH_SECONDS`]."""
         self.unsent.update({f"images {sigma}": 1, f"right {sigma}": int(right), "draws": draws})
         if time.monotonic() - self.sent > REFRESH_SECONDS:
             self._send()
@@ -61,7 +60,7 @@ class WorkQueue:
         self.sent = time.monotonic()
 
     def total(self, name: str) -> int:
-        """What all processes have counted under a name."""
+        """The sum over all processes of what was counted under a name."""
         return self.store.add(name, 0)
 
     def finish(self) -> None:
@@ -76,11 +75,13 @@ class WorkQueue:
 
     def all_finished(self) -> bool:
         """
+        Whether every process has finished.
+
         Raises:
             RuntimeError: where a process has failed.
         """
         if self.store.check(["failure"]):
             raise RuntimeError(
-                f"Another process failed ({self.store.get('failure').decode()}). Start the run again to go on with it."
+                f"Another process failed ({self.store.get('failure').decode()}). Run the same command again to resume."
             )
         return self.store.add("finished", 0) == self.num_processes

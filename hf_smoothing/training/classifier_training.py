@@ -227,9 +227,8 @@ def train_classifier(
     if height != size:
         raise ValueError(f"The model takes {height}x{size} pixels: only square pictures are trained on here.")
     names = [model.config.id2label[index] for index in range(model.config.num_labels)]
-    images.meet(names, preprocessing)
     batches = TrainingBatches(
-        images,
+        images.bind(names, preprocessing),
         image_settings,
         size,
         settings.per_device_train_batch_size,
@@ -323,9 +322,7 @@ def _evaluation(
         spread=True,
         streaming=image_settings.streaming,
     )
-    images.meet(names, preprocessing)
-    chosen = [(index, read()) for index, read in images.chosen()]
-    rows = [(images.pixels(row), images.label(index, row)) for index, row in chosen]
+    rows = list(images.bind(names, preprocessing))
     mine = rows[accelerator.process_index :: accelerator.num_processes]
     if not mine:
         raise ValueError(f"eval_samples={len(rows)} are fewer than the {accelerator.num_processes} processes.")

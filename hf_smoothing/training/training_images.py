@@ -21,7 +21,7 @@ from transformers.hf_argparser import HfArg
 
 from ..core.image_loading import to_pixels
 from ..core.validation import check_count
-from ..data.labelled_images import LabelledImages, Row
+from ..data.labelled_images import LabelledImages, ModelInputs, Row
 from .noise_mixture import NoiseMixture
 
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -161,24 +161,24 @@ def names_of_classes(images: LabelledImages) -> list[str]:
     return [str(number) for number in range(max(labels) + 1)]
 
 
-def _picture(images: LabelledImages, which: int | str, row: Row, size: int | None) -> tuple[Image.Image, int]:
+def _picture(inputs: ModelInputs, which: int | str, row: Row, size: int | None) -> tuple[Image.Image, int]:
     """An image as a picture, of `size` pixels a side if that is given, and its label."""
-    label = images.label(which, row)
+    label = inputs.label(which, row)
     try:
-        picture = images.picture(row)
+        picture = inputs.images.picture(row)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"Image {which} of the split cannot be trained on: {error} Mend it or leave it out."
         ) from error
     if size is not None and picture.size != (size, size):
-        pixels = to_pixels(picture, images.preprocessing)  # resized as it will be where it is certified
+        pixels = to_pixels(picture, inputs.preprocessing)  # resized as it will be where it is certified
         picture = Image.fromarray(pixels.mul(255).round().byte().permute(1, 2, 0).numpy())
     return picture, label
 
 
-def _read_picture(images: LabelledImages, size: int | None, place: int) -> tuple[Image.Image, int]:
-    index = images.indices[place]
-    return _picture(images, index, images.source[index], size)
+def _read_picture(inputs: ModelInputs, size: int | None, place: int) -> tuple[Image.Image, int]:
+    index = inputs.images.indices[place]
+    return _picture(inputs, index, inputs.images.source[index], size)
 
 
 def augmentation(image_size: int, settings: ImageSettings) -> Any:
@@ -203,7 +203,7 @@ class TrainingBatches:
     what it would have seen.
 
     Args:
-        images: opened, and met with a model.
+        inputs: the images, bound to a model.
         settings: how to augment them.
         image_size: height and width of what comes out.
         batch_size: images in a batch of one process.
@@ -218,7 +218,7 @@ class TrainingBatches:
 
     def __init__(
         self,
-        images: LabelledImages,
+        inputs: ModelInputs,
         settings: ImageSettings,
         image_size: int,
         batch_size: int,
@@ -231,7 +231,7 @@ class TrainingBatches:
         self.batch_size, self.seed = batch_size, seed
         self.process_index, self.num_processes = process_index, num_processes
         self.num_workers = settings.dataloader_num_workers
-        self.total = images.total
+        images, self.total = inputs.images, inputs.images.total
         if images.total is not None and images.total < batch_size * num_processes:
             raise ValueError(
                 f"{images.total} images do not fill a batch of {batch_size} on {num_processes} processes: take a smaller "
@@ -240,13 +240,13 @@ class TrainingBatches:
         transform, size = augmentation(image_size, settings), image_size if image_size <= SMALL else None
         self.source: Dataset
         if images.total is None:
-            self.source = _Stream(images, transform, size, batch_size, process_index, num_processes)
+            self.source = _Stream(inputs, transform, size, batch_size, process_index, num_processes)
         elif size is not None:
-            reading = tqdm(images.chosen(), "reading images", images.total, disable=not shown)
-            held = [_picture(images, index, read(), size) for index, read in reading]
+            reading = tqdm(images.rows(), "reading images", images.total, disable=not shown)
+            held = [_picture(inputs, index, read(), size) for index, read in reading]
             self.source = _Pictures(held.__getitem__, transform)
         else:
-            self.source = _Pictures(partial(_read_picture, images, size), transform)
+            self.source = _Pictures(partial(_read_picture, inputs, size), transform)
 
     def __len__(self) -> int:
         """Batches an epoch; a last one that is not full is left out."""
@@ -296,14 +296,14 @@ class _Stream(IterableDataset):
 
     def __init__(
         self,
-        images: LabelledImages,
+        inputs: ModelInputs,
         transform: Any,
         size: int | None,
         batch_size: int,
         process_index: int,
         num_processes: int,
     ):
-        self.images, self.transform, self.size = images, transform, size
+        self.inputs, self.transform, self.size = inputs, transform, size
         self.batch_size, self.process_index, self.num_processes = batch_size, process_index, num_processes
 
     def start(self, seed: int, first: int) -> None:
@@ -311,9 +311,10 @@ class _Stream(IterableDataset):
 
     def __iter__(self) -> Iterator[Batch]:
         together = self.batch_size * self.num_processes
-        source: Any = self.images.source
-        if self.images.max_samples is not None:  # the first ones, whatever the order
-            source = source.take(self.images.max_samples)
+        images = self.inputs.images
+        source: Any = images.source
+        if images.max_samples is not None:  # the first ones, whatever the order
+            source = source.take(images.max_samples)
         shuffled = source.shuffle(seed=self.seed, buffer_size=_SHUFFLE_BUFFER)
         rows = islice(enumerate(shuffled), self.first * together, None)
         for position in count(self.first):
@@ -323,7 +324,7 @@ class _Stream(IterableDataset):
             seed_all(self.seed, position, self.process_index)
             share = chunk[self.process_index :: self.num_processes]
             # nobody knows where in the split a row of a shuffled stream was
-            read = [_picture(self.images, f"{place} in the shuffled order", row, self.size) for place, row in share]
+            read = [_picture(self.inputs, f"{place} in the shuffled order", row, self.size) for place, row in share]
             yield (
                 torch.stack([pil_to_tensor(self.transform(picture)) for picture, _ in read]),
                 torch.tensor([label for _, label in read]),

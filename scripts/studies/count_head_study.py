@@ -117,11 +117,10 @@ def draws_to_decide(
 @torch.inference_mode()
 def clean_logits(smoothed: SmoothedClassifier, measured: Counts) -> np.ndarray:
     """What the base classifier says of the clean images: `(rows, classes)`."""
-    images = measured.open()
-    images.meet(measured.settings["label_names"], smoothed.preprocessing)
+    inputs = measured.open().bind(measured.settings["label_names"], smoothed.preprocessing)
     wanted, rows = np.unique(measured.indices, return_inverse=True)
     logits = [
-        smoothed.base([torch.stack([images.pixels(images.source[int(one)]) for one in some]).to(smoothed.device)], 0.0)
+        smoothed.base([torch.stack([inputs[index][0] for index in some]).to(smoothed.device)], 0.0)
         for some in np.array_split(wanted, range(smoothed.batch_size, len(wanted), smoothed.batch_size))
     ]
     return torch.cat(logits).double().cpu().numpy()[rows]
@@ -135,10 +134,9 @@ def seconds_an_image(
     sequential: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """Of the estimate, in batches, and of the sampling rules, from the rate at which the same model is drawn from."""
-    images = measured.open()
-    images.meet(predictor.class_names, smoothed.preprocessing)
+    inputs = measured.open().bind(predictor.class_names, smoothed.preprocessing)
     index = np.unique(measured.indices)[: args.batch_size]
-    batch = torch.stack([images.pixels(images.source[int(one)]) for one in index])
+    batch = torch.stack([inputs[one][0] for one in index])
     sigma = float(measured.sigmas.max())
 
     def seconds(call: Any) -> float:

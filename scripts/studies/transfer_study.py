@@ -337,11 +337,10 @@ def study(settings: StudySettings) -> None:
 def images_to_evaluate(settings: StudySettings, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """Pixels and labels of some images, spread over the split at random."""
     images = LabelledImages(settings.dataset_name, split=settings.eval_split)
-    images.meet(names_of_classes(images), Preprocessing.of(AutoImageProcessor.from_pretrained(folder)))
+    inputs = images.bind(names_of_classes(images), Preprocessing.of(AutoImageProcessor.from_pretrained(folder)))
     chosen = np.random.default_rng(settings.seed).permutation(len(images.source))[: settings.eval_samples].tolist()
-    rows = [(index, images.source[index]) for index in chosen]
-    pixels = torch.stack([images.pixels(row) for _, row in rows])
-    return pixels, torch.tensor([images.label(index, row) for index, row in rows])
+    pixels, labels = zip(*(inputs[index] for index in chosen))
+    return torch.stack(pixels), torch.tensor(labels)
 
 
 if __name__ == "__main__":

@@ -110,9 +110,9 @@ def test_an_own_backbone_may_see_images_mirrored(counts_dir, tmp_path, hflip):
     chosen = {"base": base, "own_backbone": True, "hflip": hflip, "eval_share": 0.0}
     found = train_count_head(model, counts, settings, accelerator, **chosen)
     assert found["settings"]["hflip"] == hflip
-    images, places = counts.open(), counts_by_image(counts)[0]
-    images.meet(counts.settings["label_names"], Preprocessing.of(AutoImageProcessor.from_pretrained(base)))
-    pixels = torch.stack([images.pixels(images.source[int(place)]) for place in places])
+    preprocessing = Preprocessing.of(AutoImageProcessor.from_pretrained(base))
+    inputs = counts.open().bind(counts.settings["label_names"], preprocessing)
+    pixels = torch.stack([inputs[index][0] for index in counts_by_image(counts)[0]])
     shown = pixels.flip(-1) if hflip else pixels
     assert len(seen) == 1
     assert all((shown - one).abs().amax((1, 2, 3)).min() < 0.003 for one in seen[0])

@@ -1,6 +1,8 @@
 import pytest
 
-from hf_smoothing.data.labelled_images import LabelledImages, find_column, match_labels
+from hf_smoothing.data.class_matching import match_classes
+from hf_smoothing.data.columns import find_column
+from hf_smoothing.data.labelled_images import LabelledImages
 
 
 def test_columns():
@@ -30,19 +32,19 @@ def test_what_is_not_there_is_named(tmp_path):
 
 
 def test_labels_are_matched_by_name():
-    to_class = match_labels(["sea_lion", "Cat"], ["cat", "dog", "Sea Lion"])
+    to_class = match_classes(["sea_lion", "Cat"], ["cat", "dog", "Sea Lion"])
     assert [to_class(0), to_class(1)] == [2, 0]
     with pytest.raises(ValueError, match="do not match: fish"):
-        match_labels(["cat", "fish"], ["cat", "dog"])
+        match_classes(["cat", "fish"], ["cat", "dog"])
     for label in (2, -1, None, "cat"):
         with pytest.raises(ValueError, match=f"label {label!r} is none of"):
             to_class(label)
     # ImageNet has two cranes: equal lists match by position, others that name them cannot
-    assert match_labels(["crane", "dog", "crane"], ["crane", "dog", "crane"])(2) == 2
+    assert match_classes(["crane", "dog", "crane"], ["crane", "dog", "crane"])(2) == 2
     with pytest.raises(ValueError, match="do not match: crane"):
-        match_labels(["dog", "crane"], ["crane", "dog", "crane"])
-    assert match_labels(["cat", "dog"], ["LABEL_0", "LABEL_1"])(1) == 1
+        match_classes(["dog", "crane"], ["crane", "dog", "crane"])
+    assert match_classes(["cat", "dog"], ["LABEL_0", "LABEL_1"])(1) == 1
     with pytest.raises(ValueError, match="do not match"):
-        match_labels(["cat", "dog"], ["LABEL_0", "LABEL_1", "LABEL_2"])
-    plain = match_labels(None, ["cat", "dog"])
+        match_classes(["cat", "dog"], ["LABEL_0", "LABEL_1", "LABEL_2"])
+    plain = match_classes(None, ["cat", "dog"])
     assert [plain(1), plain("Dog")] == [1, 1]

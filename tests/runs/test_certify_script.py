@@ -109,7 +109,7 @@ def test_ctrl_c_says_how_far_it_is(model, parquet, tmp_path, command):
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 130, output
     assert 3 <= num_lines(tmp_path) < 400
-    assert f"stopped; {num_lines(tmp_path)} of 400 are done; the same command resumes" in output
+    assert f"stopped; {num_lines(tmp_path)} of 400 are done; the same command resumes the run" in output
     assert "Traceback" not in output
 
 

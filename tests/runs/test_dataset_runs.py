@@ -160,7 +160,7 @@ def test_images_of_another_shape(certify, model, tmp_path):
     certify(model_name_or_path=str(folder), dataset_name=str(tmp_path / "pictures"), split="train")
     errors = [row["error"] for row in rows(tmp_path / "run")]
     assert errors[0] is errors[2] is None
-    assert errors[1] == "The image has shape (3, 12, 12) behind the image processor, the first one (3, 8, 8)."
+    assert errors[1] == "The image has shape (3, 12, 12) after the image processor, the first one (3, 8, 8)."
 
 
 def test_a_full_disk_loses_nothing_already_written(certify, tmp_path, monkeypatch):

@@ -13,8 +13,8 @@ from hf_smoothing.training.training_images import ImageSettings, TrainingBatches
 
 def opened(path, size=8, **kwargs):
     images = LabelledImages(str(path), split="train", **kwargs)
-    images.meet(names_of_classes(images), Preprocessing.of(ViTImageProcessor(size={"height": size, "width": size})))
-    return images
+    processor = ViTImageProcessor(size={"height": size, "width": size})
+    return images.bind(names_of_classes(images), Preprocessing.of(processor))
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def test_small_images_are_resized_as_for_certification(demo_parquet):
     batches = TrainingBatches(images, settings, 16, 200, seed=0, shown=False)
     pixels, labels = next(batches.epoch(0))
     index, label = 6, 6
-    expected = (images.pixels(images.source[index]) * 255).round().byte()
+    expected = (images[index][0] * 255).round().byte()
     core = expected[:, 4:12, 4:12]  # crops keep the middle, moved by at most two pixels
     found = [
         picture
@@ -144,11 +144,12 @@ def test_some_large_pictures_are_those_chosen_from_the_whole_split(tmp_path):
     )
     path = tmp_path / "large.parquet"
     datasets.Dataset.from_list(rows, features=features).to_parquet(path)
-    images = opened(path, 72, max_samples=8, spread=True)
-    assert max(images.indices) > 8
-    batches = TrainingBatches(images, ImageSettings(str(path)), 72, 4, seed=0, shown=False)
+    inputs = opened(path, 72, max_samples=8, spread=True)
+    indices = inputs.images.indices
+    assert max(indices) > 8
+    batches = TrainingBatches(inputs, ImageSettings(str(path)), 72, 4, seed=0, shown=False)
     seen = [label for batch in labels_of(batches, 0) for label in batch]
-    assert sorted(seen) == images.indices
+    assert sorted(seen) == indices
 
     broken = TrainingBatches(opened(path, 72), ImageSettings(str(path)), 72, 30, seed=0, shown=False)
     with pytest.raises(ValueError, match="Image 29 of the split cannot be trained on"):
@@ -170,8 +171,8 @@ def test_datasets_without_class_names(tmp_path, labels, names):
     datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()).to_parquet(path)
     images = LabelledImages(str(path), split="train")
     assert names_of_classes(images) == names
-    images.meet(names, None)
-    assert [images.label(i, images.source[i]) for i in range(3)] == [names.index(str(label)) for label in labels]
+    inputs = images.bind(names, None)
+    assert [inputs.label(i, images.source[i]) for i in range(3)] == [names.index(str(label)) for label in labels]
     with pytest.raises(ValueError, match="cast it to ClassLabel"):
         names_of_classes(LabelledImages(str(path), split="train", streaming=True))
 
@@ -209,12 +210,12 @@ def test_fewer_images_are_taken_from_the_whole_split(tmp_path):
     rows = {"image": [Image.new("RGB", (8, 8))] * 40, "label": sorted([0, 1, 2, 3] * 10)}
     datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()).to_parquet(path)
     images = ImageSettings(str(path), max_train_samples=20).open()
-    chosen = [index for index, _ in images.chosen()]
+    chosen = [index for index, _ in images.rows()]
     assert images.total == len(set(chosen)) == 20
     assert chosen == sorted(chosen)
     assert {index // 10 for index in chosen} == {0, 1, 2, 3}
-    assert chosen == [index for index, _ in ImageSettings(str(path), max_train_samples=20).open().chosen()]
-    assert [index for index, _ in LabelledImages(str(path), split="train", max_samples=5).chosen()] == list(range(5))
+    assert chosen == [index for index, _ in ImageSettings(str(path), max_train_samples=20).open().rows()]
+    assert [index for index, _ in LabelledImages(str(path), split="train", max_samples=5).rows()] == list(range(5))
 
 
 def test_mixing_keeps_labels_a_distribution():
