@@ -10,6 +10,8 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from .core.bounds import clopper_pearson_lower, confidence_sequence_lower, log_e_value
 from .core.certificates import ABSTAIN, Certificate, format_radius
 from .core.configuration_mixed_noise_vit import MixedNoiseViTConfig
+from .core.count_rule import CountRule
+from .core.fixed_rule import FixedRule
 from .core.modeling_count_prediction import MixedNoiseViTForCountPrediction
 from .core.modeling_mixed_noise_vit import (
     MixedNoiseViTForImageClassification,
@@ -18,8 +20,8 @@ from .core.modeling_mixed_noise_vit import (
 )
 from .core.noise import GaussianNoise, LaplaceNoise, UniformNoise
 from .core.pipeline_certified_image_classification import CertifiedImageClassificationPipeline
-from .core.rules import CountRule, FixedRule, PredictRule
-from .core.sequential import SequentialRule
+from .core.predict_rule import PredictRule
+from .core.sequential_rule import SequentialRule
 from .core.smoothing import SmoothedClassifier
 from .data.demo_images import load_demo_images
 from .metrics.certified_accuracy import CertifiedAccuracy

@@ -11,9 +11,9 @@ from transformers import AutoConfig
 
 from ..core.certificates import Certificate, format_radius
 from ..core.count_predictor import CountPredictor
-from ..core.image_loading import to_pixels
 from ..core.loading import loading, weights_digest
 from ..core.noise import GaussianNoise
+from ..core.preprocessing import to_pixels
 from ..core.smoothing import SmoothedClassifier
 from ..data.demo_images import load_demo_images
 from ..metrics.certified_accuracy import certified_accuracy
@@ -111,7 +111,7 @@ def run_demo(
             **asdict(settings),
             "dataset_fingerprint": None,
             "dataset_label_names": names,
-            "model_weights": weights_digest(smoothed.base.classifier),
+            "model_weights": weights_digest(smoothed.base_classifier.classifier),
             "count_head_weights": weights_digest(head.model) if isinstance(head, CountPredictor) else None,
             "label_names": names,
         },

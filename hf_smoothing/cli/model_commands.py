@@ -11,7 +11,7 @@ from ..core.certificates import format_radius
 from ..core.loading import loading
 from ..core.noise import GaussianNoise
 from ..core.preprocessing import read_resolution
-from ..core.rules import probabilities_showing, radii_in_reach
+from ..core.sampling_rule import probabilities_showing, radii_in_reach
 from ..core.smoothing import SmoothedClassifier
 from ..count_head.count_calibration import calibrate_count_head
 from ..data.labelled_images import LabelledImages

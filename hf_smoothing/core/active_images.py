@@ -6,8 +6,9 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from .certificates import Certificate, Counts, Run
+from .certificates import Certificate
 from .noise import NoisyImage
+from .sampling_rule import Counts, Run
 
 
 class ActiveImage:

@@ -1,4 +1,4 @@
-"""The base classifier: pixels with noise in, logits out, and everything in between that belongs behind the noise."""
+"""The base classifier: pixels with noise in, logits out, and every step after the noise in between."""
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from .denoisers import DENOISERS, Denoiser
 from .loading import check_weights, weights_digest
 from .preprocessing import Preprocessing
 
 Classifier = Callable[[torch.Tensor], Any]
-Denoiser = Callable[[torch.Tensor, float], torch.Tensor]
 
 
 class BaseClassifier:
@@ -108,30 +108,3 @@ class BaseClassifier:
         if self.preprocessing is None or self.preprocessing.resize is None:
             return pixels
         return self.preprocessing.resize(pixels)
-
-
-def wiener(pixels: torch.Tensor, sigma: float, window: int = 5) -> torch.Tensor:
-    """
-    A denoiser that needs no training: every pixel moves towards the mean of its surroundings, the more the less these vary
-    beyond what noise explains.
-
-    Args:
-        pixels: `(batch, channels, height, width)` with noise.
-        sigma: standard deviation of the noise, in the units of the pixels.
-        window: side of the surroundings, odd.
-
-    Source: Lee, IEEE Transactions on Pattern Analysis and Machine Intelligence 2 (1980).
-    """
-
-    def around(values: torch.Tensor) -> torch.Tensor:
-        padded = nn.functional.pad(values, [window // 2] * 4, mode="reflect")
-        return nn.functional.avg_pool2d(padded, window, stride=1)
-
-    mean = around(pixels)
-    variance = around(pixels**2) - mean**2
-    kept = (variance - sigma**2).clamp(min=0) / variance.clamp(min=1e-12)
-    return mean + kept * (pixels - mean)
-
-
-DENOISERS: dict[str, Denoiser] = {"wiener": wiener}
-"""By name, for the command line."""

@@ -10,12 +10,11 @@ from PIL.Image import Image
 from transformers import Pipeline
 
 from .active_images import in_order
-from .base_classifier import Denoiser
 from .certificates import Certificate
 from .count_predictor import CountPredictor
-from .image_loading import to_pixels
+from .denoisers import Denoiser
 from .noise import GaussianNoise
-from .preprocessing import NoiseResolution, Preprocessing
+from .preprocessing import NoiseResolution, Preprocessing, to_pixels
 from .smoothing import SmoothedClassifier
 
 SETTINGS = (

@@ -9,6 +9,9 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional
 
+from .image_loading import load_image
+from .noise import snap_to_8_bits
+
 NoiseResolution = Literal["input", "native"] | int
 """Where noise is added: at the network's input, at the picture's own size, or at a height and width of so many pixels."""
 
@@ -248,3 +251,36 @@ def _both(size: Any) -> list[int]:
 
 def _pair(size: Any) -> list[int] | None:
     return None if size is None else [size] if isinstance(size, int) else list(size)
+
+
+def to_pixels(image: Any, preprocessing: Preprocessing | None = None) -> torch.Tensor:
+    """
+    One image as a base classifier sees it before noise: float32, `(channels, height, width)`, in `[0, 1]`, on the CPU.
+
+    Args:
+        image: a tensor `(channels, height, width)`, float in `[0, 1]` or uint8; or what [`load_image`] takes.
+        preprocessing: makes pixels of pictures.
+
+    Raises:
+        ValueError: for a tensor that does not hold pixels, or a picture without an image processor.
+    """
+    if not isinstance(image, torch.Tensor):
+        if preprocessing is None:
+            raise ValueError(
+                f"A {type(image).__name__} needs an image processor: pass image_processor=... or tensors."
+            )
+        image = preprocessing.before(load_image(image))
+    if image.ndim != 3:
+        raise ValueError(f"An image has shape {tuple(image.shape)}; it takes (channels, height, width).")
+    side = preprocessing.noise_resolution if preprocessing is not None else None
+    if isinstance(side, int) and tuple(image.shape[1:]) != (side, side):
+        raise ValueError(f"A tensor of shape {tuple(image.shape)} is not {side} pixels a side: pass a picture.")
+    image = image.detach().to("cpu")
+    image = snap_to_8_bits(image.float() / 255 if image.dtype == torch.uint8 else image.float())
+    low, high = float(image.min()), float(image.max())
+    if not (low >= 0 and high <= 1):  # NaN fails this too
+        raise ValueError(
+            f"An image has values from {low:g} to {high:g}: pixels must lie in [0, 1], since sigma and radii are in their "
+            "units. Undo the normalisation; it belongs behind the noise."
+        )
+    return image

@@ -3,6 +3,7 @@
 It knows a callable that maps a batch of pixels to logits, a noise distribution and a rule, and nothing else.
 """
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from itertools import count as count_from
 from pathlib import Path
@@ -14,15 +15,17 @@ from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from .active_images import ActiveImage, ProgressBar, in_order
-from .base_classifier import BaseClassifier, Classifier, Denoiser
+from .base_classifier import BaseClassifier, Classifier
 from .calibration import Calibration
-from .certificates import ABSTAIN, Certificate, CleanPass, Rule
+from .certificates import ABSTAIN, Certificate
 from .count_predictor import CountPredictor
-from .image_loading import to_pixels
+from .denoisers import Denoiser
 from .loading import weights_digest
 from .noise import SmoothingNoise, image_key
-from .preprocessing import NoiseResolution, Preprocessing
-from .rules import PredictRule, make_rule
+from .predict_rule import PredictRule
+from .preprocessing import NoiseResolution, Preprocessing, to_pixels
+from .rules import make_rule
+from .sampling_rule import CleanPass, Rule
 from .validation import check_count
 
 _FIRST_DRAWS = 8
@@ -82,16 +85,15 @@ class SmoothedClassifier:
         calibration: Calibration | None = None,
     ):
         check_count("batch_size", batch_size)
-        if getattr(count_head, "noise", noise.name) != noise.name:
-            raise ValueError(f"The count head knows {getattr(count_head, 'noise', '')} noise, not {noise.name}.")
         self.count_head = count_head
+        self._check_count_head(noise)
         self.calibration = calibration or getattr(count_head, "calibration", None)
         self.noise = noise
         self.batch_size = batch_size
         self.image_processor = image_processor
         self.preprocessing = None if image_processor is None else Preprocessing.of(image_processor, noise_resolution)
-        self.base = BaseClassifier(base_classifier, self.preprocessing, denoiser, device, autocast, compile)
-        self.device = self.base.device
+        self.base_classifier = BaseClassifier(base_classifier, self.preprocessing, denoiser, device, autocast, compile)
+        self.device = self.base_classifier.device
         if self.preprocessing is None and noise_resolution != "input":
             raise ValueError(
                 f"noise_resolution={noise_resolution!r} takes an image processor, which says how to resize."
@@ -157,6 +159,23 @@ class SmoothedClassifier:
             count_head=head,
         )
 
+    def with_noise(self, noise: SmoothingNoise) -> "SmoothedClassifier":
+        """
+        The same classifier under another noise. It shares the base classifier, the preprocessing and the count head.
+
+        Raises:
+            ValueError: where the count head was trained for another kind of noise.
+        """
+        self._check_count_head(noise)
+        smoothed = copy.copy(self)
+        smoothed.noise = noise
+        return smoothed
+
+    def _check_count_head(self, noise: SmoothingNoise) -> None:
+        known = getattr(self.count_head, "noise", noise.name)
+        if known != noise.name:
+            raise ValueError(f"The count head knows {known} noise, not {noise.name}.")
+
     @overload
     def certify(
         self, images: Images, method: str = ..., *, seed: int = ..., progress: bool = ..., **settings: Any
@@ -213,14 +232,17 @@ class SmoothedClassifier:
         """Raise a `ValueError` where the count head was calibrated with other weights, noise or steps than are here."""
         if self.calibration is None:
             return
-        modules = {"model_weights": self.base.classifier, "head_weights": getattr(self.count_head, "model", None)}
+        modules = {
+            "model_weights": self.base_classifier.classifier,
+            "head_weights": getattr(self.count_head, "model", None),
+        }
         self.calibration.check(
             {
                 **{name: weights_digest(one) for name, one in modules.items() if isinstance(one, nn.Module)},
                 "noise": self.noise.name,
                 "noise_resolution": self.noise_resolution,
-                "denoiser": self.base.denoiser_name,
-                "dtype": self.base.precision,
+                "denoiser": self.base_classifier.denoiser_name,
+                "dtype": self.base_classifier.precision,
             }
         )
 
@@ -346,7 +368,7 @@ class SmoothedClassifier:
         if rule.uses_clean_pass:
             return ActiveImage(position, noisy, None)
         if self._num_classes is None:
-            self._num_classes = self.base([pixels[None]], 0.0).shape[1]
+            self._num_classes = self.base_classifier([pixels[None]], 0.0).shape[1]
         return ActiveImage(position, noisy, rule.start(noisy, CleanPass(np.zeros(self._num_classes))))
 
     def _ask_head(self, active: list[ActiveImage], rule: Rule) -> None:
@@ -355,7 +377,7 @@ class SmoothedClassifier:
         waiting = [image for image in active if image.run is None]
         if not waiting:
             return
-        clean = torch.cat([self.base.at_input(image.noisy.image[None], 0.0) for image in waiting])
+        clean = torch.cat([self.base_classifier.at_input(image.noisy.image[None], 0.0) for image in waiting])
         frequencies = self.count_head(clean, self.noise.sigma)
         found = frequencies.double().cpu().numpy()
         if found.shape[:1] != (len(waiting),) or not (np.abs(found.sum(1) - 1) < 1e-3).all() or not (found >= 0).all():
@@ -378,7 +400,7 @@ class SmoothedClassifier:
             rows.append(image.rows(take))
             served.append((image, take))
             room -= take
-        logits = self.base(rows, self.noise.sigma)
+        logits = self.base_classifier(rows, self.noise.sigma)
         num_classes = logits.shape[1]
         takes = torch.tensor([take for _, take in served], device=logits.device)
         owners = torch.repeat_interleave(torch.arange(len(served), device=logits.device), takes)
@@ -409,7 +431,7 @@ class SmoothedClassifier:
             norm=self.noise.norm,
             sampling=image.noisy.sampling,
             noise_resolution=self.noise_resolution,
-            denoiser=self.base.denoiser_name,
+            denoiser=self.base_classifier.denoiser_name,
             sigma=self.noise.sigma,
             alpha=rule.alpha,
             p_lower=outcome.p_lower,
@@ -417,8 +439,8 @@ class SmoothedClassifier:
             counts=tuple(image.run.counts.tolist()),
             num_samples=image.num_samples,
             seed=seed,
-            dtype=self.base.precision,
-            compiled=self.base.compiled,
+            dtype=self.base_classifier.precision,
+            compiled=self.base_classifier.compiled,
             delta=outcome.delta,
             calibration=outcome.calibration,
         )

@@ -13,7 +13,7 @@ from ..core.bounds import FloatArray, clopper_pearson_lower
 from ..core.calibration import Calibration, compared, estimated_lower_bound
 from ..core.certificates import ABSTAIN
 from ..core.noise import GaussianNoise
-from ..core.rules import probabilities_showing
+from ..core.sampling_rule import probabilities_showing
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetsError
 from PIL import Image
 
-from ..core.image_loading import load_image, to_pixels
-from ..core.preprocessing import Preprocessing
+from ..core.image_loading import load_image
+from ..core.preprocessing import Preprocessing, to_pixels
 from .class_matching import match_classes
 from .columns import IMAGE_COLUMNS, LABEL_COLUMNS, find_column
 

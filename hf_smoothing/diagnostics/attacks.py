@@ -226,7 +226,7 @@ def _ascend(
     for step in range(steps):
         change = change.detach().requires_grad_()
         noise = torch.randn((settings.draws, *pixels.shape), generator=generator, device=pixels.device)
-        logits = smoothed.base([pixels + change + sigma * noise], sigma)
+        logits = smoothed.base_classifier([pixels + change + sigma * noise], sigma)
         # the share of `prediction` itself has no gradient; its mean probability has
         loss = -logits.log_softmax(1)[:, prediction].logsumexp(0)
         (gradient,) = torch.autograd.grad(loss, change)
@@ -254,7 +254,7 @@ def _looks_changed(
     generator, sigma = torch.Generator(pixels.device).manual_seed(seed), smoothed.noise.sigma
     for draws, share in screening:
         noise = torch.randn((draws, *pixels.shape), generator=generator, device=pixels.device)
-        answers = smoothed.base([pixels + sigma * noise], sigma).argmax(1)
+        answers = smoothed.base_classifier([pixels + sigma * noise], sigma).argmax(1)
         if float((answers == prediction).float().mean()) > share:
             return False
     return True

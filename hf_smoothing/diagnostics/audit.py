@@ -121,7 +121,6 @@ def audit(
         for row in tqdm(chosen, "attacking"):
             if (row["sigma"], row["index"]) in done:
                 continue
-            smoothed.noise = GaussianNoise(row["sigma"])
             pixels, _ = inputs[row["index"]]
             others = [
                 _as_large(one, pixels)
@@ -129,7 +128,12 @@ def audit(
                 if label != row["prediction"] and index != row["index"]
             ]
             attempt = attack(
-                smoothed, pixels, row["prediction"], row["radius"], settings, torch.stack(others) if others else None
+                smoothed.with_noise(GaussianNoise(row["sigma"])),
+                pixels,
+                row["prediction"],
+                row["radius"],
+                settings,
+                torch.stack(others) if others else None,
             )
             if attempt.violation is not None:
                 _keep_violation(output_dir, row, pixels, attempt.violation, {"run": run, "attack": asdict(settings)})

@@ -12,8 +12,8 @@ from scipy import stats
 from torch import nn
 
 from ..core.bounds import clopper_pearson_lower
-from ..core.image_loading import to_pixels
 from ..core.noise import GaussianNoise
+from ..core.preprocessing import to_pixels
 from ..core.smoothing import SmoothedClassifier
 from ..data.class_matching import match_classes
 from ..data.demo_images import load_demo_images
@@ -134,7 +134,7 @@ def check_model(
     Raises:
         ValueError: for images whose classes are not the model's.
     """
-    module = smoothed.base.classifier
+    module = smoothed.base_classifier.classifier
     layers = [layer for layer in (module.modules() if isinstance(module, nn.Module) else ()) if _is_norm(layer)]
     kinds = Counter(type(layer).__name__ for layer in layers)
     by_batch = {type(layer).__name__ for layer in layers if _normalises_by_batch(layer)}
@@ -146,9 +146,7 @@ def check_model(
     pixels, labels = pixels[:fits], labels[:fits]
     logits = _clean_logits(smoothed, pixels)
     clean, classes = logits.argmax(1), logits.shape[1]
-    noise = smoothed.noise
     levels = [_level(smoothed, pixels, clean, labels, sigma, draws, n, alpha) for sigma in sorted(sigmas)]
-    smoothed.noise = noise  # the caller's
     return ModelCheck(
         dict(kinds),
         sorted(by_batch),
@@ -214,7 +212,9 @@ def _clean_logits(smoothed: SmoothedClassifier, pixels: list[torch.Tensor]) -> n
     # each picture is a group: they may be of different sizes
     groups = [one[None].to(smoothed.device) for one in pixels]
     size = smoothed.batch_size
-    found = [smoothed.base(groups[first : first + size], 0.0).float() for first in range(0, len(groups), size)]
+    found = [
+        smoothed.base_classifier(groups[first : first + size], 0.0).float() for first in range(0, len(groups), size)
+    ]
     return torch.cat(found).cpu().numpy()
 
 
@@ -237,12 +237,12 @@ def _level(
             "accuracy": None if right is None else float(right),
             "largest_radius": 0.0,
         }
-    smoothed.noise = GaussianNoise(sigma)
-    counts = np.array([one.counts for one in smoothed.certify(pixels, method="counts", n=draws)])
+    noise = GaussianNoise(sigma)
+    counts = np.array([one.counts for one in smoothed.with_noise(noise).certify(pixels, method="counts", n=draws)])
     rows = np.arange(len(counts))
     return {
         "sigma": sigma,
         "same_answer": float(counts[rows, clean].mean() / draws),
         "accuracy": float(counts[rows, np.array(labels)].mean() / draws) if known else None,
-        "largest_radius": smoothed.noise.radius(float(clopper_pearson_lower(n, n, alpha))),
+        "largest_radius": noise.radius(float(clopper_pearson_lower(n, n, alpha))),
     }

@@ -87,9 +87,9 @@ def certify_dataset(
     recorder = _Recorder(folder, state, settings, accelerator, expected)
     try:
         for sigma in settings.sigmas:
-            smoothed.noise = GaussianNoise(sigma)
             work = (item for item in images.rows() if (sigma, item[0]) not in state.finished)
-            _certify(smoothed, settings, inputs, state.image_shape, recorder.queue.take(work, sigma), recorder.keep)
+            noisy = smoothed.with_noise(GaussianNoise(sigma))
+            _certify(noisy, settings, inputs, state.image_shape, recorder.queue.take(work, sigma), recorder.keep)
         recorder.finish()
     except KeyboardInterrupt as error:
         recorder.queue.fail(error)

@@ -10,8 +10,8 @@ from accelerate import Accelerator
 from ..core.count_predictor import CountPredictor
 from ..core.loading import weights_digest
 from ..core.noise import GaussianNoise
-from ..core.rules import SurrogateRule
 from ..core.smoothing import SmoothedClassifier
+from ..core.surrogate_rule import SurrogateRule
 from ..data.labelled_images import LabelledImages
 from ..utils.provenance import command_line, package_versions
 from .records import Record
@@ -44,7 +44,7 @@ def open_images(settings: Record) -> LabelledImages:
 
 def describe_classifier(smoothed: SmoothedClassifier) -> Record:
     """What defines the function of the base classifier: weights, classes, attention and image processor."""
-    model: Any = smoothed.base.classifier
+    model: Any = smoothed.base_classifier.classifier
     processor = smoothed.image_processor
     return {
         "label_names": smoothed.class_names,
@@ -58,7 +58,7 @@ def describe_classifier(smoothed: SmoothedClassifier) -> Record:
 
 def describe_run(settings: RunSettings, images: LabelledImages, smoothed: SmoothedClassifier) -> Record:
     """What must be the same for a run to be resumed, as plain values. Processes, batch size and device may change."""
-    model: Any = smoothed.base.classifier
+    model: Any = smoothed.base_classifier.classifier
     head = smoothed.count_head
     return {
         **asdict(replace(settings, image_column=images.image_column, label_column=images.label_column)),

@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
-from ..core.certificates import Certificate, Rule
+from ..core.certificates import Certificate
+from ..core.sampling_rule import Rule
 from ..core.smoothing import SmoothedClassifier
 from ..utils.files import put_in_place
 
@@ -98,10 +99,10 @@ def error_record(
         "seed": seed,
         "noise": smoothed.noise.name,
         "norm": smoothed.noise.norm,
-        "dtype": smoothed.base.precision,
-        "compiled": smoothed.base.compiled,
+        "dtype": smoothed.base_classifier.precision,
+        "compiled": smoothed.base_classifier.compiled,
         "noise_resolution": smoothed.noise_resolution,
-        "denoiser": smoothed.base.denoiser_name,
+        "denoiser": smoothed.base_classifier.denoiser_name,
         "error": error,
     }
 

@@ -10,9 +10,9 @@ from ..core.validation import check_count
 
 if TYPE_CHECKING:  # imported where they are used, so that the command line shows help without loading torch
     from ..core.calibration import Calibration
-    from ..core.certificates import Rule
     from ..core.noise import GaussianNoise
     from ..core.preprocessing import NoiseResolution
+    from ..core.sampling_rule import Rule
 
 
 def _option(help: str, *aliases: str, **default: Any) -> Any:

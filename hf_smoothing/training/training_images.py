@@ -19,7 +19,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
-from ..core.image_loading import to_pixels
+from ..core.preprocessing import to_pixels
 from ..core.validation import check_count
 from ..data.labelled_images import LabelledImages, ModelInputs, Row
 from .noise_mixture import NoiseMixture

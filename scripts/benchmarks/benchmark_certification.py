@@ -24,8 +24,8 @@ from scipy import special
 
 from hf_smoothing import GaussianNoise, SequentialRule, SmoothedClassifier, load_demo_images
 from hf_smoothing.core.bounds import clopper_pearson_lower
-from hf_smoothing.core.certificates import CleanPass
-from hf_smoothing.core.image_loading import to_pixels
+from hf_smoothing.core.preprocessing import to_pixels
+from hf_smoothing.core.sampling_rule import CleanPass
 from hf_smoothing.diagnostics.simulation import simulate, wald_draws
 from hf_smoothing.utils.provenance import command_line, package_versions
 
@@ -128,7 +128,7 @@ def timed(call: Callable[[], Any]) -> float:
 
 def engine_over_bare(smoothed: SmoothedClassifier, pixels: list[torch.Tensor], repeats: int) -> dict[str, Any]:
     """Draws a second of the engine over those of the bare forward pass on batches of the same sizes; medians."""
-    classifier, sizes = smoothed.base.classifier, list[int]()
+    classifier, sizes = smoothed.base_classifier.classifier, list[int]()
 
     def spy(batch: torch.Tensor) -> Any:
         sizes.append(len(batch))
@@ -140,9 +140,9 @@ def engine_over_bare(smoothed: SmoothedClassifier, pixels: list[torch.Tensor], r
         for _ in smoothed.certify_stream(pixels, rule):
             pass
 
-    smoothed.base.classifier = spy
+    smoothed.base_classifier.classifier = spy
     certify()
-    smoothed.base.classifier = classifier
+    smoothed.base_classifier.classifier = classifier
     shape = pixels[0].shape
     batches = {size: torch.rand(size, *shape) for size in set(sizes)}
 
@@ -186,7 +186,7 @@ def usual_protocol_seconds(
         for first in range(0, measured, batch):
             size = min(batch, measured - first)
             noisy = pixels + smoothed.noise.sigma * torch.randn(size, *pixels.shape)
-            smoothed.base.classifier(noisy).logits.argmax(1).bincount(minlength=10)
+            smoothed.base_classifier.classifier(noisy).logits.argmax(1).bincount(minlength=10)
 
     return timed(part) * USUAL / measured
 
@@ -227,7 +227,7 @@ def main() -> None:
     measured = smoothed.certify(pixels, "fixed", n0=1, n=measure, progress=True)
     counts = np.array([found.counts for found in measured])
     with torch.inference_mode():
-        scores = smoothed.base.classifier(torch.stack(pixels)).logits.double().numpy()
+        scores = smoothed.base_classifier.classifier(torch.stack(pixels)).logits.double().numpy()
     console.print("Timing the engine ...")
     engine = engine_over_bare(smoothed, pixels[: 12 if args.quick else 40], repeats=5)
     console.print("Simulating the rules ...")

@@ -26,10 +26,9 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from hf_smoothing import GaussianNoise, SequentialRule, SmoothedClassifier
-from hf_smoothing.core.certificates import CleanPass
 from hf_smoothing.core.count_predictor import CountPredictor
 from hf_smoothing.core.loading import weights_digest
-from hf_smoothing.core.rules import radii_in_reach
+from hf_smoothing.core.sampling_rule import CleanPass, radii_in_reach
 from hf_smoothing.count_head.count_calibration import compare, predict_counts, refuse_training_images
 from hf_smoothing.count_head.count_errors import Comparison, errors, expected_at, judged, random_splits
 from hf_smoothing.count_head.measured_counts import Counts, read_counts
@@ -120,7 +119,7 @@ def clean_logits(smoothed: SmoothedClassifier, measured: Counts) -> np.ndarray:
     inputs = measured.open().bind(measured.settings["label_names"], smoothed.preprocessing)
     wanted, rows = np.unique(measured.indices, return_inverse=True)
     logits = [
-        smoothed.base([torch.stack([inputs[index][0] for index in some]).to(smoothed.device)], 0.0)
+        smoothed.base_classifier([torch.stack([inputs[index][0] for index in some]).to(smoothed.device)], 0.0)
         for some in np.array_split(wanted, range(smoothed.batch_size, len(wanted), smoothed.batch_size))
     ]
     return torch.cat(logits).double().cpu().numpy()[rows]

@@ -8,8 +8,9 @@ from scipy import optimize, special
 
 from hf_smoothing import GaussianNoise, clopper_pearson_lower
 from hf_smoothing.core.calibration import Calibration, compared, estimated_lower_bound
-from hf_smoothing.core.certificates import CleanPass
-from hf_smoothing.core.rules import SurrogateRule, make_rule, probabilities_showing
+from hf_smoothing.core.rules import make_rule
+from hf_smoothing.core.sampling_rule import CleanPass, probabilities_showing
+from hf_smoothing.core.surrogate_rule import SurrogateRule
 
 NOISE = GaussianNoise(0.5)
 
@@ -218,8 +219,8 @@ def test_settings_that_do_not_fit():
             "alpha=0.01 is not that of the calibration, 0.001",
         ),
         ({"delta": 0.1, "calibration": calibration, "n": 10}, "n=10 is not that of the calibration, 1000"),
-        ({"radius": 0.5}, "radius=0.5 has no meaning for method 'surrogate' without delta"),
-        ({"radii": [0.5]}, "radii=[0.5] has no meaning for method 'surrogate' without delta"),
+        ({"radius": 0.5}, "radii=(0.5,) have no meaning for method 'surrogate' without delta"),
+        ({"radii": [0.5]}, "radii=(0.5,) have no meaning for method 'surrogate' without delta"),
         ({"delta": 0.1, "calibration": calibration, "radii": ()}, "radii=() asks for nothing"),
         ({"delta": 0.1, "calibration": calibration, "radius": -1}, "radius=-1 must be"),
         ({"max_draws": 5}, "max_draws=5 has no meaning"),
@@ -228,7 +229,7 @@ def test_settings_that_do_not_fit():
             make_rule("surrogate", **settings)
     with pytest.raises(ValueError, match=r"delta=0\.1 has no meaning for method 'sequential'"):
         make_rule("sequential", delta=0.1)
-    with pytest.raises(ValueError, match="have no meaning for an estimate"):
+    with pytest.raises(ValueError, match="leave them out, or give delta"):
         SurrogateRule(radii=(0.5,))
     for radii in (None, (0.25, 20.0)):  # not that 20 is out of reach
         with pytest.raises(ValueError, match="sigma=1 was not"):

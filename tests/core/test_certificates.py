@@ -12,9 +12,9 @@ from hf_smoothing import (
     UniformNoise,
     format_radius,
 )
-from hf_smoothing.core.certificates import ABSTENTION, CleanPass
 from hf_smoothing.core.rules import make_rule
-from hf_smoothing.core.sequential import class_weights
+from hf_smoothing.core.sampling_rule import ABSTENTION, CleanPass
+from hf_smoothing.core.sequential_rule import class_weights
 from hf_smoothing.diagnostics.simulation import simulate
 
 NOISE = GaussianNoise(1.0)

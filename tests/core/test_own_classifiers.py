@@ -31,9 +31,8 @@ from transformers import (
 
 import hf_smoothing  # noqa: F401
 from hf_smoothing import GaussianNoise, SmoothedClassifier
-from hf_smoothing.core.base_classifier import wiener
-from hf_smoothing.core.image_loading import to_pixels
-from hf_smoothing.core.preprocessing import Preprocessing
+from hf_smoothing.core.denoisers import wiener
+from hf_smoothing.core.preprocessing import Preprocessing, to_pixels
 from hf_smoothing.training.classifier_training import EvaluationSettings, head_of, load_to_finetune, train_classifier
 from hf_smoothing.training.training_images import ImageSettings, names_of_classes
 from hf_smoothing.training.training_loop import TrainingSettings, parameter_groups
@@ -101,13 +100,13 @@ def test_logits_without_noise_are_those_of_the_models_own_pipeline(folder, pictu
     pixels = to_pixels(picture, smoothed.preprocessing)
     assert 0 <= float(pixels.min()) <= float(pixels.max()) <= 1
     with torch.inference_mode():
-        found = smoothed.base([pixels[None]], 0.0)
+        found = smoothed.base_classifier([pixels[None]], 0.0)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
         # at the picture's own size the same steps follow, on pixels that were not rounded in between
         native = SmoothedClassifier.from_pretrained(folder, GaussianNoise(0.25), noise_resolution="native")
         whole = to_pixels(picture, native.preprocessing)
         assert whole.shape == (3, 50, 60)
-        resized = native.base.at_input(whole[None], 0.0)
+        resized = native.base_classifier.at_input(whole[None], 0.0)
         assert resized.shape == (1, 3, SIDE, SIDE)
         assert float((resized[0] - pixels).abs().max()) < 0.06
         assert float((resized[0] - pixels).abs().mean()) < 0.004
@@ -291,7 +290,7 @@ def test_a_denoiser_that_is_a_module_is_in_evaluation_mode_and_named_by_its_weig
     other = Cleans(torch.nn.BatchNorm2d(3), torch.nn.Dropout(0.5))
     torch.nn.init.constant_(other[0].weight, 2.0)
     again = SmoothedClassifier(lambda pixels: pixels.mean((2, 3)), GaussianNoise(0.25), denoiser=other)
-    assert again.base.denoiser_name != found.denoiser
+    assert again.base_classifier.denoiser_name != found.denoiser
     torch.nn.init.constant_(other[0].weight, float("nan"))
     with pytest.raises(ValueError, match="not all finite"):
         SmoothedClassifier(lambda pixels: pixels.mean((2, 3)), GaussianNoise(0.25), denoiser=other)

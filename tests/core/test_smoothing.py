@@ -12,8 +12,7 @@ from transformers import ViTImageProcessor
 
 from hf_smoothing import ABSTAIN, FixedRule, GaussianNoise, SequentialRule, SmoothedClassifier
 from hf_smoothing.core.bounds import clopper_pearson_lower
-from hf_smoothing.core.image_loading import to_pixels
-from hf_smoothing.core.preprocessing import Preprocessing
+from hf_smoothing.core.preprocessing import Preprocessing, to_pixels
 
 
 def answers(certificates):

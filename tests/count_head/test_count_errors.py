@@ -6,8 +6,8 @@ from scipy import special
 
 from hf_smoothing import GaussianNoise, clopper_pearson_lower
 from hf_smoothing.core.calibration import Calibration
-from hf_smoothing.core.certificates import CleanPass
-from hf_smoothing.core.rules import SurrogateRule
+from hf_smoothing.core.sampling_rule import CleanPass
+from hf_smoothing.core.surrogate_rule import SurrogateRule
 from hf_smoothing.count_head.count_errors import Comparison, errors, expected_at, judged, random_splits
 
 N, ALPHA = 1000, 0.001

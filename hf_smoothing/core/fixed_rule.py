@@ -1,0 +1,90 @@
+"""The rule of Cohen et al.: a fixed number of draws, bounded by Clopper-Pearson."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from .bounds import clopper_pearson_lower
+from .certificates import Guarantee
+from .sampling_rule import ABSTENTION, CleanPass, Counts, NoiseDistribution, Outcome, check_reach
+from .validation import check_count, check_radius, check_share
+
+
+@dataclass(frozen=True)
+class FixedRule:
+    """
+    The usual protocol: `n0` selection draws choose the class, `n` fresh draws bound its probability (Clopper-Pearson).
+
+    Args:
+        n0: selection draws.
+        n: draws that bound the probability of the selected class.
+        alpha: probability of a wrong certificate, in (0, 1).
+        radius: a radius that must be in reach; used only to refuse an `n` that can never prove it.
+
+    Raises:
+        ValueError: for a setting out of range.
+
+    Source: Cohen et al. 2019 (arXiv 1902.02918), algorithm CERTIFY and theorem 1.
+    """
+
+    n0: int = 100
+    n: int = 100_000
+    alpha: float = 0.001
+    radius: float | None = None
+
+    method: ClassVar[str] = "fixed"
+    takes: ClassVar[tuple[str, ...]] = ("alpha", "radius", "radii", "max_draws", "n0", "n")
+    guarantee: ClassVar[Guarantee] = "per_input"
+    uses_clean_pass: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_count("n0", self.n0)
+        check_count("n", self.n)
+        check_share("alpha", self.alpha)
+        if self.radius is not None:
+            check_radius(self.radius)
+
+    @classmethod
+    def from_settings(
+        cls, *, radii: tuple[float, ...] | None = None, max_draws: int | None = None, **settings: Any
+    ) -> "FixedRule":
+        if max_draws is not None and settings.setdefault("n", max_draws) > max_draws:
+            raise ValueError(f"n={settings['n']} exceeds max_draws={max_draws}.")
+        return cls(radius=max(radii) if radii else None, **settings)
+
+    @property
+    def budget(self) -> int:
+        return self.n0 + self.n
+
+    def check(self, noise: NoiseDistribution) -> None:
+        check_reach(self.n, self.alpha, noise, self.radius or 0.0)
+
+    def start(self, noise: NoiseDistribution, clean: CleanPass) -> "_FixedRun":
+        return _FixedRun(self, noise, len(clean.scores))
+
+
+class _FixedRun:
+    def __init__(self, rule: FixedRule, noise: NoiseDistribution, num_classes: int):
+        self.rule = rule
+        self.noise = noise
+        self.selected: int | None = None
+        self.counts = np.zeros(num_classes, np.int64)
+
+    def next_draws(self) -> int:
+        if self.selected is None:
+            return self.rule.n0
+        return self.rule.n - int(self.counts.sum())
+
+    def update(self, counts: Counts) -> None:
+        if self.selected is None:
+            self.selected = int(counts.argmax())  # selection draws are not counted again
+        else:
+            self.counts += counts
+
+    def outcome(self) -> Outcome:
+        if self.selected is None:
+            return ABSTENTION
+        hits, draws = self.counts[self.selected], self.counts.sum()
+        p_lower = float(clopper_pearson_lower(hits, draws, self.rule.alpha))
+        return Outcome(self.selected, p_lower, 1 - p_lower) if self.noise.radius(p_lower) > 0 else ABSTENTION

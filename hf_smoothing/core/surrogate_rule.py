@@ -1,0 +1,136 @@
+"""The rule that draws nothing and relies on a count head."""
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .calibration import Calibration, estimated_lower_bound
+from .certificates import Guarantee
+from .sampling_rule import (
+    ABSTENTION,
+    CleanPass,
+    Counts,
+    NoiseDistribution,
+    Outcome,
+    check_reach,
+    probabilities_showing,
+)
+from .validation import check_count, check_radii, check_share
+
+
+@dataclass(frozen=True)
+class SurrogateRule:
+    """
+    Draw nothing: use a count head's prediction in place of draws.
+
+    Args:
+        n: the number of draws that the prediction stands for.
+        alpha: level of the bound that these draws would give.
+        delta: the share of images about which the claim may be wrong, in (0, 1). `calibration` says how far the prediction
+            must be lowered for that, or may be raised. It is a share of all images, not of those that get a radius. Without
+            it the radius is an estimate that guarantees nothing.
+        calibration: of the head, with the same `n` and `alpha`.
+        radii: with `delta`, the radii to decide: the certificate carries the largest of them that can be claimed. This
+            lowers predictions less than claiming each image's own radius. A radius of 0 asks for the prediction alone.
+            Choose the radii before you see results.
+
+    Raises:
+        ValueError: for a setting out of range, a calibration with other draws, or radii of an estimate.
+
+    Source: Accelerated Smoothing (arXiv 2402.07498); split conformal prediction for `delta`, see [`Calibration`].
+    """
+
+    n: int = 100_000
+    alpha: float = 0.001
+    delta: float | None = None
+    calibration: Calibration | None = None
+    radii: tuple[float, ...] | None = None
+
+    method: ClassVar[str] = "surrogate"
+    takes: ClassVar[tuple[str, ...]] = ("alpha", "radius", "radii", "n", "delta", "calibration")
+    uses_clean_pass: ClassVar[bool] = True
+    budget: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        check_count("n", self.n)
+        check_share("alpha", self.alpha)
+        if self.delta is None:
+            if self.radii is not None:
+                raise ValueError(
+                    f"radii={self.radii} have no meaning for method 'surrogate' without delta, which estimates each "
+                    "image's radius: leave them out, or give delta."
+                )
+            return
+        if self.radii is not None:
+            check_radii(self.radii)
+        check_share("delta", self.delta)
+        if self.calibration is None:
+            raise ValueError(
+                f"delta={self.delta:g} takes a calibrated count head: run hf-smoothing calibrate, or leave it out."
+            )
+        for name in ("n", "alpha"):
+            if getattr(self, name) != getattr(self.calibration, name):
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is not that of the calibration, {getattr(self.calibration, name)}."
+                )
+
+    @classmethod
+    def from_settings(cls, **settings: Any) -> "SurrogateRule":
+        if "calibration" in settings:
+            settings.setdefault("n", settings["calibration"].n)
+        return cls(**settings)
+
+    @property
+    def guarantee(self) -> Guarantee:
+        return "none" if self.delta is None else "marginal"
+
+    def check(self, noise: NoiseDistribution) -> None:
+        if self.delta is not None and self.calibration is not None:
+            self.calibration.shift(noise.sigma, self.delta)
+        for radius in self.radii or ():
+            check_reach(self.n, self.alpha, noise, radius)
+
+    def shift(self, noise: NoiseDistribution) -> float:
+        """How far the predicted log-odds of p_A are lowered (below 0: raised), see [`Calibration.shift`]; needs `delta`."""
+        assert self.calibration is not None
+        assert self.delta is not None
+        needed = None if self.radii is None else probabilities_showing(self.radii, noise)
+        return self.calibration.shift(noise.sigma, self.delta, needed)
+
+    def start(self, noise: NoiseDistribution, clean: CleanPass) -> "_SurrogateRun":
+        if not clean.frequencies:
+            raise ValueError("method='surrogate' takes a count head: pass count_head.")
+        return _SurrogateRun(self, noise, clean.scores)
+
+
+class _SurrogateRun:
+    def __init__(self, rule: SurrogateRule, noise: NoiseDistribution, frequencies: NDArray[np.float64]):
+        self.counts = np.zeros(len(frequencies), np.int64)
+        top = int(frequencies.argmax())
+        calibration, claims_a_radius = rule.calibration, False
+        if rule.delta is None or calibration is None:
+            p_lower = float(estimated_lower_bound(frequencies[top], rule.n, rule.alpha))
+        elif rule.radii is None:
+            p_lower = float(calibration.shifted(frequencies[top], rule.shift(noise)))
+        else:
+            needed = probabilities_showing(rule.radii, noise)
+            claimed = int(calibration.claimed(frequencies[top], rule.shift(noise), needed))
+            p_lower, claims_a_radius = (
+                [0.0, *needed][claimed],
+                claimed > 0,
+            )  # a radius of 0, if asked for, is a claim too
+        claims = claims_a_radius or noise.radius(p_lower) > 0
+        outcome = Outcome(top, p_lower, 1 - p_lower) if claims else ABSTENTION
+        source = None if rule.delta is None or calibration is None else calibration.words
+        self._outcome = replace(outcome, delta=rule.delta, calibration=source)
+
+    def next_draws(self) -> int:
+        return 0
+
+    def update(self, counts: Counts) -> None:
+        raise AssertionError("a surrogate asks for no draws")
+
+    def outcome(self) -> Outcome:
+        return self._outcome
