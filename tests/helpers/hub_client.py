@@ -1,103 +1,68 @@
-"""Commands in processes of their own, against the server of the tests.
+"""A user of the Hub of the tests: commands in real processes, with a home of their own."""
 
-They are forked from one process that has imported the package, since the hub library reads its environment on import.
-"""
-
-import multiprocessing
 import os
-import runpy
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
-from multiprocessing import forkserver
+import shutil
 from pathlib import Path
-from typing import Any
+from subprocess import CompletedProcess
 
-import pytest
-
+from .hub_server import READ_TOKEN, TOKEN
 from .paths import ROOT
+from .process_server import ProcessServer
 
 
-@dataclass(frozen=True)
-class Ended:
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def errors(self) -> list[str]:
-        return [line for line in self.err.splitlines() if line.startswith("error: ")]
-
-
-class Client:
+class HubClient:
     """
-    A user of the Hub, with a home, a cache and a working folder of his own.
+    Runs commands as a user who has a token, a home (cache, stored token) and a working folder.
 
     Args:
         endpoint: of the server.
         home: an empty folder.
-        token: `None` for a user who has not logged in.
     """
 
-    def __init__(self, endpoint: str, home: Path, token: str | None):
-        self.home, self.token = home, token
+    def __init__(self, endpoint: str, home: Path):
+        self.home, self.folder = home, home / "folder"
         self.environment = {
             "HF_ENDPOINT": endpoint,
             "HF_HOME": str(home),
             "HF_HUB_OFFLINE": "0",
             "HF_HUB_DISABLE_XET": "1",  # the server speaks LFS
             "HF_HUB_DISABLE_TELEMETRY": "1",
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
         }
-        self.folder = home / "folder"
-        self.folder.mkdir()
-        self.commands = 0
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(
-            ["helpers.hub_client", "hf_smoothing.cli.app", "hf_smoothing.count_head.count_training"]
-        )
-        with pytest.MonkeyPatch.context() as patch:
-            for name in ("HF_TOKEN", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_TOKEN_PATH"):
-                patch.delenv(name, raising=False)
-            for name, value in self.environment.items():
-                patch.setenv(name, value)
-            forkserver.ensure_running()
+        others = dict.fromkeys(("HF_TOKEN", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_TOKEN_PATH"))
+        self.processes = ProcessServer({**others, **self.environment})
 
-    def __call__(self, *args: str | Path, token: str | None = "") -> Ended:
-        """Run `hf-smoothing`, or a script where that is the first argument; with another token if one is given."""
-        return self.call(_command, [str(one) for one in args], token=self.token if token == "" else token)
+    def reset(self) -> None:
+        """Empty the home."""
+        shutil.rmtree(self.home)
+        self.folder.mkdir(parents=True)
 
-    def call(self, function: Callable[..., Any], *args: Any, token: str | None = None) -> Ended:
-        """Call a function of a module in a process of its own."""
-        self.commands += 1
-        streams = [self.home / f"command-{self.commands}.{name}" for name in ("out", "err")]
-        process = self.context.Process(target=_child, args=(function, args, token, self.folder, streams))
-        process.start()
-        process.join(120)
-        if process.exitcode is None:
-            process.kill()
-            raise TimeoutError(f"{args} takes longer than 120 s.")
-        return Ended(process.exitcode, *(one.read_text() for one in streams))
+    def __call__(self, *command: str | Path, token: str | None = TOKEN) -> CompletedProcess[str]:
+        """Run `hf-smoothing` with arguments, or a script where that is the first one; without a token if it is `None`."""
+        script = str(command[0]).endswith(".py")
+        words = command if script else ("hf-smoothing", *command)
+        done = self.processes.run(*words, cwd=self.folder, environment={"HF_TOKEN": token}, timeout=120)
+        assert_no_token({"stdout": done.stdout.encode(), "stderr": done.stderr.encode()})
+        return done
+
+    def call(self, function: str, *arguments: str | Path) -> CompletedProcess[str]:
+        """Run a function of `hub_user.py`, which uses the hub library itself."""
+        return self(ROOT / "tests" / "helpers" / "hub_user.py", function, *arguments)
 
 
-def _child(function: Callable[..., Any], args: Any, token: str | None, folder: Path, streams: list[Path]) -> None:
-    for number, path in enumerate(streams, 1):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
-    os.chdir(folder)
-    if token is not None:
-        os.environ["HF_TOKEN"] = token
-    function(*args)
+def read_files(folder: Path) -> dict[str, bytes]:
+    """The content of each file of a folder, by its path in there."""
+    paths = [Path(parent) / name for parent, _, names in os.walk(folder) for name in names]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
-def _command(args: list[str]) -> None:
-    if args[0].endswith(".py"):
-        sys.argv = args
-        runpy.run_path(args[0], run_name="__main__")
-        return
-    from hf_smoothing.cli.app import app
+def assert_no_token(files: dict[str, bytes]) -> None:
+    """Tokens must not be left anywhere."""
+    for path, content in files.items():
+        assert TOKEN.encode() not in content, path
+        assert READ_TOKEN.encode() not in content, path
 
-    sys.argv = ["hf-smoothing", *args]
-    app()
+
+def error_lines(done: CompletedProcess[str]) -> list[str]:
+    """What a command says is wrong."""
+    assert "Traceback" not in done.stderr, done.stderr
+    return [line for line in done.stderr.splitlines() if line.startswith("error: ")]

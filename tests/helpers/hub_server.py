@@ -1,7 +1,7 @@
-"""A Hub on loopback: what the real `huggingface_hub` client needs to publish, list and download, and faults on purpose.
+"""A Hub on loopback: what the real `huggingface_hub` needs to publish, list and download, and faults on demand.
 
-It speaks plain LFS (clients take `HF_HUB_DISABLE_XET=1`), keeps everything in memory, and checks what it is sent: sizes,
-sha256, the parts of a multipart upload, and the token on every request to a repository.
+It speaks plain LFS (clients set `HF_HUB_DISABLE_XET=1`), keeps everything in memory, and checks what it receives: sizes,
+sha256, the parts of a multipart upload, and the token of every request to a repository.
 """
 
 import base64
@@ -20,44 +20,44 @@ from yaml import YAMLError
 from .hub_storage import Blob, Repo
 
 TOKEN = "hf_" + "t" * 34
-"""May do everything in the namespace `user`."""
+"""May write in the namespace `user`."""
 
 READ_TOKEN = "hf_" + "r" * 34
-"""Of the same user, and may only read."""
+"""A token of the same user that may only read."""
 
 LFS_SUFFIXES = (".safetensors", ".parquet", ".png", ".bin")
 PART = 1 << 20
-"""Files above are uploaded in parts of this many bytes."""
+"""Larger files are uploaded in parts of this many bytes."""
 
 
 @dataclass
 class Fault:
     """
-    What goes wrong, and when.
+    A request that fails.
 
     Args:
-        method, path: requests concerned; the path is a regular expression, searched for.
-        what: a status to answer with; `cut` to send half of a file and hang up; `garble` to send other bytes, as many.
-        times: how often.
+        method, path: of the request; the path is a regular expression to search for.
+        effect: the status of the answer, or `garble` for an upload that arrives with other bytes.
+        times: how many requests fail.
         headers: of the answer.
     """
 
     method: str
     path: str
-    what: int | str
+    effect: int | str
     times: int = 1
     headers: dict[str, str] = field(default_factory=dict)
 
 
 class HubServer:
     """
-    The server, on a port of its own, in a thread.
+    The server, in a thread.
 
     Attributes:
-        endpoint: for `HF_ENDPOINT`.
-        repos: by kind (`model`, `dataset`) and name.
-        faults: what is to go wrong next.
-        requests: what was asked: method and path.
+        endpoint: its URL, for `HF_ENDPOINT`.
+        repos: by type (`model`, `dataset`) and name.
+        faults: the next requests that fail.
+        requests: method and path of each request.
     """
 
     def __init__(self) -> None:
@@ -79,26 +79,32 @@ class HubServer:
         self.server.shutdown()
         self.server.server_close()
 
-    def fail(self, method: str, path: str, what: int | str, times: int = 1, **headers: str) -> None:
-        """Let the next requests go wrong, see [`Fault`]; underscores in the names of headers become hyphens."""
-        named = {name.replace("_", "-"): value for name, value in headers.items()}
-        self.faults.append(Fault(method, path, what, times, named))
-
     def reset(self) -> None:
-        """Nothing goes wrong any more; nothing was asked yet."""
-        self.faults.clear()
-        self.requests.clear()
+        """Forget everything."""
+        for store in (self.repos, self.uploaded, self.parts, self.faults, self.requests):
+            store.clear()
 
-    def fault(self, method: str, path: str) -> Fault | None:
+    def fail(self, *fault: Any, **options: Any) -> None:
+        """Let the next requests fail; takes the arguments of [`Fault`]."""
+        self.faults.append(Fault(*fault, **options))
+
+    def add_repo(self, kind: str, name: str, private: bool = False) -> Repo:
+        """Create a repository."""
+        repo = self.repos[kind, name] = Repo(kind, name, private)
+        repo.commit("main", {".gitattributes": Blob(b"*.safetensors filter=lfs\n", False)})
+        return repo
+
+    def take_fault(self, method: str, path: str) -> Fault | None:
+        """The fault of a request, if it has one."""
         with self.lock:
-            for one in self.faults:
-                if one.times > 0 and one.method == method and re.search(one.path, path):
-                    one.times -= 1
-                    return one
+            for fault in self.faults:
+                if fault.times > 0 and fault.method == method and re.search(fault.path, path):
+                    fault.times -= 1
+                    return fault
         return None
 
 
-class _Refused(Exception):  # noqa: N818 (an answer, not an error of the server's)
+class _Refused(Exception):  # noqa: N818 (an answer, not a failure of the server)
     def __init__(self, status: int, message: str, code: str | None = None):
         super().__init__(message)
         self.status, self.message, self.code = status, message, code
@@ -125,10 +131,10 @@ class _Handler(BaseHTTPRequestHandler):
                 self.rfile.readline()
             self.rfile.readline()
         self.hub.requests.append((self.command, self.url.path))
-        self.fault = self.hub.fault(self.command, self.url.path)
+        self.fault = self.hub.take_fault(self.command, self.url.path)
         try:
-            if self.fault is not None and isinstance(self.fault.what, int):
-                raise _Refused(self.fault.what, "on purpose")
+            if self.fault is not None and isinstance(self.fault.effect, int):
+                raise _Refused(self.fault.effect, "a fault of the test")
             with self.hub.lock:
                 answer = self._route()
             answer()
@@ -154,7 +160,7 @@ class _Handler(BaseHTTPRequestHandler):
         return json.loads(self.body)
 
     def _user(self, write: bool = False) -> str | None:
-        """Who asks; `None` for nobody in particular."""
+        """The user of the request's token; `None` without a token."""
         given = self.headers.get("Authorization", "").removeprefix("Bearer ")
         if given and given not in (TOKEN, READ_TOKEN):
             raise _Refused(401, "Invalid credentials in Authorization header")
@@ -179,12 +185,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _route(self) -> Any:
         for method, pattern, name in _ROUTES:
-            if method == self.command and (found := re.fullmatch(pattern, self.url.path)):
-                return getattr(self, name)(**found.groupdict())
+            if method == self.command and (match := re.fullmatch(pattern, self.url.path)):
+                return getattr(self, name)(**match.groupdict())
         raise _Refused(404, f"The server of the tests knows no {self.command} {self.url.path}")
 
     def validate_yaml(self) -> Any:
-        """As far as the client library knows the rules: its strict reading of the metadata."""
+        """Check metadata as strictly as the client library does."""
         card = {"model": ModelCard, "dataset": DatasetCard, "space": SpaceCard}[self.sent.get("repoType", "model")]
         try:
             card(self.sent["content"], ignore_metadata_errors=False)
@@ -201,9 +207,7 @@ class _Handler(BaseHTTPRequestHandler):
         url = {"url": f"{self.hub.endpoint}/{'datasets/' if kind == 'dataset' else ''}{name}"}
         if (kind, name) in self.hub.repos:
             return self._json({"error": "You already created this repo", **url}, 409)
-        private = bool(self.sent.get("private")) or self.sent.get("visibility") == "private"
-        repo = self.hub.repos[kind, name] = Repo(kind, name, private)
-        repo.commit("main", {".gitattributes": Blob(b"*.safetensors filter=lfs\n", False)})
+        self.hub.add_repo(kind, name, bool(self.sent.get("private")) or self.sent.get("visibility") == "private")
         return self._json(url)
 
     def branch(self, kind: str, name: str, branch: str) -> Any:
@@ -232,23 +236,21 @@ class _Handler(BaseHTTPRequestHandler):
                 folders |= {prefix + "/".join(below[: depth + 1]) for depth in range(len(below) - 1)}
                 if recursive or len(below) == 1:
                     entries.append(blob.entry(path))
-        shown = [one for one in folders if recursive or "/" not in one.removeprefix(prefix)]
+        shown = [path for path in folders if recursive or "/" not in path.removeprefix(prefix)]
         if prefix and not entries and not shown:
             raise _Refused(404, f"{folder} does not exist", "EntryNotFound")
-        return self._json(
-            [*entries, *({"type": "directory", "oid": "0" * 40, "size": 0, "path": one} for one in shown)]
-        )
+        return self._json([*entries, *map(_folder_entry, shown)])
 
     def paths_info(self, kind: str, name: str, revision: str) -> Any:
         repo = self._repo(kind, name)
         files = repo.commits[self._at(repo, revision)]
-        found = []
+        entries = []
         for path in self.sent["paths"]:
             if path in files:
-                found.append(files[path].entry(path))
-            elif any(one.startswith(f"{path}/") for one in files):
-                found.append({"type": "directory", "oid": "0" * 40, "size": 0, "path": path})
-        return self._json(found)
+                entries.append(files[path].entry(path))
+            elif any(other.startswith(f"{path}/") for other in files):
+                entries.append(_folder_entry(path))
+        return self._json(entries)
 
     def preupload(self, kind: str, name: str, revision: str) -> Any:
         repo = self._repo(kind, name, write=True)
@@ -266,8 +268,9 @@ class _Handler(BaseHTTPRequestHandler):
     def lfs_batch(self, name: str, kind: str = "model") -> Any:
         self._repo("dataset" if kind else "model", name, write=True)
         objects = []
-        for one in self.sent["objects"]:
-            oid, size, put = one["oid"], one["size"], f"{self.hub.endpoint}/lfs/{one['oid']}"
+        for requested in self.sent["objects"]:
+            oid, size = requested["oid"], requested["size"]
+            put = f"{self.hub.endpoint}/lfs/{oid}"
             answer: dict[str, Any] = {"oid": oid, "size": size}
             if oid not in self.hub.uploaded:
                 upload: dict[str, Any] = {"href": put}
@@ -296,7 +299,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self._json({})
 
     def _keep(self, oid: str, content: bytes) -> None:
-        if self.fault is not None and self.fault.what == "garble":
+        if self.fault is not None and self.fault.effect == "garble":
             content = content[:-1] + b"?"
         if hashlib.sha256(content).hexdigest() != oid:
             raise _Refused(422, "The uploaded object does not have the sha256 that was announced")
@@ -313,13 +316,13 @@ class _Handler(BaseHTTPRequestHandler):
         branch = unquote(revision)
         files = dict(repo.commits[self._at(repo, branch)])
         for line in self.body.splitlines():
-            one = json.loads(line)
-            value = one["value"]
-            if one["key"] == "file":
+            operation = json.loads(line)
+            key, value = operation["key"], operation["value"]
+            if key == "file":
                 files[value["path"]] = Blob(base64.b64decode(value["content"]), False)
-            elif one["key"] == "lfsFile":
+            elif key == "lfsFile":
                 files[value["path"]] = Blob(self.hub.uploaded[value["oid"]], True)
-            elif one["key"] == "deletedFile":
+            elif key == "deletedFile":
                 del files[value["path"]]
         sha = repo.commit(branch, files)
         return self._json({"success": True, "commitOid": sha, "commitUrl": f"{self.hub.endpoint}/{name}/commit/{sha}"})
@@ -333,34 +336,14 @@ class _Handler(BaseHTTPRequestHandler):
             headers = {**commit, "X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found"}
             return lambda: self._send(404, b"Entry not found", headers)
         etag = blob.sha256 if blob.lfs else blob.git_sha1
-        headers = {**commit, "ETag": f'"{etag}"', "Accept-Ranges": "bytes"}
+        headers = {**commit, "ETag": f'"{etag}"'}
         if blob.lfs:
             headers |= {"X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(len(blob.content))}
-        return lambda: self._file(blob.content, headers)
+        return lambda: self._send(200, blob.content, headers)
 
-    def _file(self, content: bytes, headers: dict[str, str]) -> None:
-        status, whole = 200, len(content)
-        if asked := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
-            first, last = int(asked[1]), min(int(asked[2] or whole - 1), whole - 1)
-            if first >= whole:
-                self._send(416, b"", {"Content-Range": f"bytes */{whole}"})
-                return
-            content = content[first : last + 1]
-            status, headers = 206, {**headers, "Content-Range": f"bytes {first}-{last}/{whole}"}
-        what = None if self.fault is None else self.fault.what
-        if what == "garble":
-            content = content[:-1] + bytes([content[-1] ^ 1])
-        if what != "cut":
-            self._send(status, content, headers)
-            return
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(content)), **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if status == 200:  # what is left is cut off at once
-            self.wfile.write(content[: len(content) // 2])
-        self.wfile.flush()
-        self.close_connection = True
+
+def _folder_entry(path: str) -> dict[str, Any]:
+    return {"type": "directory", "oid": "0" * 40, "size": 0, "path": path}
 
 
 _NAME = r"(?P<name>[^/]+/[^/]+)"

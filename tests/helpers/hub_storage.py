@@ -1,4 +1,4 @@
-"""What the Hub of the tests keeps: repositories of commits of files, as git and LFS hash them."""
+"""The repositories of the Hub of the tests: commits of files, hashed as git and LFS hash them."""
 
 import hashlib
 import json
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Blob:
-    """A file: its content, and whether git holds it or LFS does."""
+    """The content of a file, and whether LFS stores it (or git)."""
 
     content: bytes
     lfs: bool
@@ -26,11 +26,11 @@ class Blob:
         return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
     def entry(self, path: str) -> dict[str, Any]:
-        """As the Hub lists it."""
-        found = {"type": "file", "oid": self.git_sha1, "size": len(self.content), "path": path}
+        """The file as the Hub lists it."""
+        entry: dict[str, Any] = {"type": "file", "oid": self.git_sha1, "size": len(self.content), "path": path}
         if self.lfs:
-            found["lfs"] = {"oid": self.sha256, "size": len(self.content), "pointerSize": 134}
-        return found
+            entry["lfs"] = {"oid": self.sha256, "size": len(self.content), "pointerSize": 134}
+        return entry
 
 
 @dataclass
