@@ -19,13 +19,13 @@ class BaseClassifier:
     Denoises, resizes, normalises and classifies.
 
     Args:
-        classifier: maps what the network takes to logits `(batch, classes)`, or to an output with `logits`. A
+        classifier: maps normalised pixels at the input size to logits `(batch, classes)`, or to an output with `logits`. A
             `torch.nn.Module` is put into evaluation mode.
-        preprocessing: what happens to pixels between noise and network.
-        denoiser: maps noisy pixels and sigma to pixels of the same shape, each image for itself; or the name of one, see
+        preprocessing: the steps between noise and network.
+        denoiser: maps noisy pixels and sigma to pixels of the same shape, each image on its own; or its name, see
             [`DENOISERS`]. A `torch.nn.Module` is put into evaluation mode and onto the device.
-        device: where; by default where the module is, else the CPU.
-        autocast: type of the forward passes, where torch deems it safe.
+        device: where to compute; by default where the module is, else the CPU.
+        autocast: type of the forward passes, where torch considers it safe.
         compile: run the classifier through `torch.compile`.
 
     Raises:
@@ -45,11 +45,11 @@ class BaseClassifier:
         if isinstance(classifier, nn.Module):
             classifier.eval()
             check_weights(classifier)
-            parameter = next((one for one in classifier.parameters() if one.is_floating_point()), None)
+            parameter = next((weights for weights in classifier.parameters() if weights.is_floating_point()), None)
             if parameter is not None:
                 self.dtype = parameter.dtype
                 device = device or parameter.device
-        # dynamic: the last batches of a job are smaller than the others
+        # dynamic: the last batches of a run are smaller than the others
         self.classifier = torch.compile(classifier, dynamic=True) if compile else classifier
         self.compiled = compile
         self.autocast = autocast
@@ -57,15 +57,16 @@ class BaseClassifier:
         if isinstance(denoiser, str) and denoiser not in DENOISERS:
             raise ValueError(f"denoiser={denoiser!r} is unknown: use {', '.join(DENOISERS)}, or pass a callable.")
         self.denoiser = DENOISERS[denoiser] if isinstance(denoiser, str) else denoiser
+        self._num_classes: int | None = None
         self.device = torch.device(device or "cpu")
         if isinstance(self.denoiser, nn.Module):
-            # in training mode a draw could depend on the others of its batch, and no certificate would hold
+            # in training mode a draw could depend on the others in its batch, and no certificate would hold
             self.denoiser.eval().to(self.device)
             check_weights(self.denoiser)
 
     @cached_property
     def denoiser_name(self) -> str | None:
-        """How certificates name the denoiser; a module with a digest of its weights."""
+        """The name of the denoiser in certificates; for a module, with a digest of its weights."""
         if self.denoiser is None:
             return None
         name = getattr(self.denoiser, "__name__", type(self.denoiser).__name__)
@@ -77,13 +78,27 @@ class BaseClassifier:
         dtype = str(self.autocast or self.dtype).removeprefix("torch.")
         return dtype if self.autocast is None else f"{dtype} autocast"
 
+    @property
+    def resizes(self) -> bool:
+        """Whether it takes pixels of any size."""
+        return self.preprocessing is not None and self.preprocessing.resize is not None
+
+    def num_classes(self, pixels: torch.Tensor) -> int:
+        """The number of classes, from one forward pass over `pixels` `(channels, height, width)` at the first call."""
+        if self._num_classes is None:
+            self._num_classes = self([pixels[None]], 0.0).shape[1]
+        return self._num_classes
+
     def __call__(self, groups: Sequence[torch.Tensor], sigma: float) -> torch.Tensor:
         """
-        Logits `(batch, classes)`.
+        Classify one batch.
 
         Args:
-            groups: pixels with noise, each `(some, channels, height, width)`; only within a group all are of one size.
-            sigma: the noise level that a denoiser is told; at 0 it is left out.
+            groups: pixels with noise, each group `(draws, channels, height, width)`. Sizes may differ between groups.
+            sigma: the noise level, for the denoiser; at 0 it is skipped.
+
+        Returns:
+            Logits `(batch, classes)`.
 
         Raises:
             ValueError: for an output of another shape.
@@ -99,7 +114,7 @@ class BaseClassifier:
         return logits
 
     def at_input(self, pixels: torch.Tensor, sigma: float) -> torch.Tensor:
-        """Pixels denoised and at the size that the network takes, not normalised."""
+        """Denoised pixels at the input size of the network, not normalised."""
         if self.denoiser is not None and sigma > 0:
             shape = pixels.shape
             pixels = self.denoiser(pixels, sigma)

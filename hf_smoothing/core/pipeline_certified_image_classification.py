@@ -9,46 +9,46 @@ import torch
 from PIL.Image import Image
 from transformers import Pipeline
 
-from .active_images import in_order
 from .certificates import Certificate
 from .count_predictor import CountPredictor
 from .denoisers import Denoiser
 from .noise import GaussianNoise
-from .preprocessing import NoiseResolution, Preprocessing, to_pixels
+from .preprocessing import NoiseResolution, to_pixels
+from .sampler import in_order
 from .smoothing import SmoothedClassifier
 
-SETTINGS = (
-    "sigma", "seed", "progress", "method", "alpha", "radius", "radii", "max_draws", "n0", "n", "tolerance", "delta",
-    "count_head", "noise_resolution", "denoiser",
+CLASSIFIER_SETTINGS = ("sigma", "count_head", "noise_resolution", "denoiser")
+CERTIFY_SETTINGS = (
+    "seed", "progress", "method", "alpha", "radius", "radii", "max_draws", "n0", "n", "tolerance", "delta",
 )  # fmt: skip
 
 
 class CertifiedImageClassificationPipeline(Pipeline):
     """
-    Classify pictures with a certificate: no change smaller than `radius` changes the answer.
+    Classify pictures with a certificate: no change smaller than `radius` changes the prediction.
 
-    All settings are taken at construction and at each call, where the call's prevail:
+    All settings can be given at construction and at each call; the call's take precedence:
 
     - `sigma`: standard deviation of the Gaussian noise, in `[0, 1]` pixels. There is no default.
     - `alpha` (0.001): probability that a certificate is wrong.
-    - `radius` or `radii`: decide these radii and stop as soon as that is settled. Without them the radius is found.
+    - `radius` or `radii`: decide these radii and stop as soon as they are decided. Without them the radius is found.
       `"surrogate"` with `delta` claims the largest of them that it can.
-    - `method` (`"sequential"`): or `"fixed"`, the usual protocol with a fixed number of draws; or `"surrogate"`, what the
-      count head says without any draw, an estimate.
+    - `method` (`"sequential"`): or `"fixed"`, the usual protocol with a fixed number of draws; or `"surrogate"`, which draws
+      nothing and returns the count head's estimate.
     - `count_head`: a count head on the Hub or in a local folder. With it, `sequential` draws less.
-    - `noise_resolution` (`"input"`): where noise is added, and to whose pixels the radius belongs: the network's input, the
-      picture at its `"native"` size, or at so many pixels a side.
-    - `denoiser`: in front of the model and part of it: a callable, or `"wiener"`.
-    - `delta`: for `"surrogate"`, the share of pictures that a calibrated count head may be wrong about.
-    - `max_draws`: the most draws for one image.
+    - `noise_resolution` (`"input"`): where noise is added, and so the pixels that the radius is about: the network's input,
+      the picture at its `"native"` size, or a number of pixels a side.
+    - `denoiser`: a denoiser in front of the model, part of what is certified: a callable, or `"wiener"`.
+    - `delta`: for `"surrogate"`, the share of pictures about which a calibrated count head may be wrong.
+    - `max_draws`: the most draws per image.
     - `tolerance`, `n0`, `n`: see [`make_rule`].
     - `seed` (0): the same seed gives an image the same noise, and so the same certificate, whatever the batch size.
-    - `batch_size` (128): draws in one forward pass; several images share it.
+    - `batch_size` (128): draws per forward pass; several images share one.
     - `progress` (`False`): show a progress bar.
 
-    Takes a path, an `http(s)` address, a PIL image, a list or `datasets` column of these, or anything to iterate over (a
-    generator, a `KeyDataset`, a column of a streamed dataset), which gives an iterator. Results keep the order of the input.
-    Each is a dict with `label` (`None` where it abstains) and the fields of [`Certificate`].
+    Takes a path, an `http(s)` address, a PIL image, or a list or `datasets` column of these. For any other iterable (a
+    generator, a `KeyDataset`, a column of a streamed dataset) it returns an iterator. Results keep the order of the input.
+    Each is a dict with `label` (`None` on abstention) and the fields of [`Certificate`].
 
     Example:
         >>> from transformers import pipeline
@@ -65,26 +65,25 @@ class CertifiedImageClassificationPipeline(Pipeline):
     def __init__(self, *args: Any, batch_size: int = 128, **kwargs: Any):
         super().__init__(*args, batch_size=batch_size, **kwargs)
         self._count_heads: dict[str, CountPredictor] = {}
-        self._preparations: dict[NoiseResolution, Preprocessing] = {}
-        if (head := self._forward_params.get("count_head")) is not None:
+        self._classifiers: dict[tuple[Any, ...], SmoothedClassifier] = {}
+        if (head := self._preprocess_params.get("count_head")) is not None:
             self._load_count_head(str(head))
 
     def _sanitize_parameters(self, **settings: Any) -> tuple[dict, dict, dict]:
         for name in settings:
-            if name not in SETTINGS:
-                raise TypeError(
-                    f"{name!r} is no setting of this pipeline; it takes {', '.join(SETTINGS)}, batch_size."
-                )
-        if "sigma" in settings:  # say at construction what is wrong at construction
+            if name not in CLASSIFIER_SETTINGS + CERTIFY_SETTINGS:
+                known = ", ".join((*CLASSIFIER_SETTINGS, *CERTIFY_SETTINGS, "batch_size"))
+                raise TypeError(f"{name!r} is no setting of this pipeline; it takes {known}.")
+        if "sigma" in settings:  # an invalid sigma at construction is an error at construction
             GaussianNoise(settings["sigma"])
-        before = {name: settings[name] for name in ("noise_resolution",) if name in settings}
-        return before, settings, {}
+        of_classifier = {name: value for name, value in settings.items() if name in CLASSIFIER_SETTINGS}
+        return of_classifier, {name: value for name, value in settings.items() if name in CERTIFY_SETTINGS}, {}
 
     def __call__(self, inputs: Any, **kwargs: Any) -> Any:
         if isinstance(inputs, (str, Path, Image, np.ndarray, torch.Tensor)):
             return super().__call__([inputs], **kwargs)[0]
         if isinstance(inputs, Sequence):  # a column of a stored dataset is one
-            # transformers looks at the first input, which an empty list does not have
+            # transformers looks at the first input, which an empty list lacks
             return super().__call__(list(inputs), **kwargs) if len(inputs) else []
         if isinstance(inputs, torch.utils.data.Dataset):
             return super().__call__(inputs, **kwargs)
@@ -104,63 +103,69 @@ class CertifiedImageClassificationPipeline(Pipeline):
         forward_params: dict[str, Any],
         postprocess_params: dict[str, Any],
     ) -> Iterator[dict[str, Any]]:
-        """Where transformers batches images, batches hold draws of several images here: the engine makes them."""
-        images = (self.preprocess(image, **preprocess_params) for image in inputs)
-        certificates = self.forward(images, batch_size=batch_size, inputs=inputs, **forward_params)
+        """Replaces batches of images, as transformers makes them, by batches of draws of several images."""
+        smoothed = self._smooth(batch_size, **preprocess_params)
+        images = (self.preprocess(image, smoothed=smoothed) for image in inputs)
+        certificates = self.forward(images, inputs=inputs, smoothed=smoothed, **forward_params)
         return (self.postprocess(certificate, **postprocess_params) for certificate in certificates)
 
-    def preprocess(self, input_: Any, noise_resolution: NoiseResolution = "input") -> torch.Tensor:
+    def _smooth(
+        self,
+        batch_size: int,
+        sigma: float | None = None,
+        count_head: str | Path | None = None,
+        noise_resolution: NoiseResolution = "input",
+        denoiser: Denoiser | str | None = None,
+    ) -> SmoothedClassifier:
+        """The model under noise. Its weights and image processor are checked once for all calls and noise levels."""
+        if sigma is None:
+            raise ValueError("sigma is missing: pass the noise level in [0, 1] pixels, such as sigma=0.25.")
+        head = None if count_head is None else self._load_count_head(str(count_head))
+        key = (batch_size, id(head), noise_resolution, denoiser if isinstance(denoiser, str) else id(denoiser))
+        if key not in self._classifiers:
+            self._classifiers[key] = SmoothedClassifier(
+                self.model,
+                GaussianNoise(sigma),
+                batch_size=batch_size,
+                device=self.device,
+                image_processor=self.image_processor,
+                noise_resolution=noise_resolution,
+                denoiser=denoiser,
+                count_head=head,
+            )
+        return self._classifiers[key].with_noise(GaussianNoise(sigma))
+
+    def preprocess(self, input_: Any, smoothed: SmoothedClassifier) -> torch.Tensor:
         """A picture as pixels in `[0, 1]`, `(channels, height, width)`, at the size at which noise is added."""
-        if noise_resolution not in self._preparations:
-            self._preparations[noise_resolution] = Preprocessing.of(self.image_processor, noise_resolution)
-        return to_pixels(input_, self._preparations[noise_resolution])
+        return to_pixels(input_, smoothed.preprocessing)
 
     def _forward(
         self,
         images: Iterable[torch.Tensor],
-        batch_size: int,
         inputs: Iterable[Any],
-        sigma: float | None = None,
-        seed: int = 0,
+        smoothed: SmoothedClassifier,
         method: str = "sequential",
+        seed: int = 0,
         progress: bool = False,
-        count_head: str | Path | None = None,
-        noise_resolution: NoiseResolution = "input",
-        denoiser: Denoiser | str | None = None,
         **rule_settings: Any,
     ) -> Iterator[Certificate]:
-        if sigma is None:
-            raise ValueError("sigma is missing: pass the noise level in [0, 1] pixels, such as sigma=0.25.")
-        head = None if count_head is None else self._load_count_head(str(count_head))
-        smoothed = SmoothedClassifier(
-            self.model,
-            GaussianNoise(sigma),
-            batch_size=batch_size,
-            device=self.device,
-            image_processor=self.image_processor,
-            noise_resolution=noise_resolution,
-            denoiser=denoiser,
-            count_head=head,
-        )
         rule = smoothed.make_rule(method, **rule_settings)
         rule.check(smoothed.noise)
         if isinstance(inputs, list):
-            images = list(images)  # a broken picture at the end must not cost the work before it
+            images = list(images)  # a broken picture at the end must not waste the work before it
         total = len(inputs) if isinstance(inputs, Sized) else None
         return in_order(smoothed.certify_stream(images, rule, seed=seed, progress=progress, total=total))
 
     def _load_count_head(self, name: str) -> CountPredictor:
-        """The count head of that name, once for all calls."""
+        """Load the count head of that name, once for all calls."""
         if name not in self._count_heads:
             names = [self.model.config.id2label[index] for index in range(self.model.config.num_labels)]
-            self._count_heads = {
-                name: CountPredictor.from_pretrained(
-                    name, device=self.device, class_names=names, image_processor=self.image_processor
-                )
-            }
+            self._count_heads[name] = CountPredictor.from_pretrained(
+                name, device=self.device, class_names=names, image_processor=self.image_processor
+            )
         return self._count_heads[name]
 
     def postprocess(self, certificate: Certificate) -> dict[str, Any]:
-        """The certificate as a dict, with the class's name in front."""
+        """The certificate as a dict, with the name of the class first."""
         label = None if certificate.abstains else self.model.config.id2label[certificate.prediction]
         return {"label": label, **certificate.to_dict()}
