@@ -1,13 +1,16 @@
-"""Finetune an image classifier on a dataset: on clean images by default, since robustness comes along from pretraining.
+"""Finetune an image classifier on a dataset. By default on clean images: a mixed-noise ViT keeps its robustness to noise.
 
+Examples:
     accelerate launch scripts/finetune.py --model_name_or_path user/repo --dataset_name uoft-cs/cifar10 --output_dir my-model
+    accelerate launch scripts/finetune.py --model_name_or_path microsoft/resnet-18 --dataset_name uoft-cs/cifar10 \\
+        --sigmas 0 0.25 0.5 1 --output_dir my-resnet
 
-On CPUs, several processes take `torchrun --nproc_per_node 2 scripts/finetune.py ...` (`accelerate launch --cpu` starts one).
-A model that was not pretrained on noisy images takes `--sigmas 0 0.25 0.5 1`, whatever its kind.
-`--resume_from_checkpoint latest` goes on where a training was cut short, and ends with the weights it would have had.
+The second command adds noise: a model that was not pretrained on noisy images needs it.
+If a training was interrupted, run its command again with `--resume_from_checkpoint latest`: the model gets the weights that
+it would have got without interruption. On CPUs, start several processes with
+`torchrun --nproc_per_node 2 scripts/finetune.py ...`, because `accelerate launch --cpu` starts only one.
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,45 +20,47 @@ from transformers.hf_argparser import HfArg
 from hf_smoothing.core.modeling_mixed_noise_vit import MixedNoiseViTForImageClassification
 from hf_smoothing.hub.model_cards import begin as begin_card
 from hf_smoothing.hub.push import HubSettings
-from hf_smoothing.training.classifier_training import EvaluationSettings, head_of, load_to_finetune, train_classifier
-from hf_smoothing.training.training_images import ImageSettings, names_of_classes
+from hf_smoothing.training.classifier_training import train_classifier
+from hf_smoothing.training.evaluation import EvaluationSettings
+from hf_smoothing.training.pretrained_classifiers import find_head, load_for_finetuning
+from hf_smoothing.training.training_images import ImageSettings, find_class_names
 from hf_smoothing.training.training_loop import TrainingSettings
-from hf_smoothing.utils.argument_parser import argument_parser
+from hf_smoothing.utils.argument_parser import argument_parser, exit_on_error
 
 
 @dataclass
 class BaseSettings:
-    """What to start from."""
+    """The pretrained model."""
 
     model_name_or_path: str = HfArg(
-        help="image classifier on the Hub or in a local folder, best a mixed-noise ViT, or the name of a ViT of timm"
+        help="image classifier on the Hub or in a local folder, preferably a mixed-noise ViT, or the name of a timm ViT"
     )
-    revision: str | None = HfArg(default=None, help="revision of the model: a branch, tag or commit")
-    freeze_backbone: bool = HfArg(default=False, help="train the head alone (linear probe)")
-    drop_path_rate: float = HfArg(default=0.0, help="stochastic depth")
+    revision: str | None = HfArg(default=None, help="revision of the model on the Hub: a branch, tag or commit")
+    freeze_backbone: bool = HfArg(default=False, help="train only the head (linear probe)")
+    drop_path_rate: float = HfArg(default=0.0, help="rate of stochastic depth")
 
 
 def main() -> None:
     parser = argument_parser((BaseSettings, ImageSettings, TrainingSettings, EvaluationSettings, HubSettings), __doc__)
     parser.set_defaults(learning_rate=5e-4, layer_decay=0.75)
-    try:
+    with exit_on_error():
         base, image_settings, settings, evaluation, hub = parser.parse_args_into_dataclasses()
-        accelerator = settings.start()
+        accelerator = settings.create_accelerator()
         hub.prepare(settings.output_dir, accelerator)
-        with accelerator.main_process_first():  # one downloads, the others find it there
+        with accelerator.main_process_first():  # the main process downloads, the others read its cache
             images = image_settings.open()
-            torch.manual_seed(settings.seed)  # of the head
-            model, processor = load_to_finetune(
+            torch.manual_seed(settings.seed)  # for a reinitialized head
+            model, processor = load_for_finetuning(
                 base.model_name_or_path,
-                names_of_classes(images),
+                find_class_names(images),
                 revision=base.revision,
                 drop_path_rate=base.drop_path_rate,
             )
         if base.freeze_backbone:
             model.requires_grad_(False)
-            head_of(model).requires_grad_(True)
+            find_head(model).requires_grad_(True)
         if not isinstance(model, MixedNoiseViTForImageClassification):
-            settings.layer_decay = 1.0  # the layers of other models are not known
+            settings.layer_decay = 1.0  # the order of their layers is unknown
         train_classifier(
             model, images, image_settings, settings, evaluation, accelerator, base.model_name_or_path, processor
         )
@@ -67,8 +72,6 @@ def main() -> None:
                 base_model=base.model_name_or_path,
             )
         hub.publish(settings.output_dir, accelerator)
-    except (OSError, ValueError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
     accelerator.end_training()
 
 

@@ -1,85 +1,81 @@
-"""Pretrain a mixed-noise ViT from scratch: noise of a level drawn for each image, so that one model serves them all.
+"""Pretrain a mixed-noise ViT from scratch. Each image gets noise of a random level, so one model serves all levels.
 
-    accelerate launch scripts/pretrain.py --dataset_name uoft-cs/cifar10 --sigmas 0 0.25 0.5 1 --output_dir my-model
+Examples:
+    accelerate launch scripts/pretrain.py --dataset_name uoft-cs/cifar10 --output_dir my-model
+    accelerate launch scripts/pretrain.py --dataset_name uoft-cs/cifar10 --output_dir my-model \\
+        --resume_from_checkpoint latest
 
-On CPUs, several processes take `torchrun --nproc_per_node 2 scripts/pretrain.py ...` (`accelerate launch --cpu` starts one).
-`--resume_from_checkpoint latest` goes on where a training was cut short, and ends with the weights it would have had.
+Run the second command if the first was interrupted: the model gets the weights that it would have got without interruption.
+On CPUs, start several processes with `torchrun --nproc_per_node 2 scripts/pretrain.py ...`, because
+`accelerate launch --cpu` starts only one.
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers.hf_argparser import HfArg
 
 from hf_smoothing import MixedNoiseViTConfig, MixedNoiseViTForImageClassification
 from hf_smoothing.data.labelled_images import LabelledImages
 from hf_smoothing.hub.model_cards import begin as begin_card
 from hf_smoothing.hub.push import HubSettings
-from hf_smoothing.training.classifier_training import EvaluationSettings, train_classifier
-from hf_smoothing.training.training_images import ImageSettings, names_of_classes
+from hf_smoothing.training.classifier_training import train_classifier
+from hf_smoothing.training.evaluation import EvaluationSettings
+from hf_smoothing.training.training_images import ImageSettings, find_class_names
 from hf_smoothing.training.training_loop import TrainingSettings
-from hf_smoothing.utils.argument_parser import argument_parser
-
-
-@dataclass
-class MixtureSettings(ImageSettings):
-    sigmas: list[float] = HfArg(
-        default_factory=lambda: [0.0, 0.25, 0.5, 1.0], help="noise levels, in [0, 1] pixels, drawn for each image"
-    )
+from hf_smoothing.utils.argument_parser import argument_parser, exit_on_error
 
 
 @dataclass
 class ModelSettings:
-    """The model to build, see MixedNoiseViTConfig."""
+    """The architecture; see MixedNoiseViTConfig."""
 
-    image_size: int = HfArg(default=32, help="pixels a side; images are resized to it")
-    patch_size: int = HfArg(default=4, help="pixels a side of a token")
+    image_size: int = HfArg(default=32, help="height and width in pixels that images are resized to")
+    patch_size: int = HfArg(default=4, help="height and width of a patch (token) in pixels")
     hidden_size: int = HfArg(default=128, help="width of the transformer")
-    num_hidden_layers: int = HfArg(default=4, help="its blocks")
-    num_attention_heads: int = HfArg(default=4, help="its attention heads")
+    num_hidden_layers: int = HfArg(default=4, help="number of transformer blocks")
+    num_attention_heads: int = HfArg(default=4, help="number of attention heads")
     stem: str = HfArg(default="conv", help="conv or patch")
     norm_layer: str = HfArg(default="layernorm", help="layernorm, or batchnorm for ablations")
-    drop_path_rate: float = HfArg(default=0.0, help="stochastic depth")
+    drop_path_rate: float = HfArg(default=0.0, help="rate of stochastic depth")
 
 
-def normalisation(images: LabelledImages, samples: int = 1000) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel over some of the images."""
-    total = images.total
-    step = 1 if total is None else max(1, total // samples)
+def compute_normalization(images: LabelledImages, max_samples: int = 1000) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel, over at most `max_samples` images."""
+    step = 1 if images.total is None else max(1, images.total // max_samples)
     moments: list[tuple[torch.Tensor, torch.Tensor]] = []
     for position, (_, read) in enumerate(images.rows()):
-        if len(moments) == samples:
+        if len(moments) == max_samples:
             break
         if position % step == 0:
             picture = images.picture(read())
-            flat = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(-1, 3).float() / 255
-            moments.append((flat.mean(0), flat.square().mean(0)))
-    mean, square = (torch.stack(one).mean(0) for one in zip(*moments))
-    return mean.tolist(), (square - mean.square()).sqrt().tolist()
+            pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(-1, 3).float() / 255
+            moments.append((pixels.mean(0), pixels.square().mean(0)))
+    mean, mean_square = (torch.stack(values).mean(0) for values in zip(*moments))
+    return mean.tolist(), (mean_square - mean.square()).sqrt().tolist()
 
 
 def main() -> None:
     parser = argument_parser(
-        (ModelSettings, MixtureSettings, TrainingSettings, EvaluationSettings, HubSettings), __doc__
+        (ModelSettings, ImageSettings, TrainingSettings, EvaluationSettings, HubSettings), __doc__
     )
-    try:
+    parser.set_defaults(sigmas=[0.0, 0.25, 0.5, 1.0])
+    with exit_on_error():
         model_settings, image_settings, settings, evaluation, hub = parser.parse_args_into_dataclasses()
-        accelerator = settings.start()
+        accelerator = settings.create_accelerator()
         hub.prepare(settings.output_dir, accelerator)
-        with accelerator.main_process_first():  # one downloads, the others find it there
+        with accelerator.main_process_first():  # the main process downloads the dataset, the others read its cache
             images = image_settings.open()
-        names = names_of_classes(images)
-        mean, std = normalisation(images)
+        class_names = find_class_names(images)
+        mean, std = compute_normalization(images)
         torch.manual_seed(settings.seed)
         config = MixedNoiseViTConfig(
             **vars(model_settings),
             image_mean=mean,
             image_std=std,
-            id2label=dict(enumerate(names)),
-            label2id={name: index for index, name in enumerate(names)},
+            id2label=dict(enumerate(class_names)),
+            label2id={name: index for index, name in enumerate(class_names)},
         )
         model = MixedNoiseViTForImageClassification(config)
         train_classifier(model, images, image_settings, settings, evaluation, accelerator)
@@ -90,8 +86,6 @@ def main() -> None:
                 dataset=image_settings.dataset_name,
             )
         hub.publish(settings.output_dir, accelerator)
-    except (OSError, ValueError, FloatingPointError, StrictDataclassError) as error:
-        sys.exit(f"error: {error}")
     accelerator.end_training()
 
 

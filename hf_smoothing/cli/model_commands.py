@@ -13,7 +13,7 @@ from ..core.noise import GaussianNoise
 from ..core.preprocessing import read_resolution
 from ..core.sampling_rule import probabilities_showing, radii_in_reach
 from ..core.smoothing import SmoothedClassifier
-from ..count_head.count_calibration import calibrate_count_head
+from ..count_head.calibrate import calibrate_count_head
 from ..data.labelled_images import LabelledImages
 from ..diagnostics import audit as audits
 from ..diagnostics.attacks import AttackSettings

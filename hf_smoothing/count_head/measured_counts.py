@@ -1,6 +1,6 @@
-"""Measured class counts, as a finished run holds them."""
+"""Measured class counts, read from a finished run."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +12,18 @@ from ..runs.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
-class Counts:
+class MeasuredCounts:
     """
-    Measured class counts, one row an image and noise level.
+    Measured class counts, one row per image and noise level.
 
     Attributes:
-        indices: `(rows,)`, of the image in its split.
-        sigmas: `(rows,)`, in `[0, 1]` pixels.
-        counts: `(rows, classes)`.
+        indices: `(rows,)`, the image's index in its split.
+        sigmas: `(rows,)`, noise levels in units of `[0, 1]` pixels.
+        counts: `(rows, classes)`, draws per class.
         labels: `(rows,)`, true classes.
-        predictions: `(rows,)`, class that was certified; -1 on abstention.
-        p_lower: `(rows,)`, lower bound of its probability.
-        settings: of the run that they come from.
+        predictions: `(rows,)`, certified classes; -1 on abstention.
+        p_lower: `(rows,)`, lower bounds of their probabilities.
+        settings: settings of the run.
     """
 
     indices: np.ndarray
@@ -34,40 +34,44 @@ class Counts:
     p_lower: np.ndarray
     settings: dict[str, Any]
 
-    @property
-    def images(self) -> str:
-        """Which images these are, in words."""
-        found = np.unique(self.indices)
+    def describe_images(self) -> str:
+        """Dataset, split and indices of the images, in words."""
+        indices = np.unique(self.indices)
         return (
-            f"{self.settings['dataset_name']}, split {self.settings['split']}: {len(found)} images, index {found.min()} to "
-            f"{found.max()}, every {self.settings['every']}"
+            f"{self.settings['dataset_name']}, split {self.settings['split']}: {len(indices)} images, index {indices.min()} "
+            f"to {indices.max()}, every {self.settings['every']}"
         )
 
-    def open(self) -> LabelledImages:
+    def open_images(self) -> LabelledImages:
         """
-        The images that were counted.
+        Load the images that were counted.
 
         Raises:
-            ValueError: where they are no longer those.
+            ValueError: for images that cannot be loaded, or were changed since.
         """
         return open_images(self.settings)
 
+    def select(self, rows: np.ndarray) -> "MeasuredCounts":
+        """Some of the rows."""
+        columns = ("indices", "sigmas", "counts", "labels", "predictions", "p_lower")
+        return replace(self, **{name: getattr(self, name)[rows] for name in columns})
 
-def read_counts(run_dir: Path) -> Counts:
+
+def read_counts(run_dir: Path) -> MeasuredCounts:
     """
-    The counts of a finished run, from `certify-dataset --method counts` or `fixed`.
+    Read the counts of a finished run, from `certify-dataset --method counts` or `fixed`.
 
     Args:
-        run_dir: its folder.
+        run_dir: folder of the run.
 
     Raises:
-        ValueError: for a run that is not finished, or of a method that stops early: its counts are biased.
+        ValueError: for an unfinished run, or a run of a method that stops early, whose counts are biased.
     """
     folder = RunFolder(run_dir)
     settings = folder.read_settings()
     if settings["method"] not in ("counts", "fixed"):
         raise ValueError(
-            f"{run_dir} is of method {settings['method']!r}, which draws nothing, or stops when it has seen enough: that "
+            f"{run_dir} is of method {settings['method']!r}, which draws nothing, or stops when it has seen enough, which "
             "biases counts. Use --method counts, or fixed for certificates too."
         )
     rows = [row for row in folder.read_records([*_COLUMNS, "error"]) if row["error"] is None]
@@ -76,7 +80,7 @@ def read_counts(run_dir: Path) -> Counts:
     indices, sigmas, counts, labels, predictions, p_lower = (
         np.array([row[name] for row in rows]) for name in _COLUMNS
     )
-    return Counts(indices, sigmas, counts, labels, predictions, p_lower, settings)
+    return MeasuredCounts(indices, sigmas, counts, labels, predictions, p_lower, settings)
 
 
 _COLUMNS = ("index", "sigma", "counts", "label", "prediction", "p_lower")

@@ -15,19 +15,19 @@ from ..core.modeling_mixed_noise_vit import MixedNoiseViTForImageClassification
 
 def from_timm(name: str, *, pretrained: bool = True, **config_kwargs: Any) -> MixedNoiseViTForImageClassification:
     """
-    Start from the architecture and the weights of a timm ViT.
+    Build a mixed-noise ViT with the architecture and the weights of a timm ViT.
 
     Args:
         name: a timm model whose class is timm's `VisionTransformer`, such as `"vit_tiny_patch16_224"`.
-        pretrained: load timm's weights; without, they are fresh.
-        config_kwargs: fields of [`MixedNoiseViTConfig`] to set on top, such as `num_labels` or `id2label`.
+        pretrained: load timm's weights; otherwise they are random.
+        config_kwargs: fields of [`MixedNoiseViTConfig`] to set as well, such as `num_labels` or `id2label`.
 
     Returns:
-        A model with a fresh classifier; noise-free, its features equal timm's for pixels normalised as timm does.
+        A model with a new classifier. On clean images its features equal timm's.
 
     Raises:
-        ValueError: where the name is unknown, where there are no weights to be had (no network and none in the cache),
-            or where the model is no ViT that this class can hold.
+        ValueError: for an unknown name, weights that cannot be loaded (no network and none in the cache), or a model that a
+            mixed-noise ViT cannot represent.
     """
     if not timm.is_model(name):
         close = ", ".join(get_close_matches(name, timm.list_models(module="vision_transformer"), 4, 0.3))
@@ -38,21 +38,21 @@ def from_timm(name: str, *, pretrained: bool = True, **config_kwargs: Any) -> Mi
         if not pretrained:
             raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"No weights of timm's {name!r} are to be had: {reason}") from error
-    described = _config_kwargs_of_timm(name, source)
+        raise ValueError(f"The weights of timm's {name!r} cannot be loaded: {reason}") from error
+    timm_config = _read_config(name, source)
     for field in ("image_mean", "image_std"):
-        described[field] = config_kwargs.pop(field, described[field])
-    for field in described.keys() & config_kwargs.keys():
-        if config_kwargs[field] != described[field]:
+        timm_config[field] = config_kwargs.pop(field, timm_config[field])
+    for field in timm_config.keys() & config_kwargs.keys():
+        if config_kwargs[field] != timm_config[field]:
             raise ValueError(
-                f"{field}={config_kwargs[field]!r} is not what timm's {name!r} has ({described[field]!r}): leave it "
+                f"{field}={config_kwargs[field]!r} differs from that of timm's {name!r} ({timm_config[field]!r}): leave it "
                 "out, or choose another model."
             )
-    config = MixedNoiseViTConfig(**{**described, **config_kwargs})
+    config = MixedNoiseViTConfig(**{**timm_config, **config_kwargs})
     model = MixedNoiseViTForImageClassification(config)
     state = source.state_dict()
-    if "fc_norm.weight" in state:  # timm normalises after average pooling in these; we normalise before
-        raise ValueError(_unsupported(name, "it normalises after pooling"))
+    if "fc_norm.weight" in state:  # these normalize after average pooling, ours before
+        raise ValueError(_unsupported(name, "it normalizes after pooling"))
     try:
         model.mixed_noise_vit.encoder.load_state_dict(state)
     except RuntimeError as error:
@@ -62,11 +62,11 @@ def from_timm(name: str, *, pretrained: bool = True, **config_kwargs: Any) -> Mi
 
 
 def _unsupported(name: str, reason: str) -> str:
-    return f"timm's {name!r} is not a ViT that MixedNoiseViT can hold: {reason}."
+    return f"timm's {name!r} is not a ViT that MixedNoiseViT can represent: {reason}."
 
 
-def _config_kwargs_of_timm(name: str, source: Any) -> dict[str, Any]:
-    """The fields of our config that describe a timm ViT."""
+def _read_config(name: str, source: Any) -> dict[str, Any]:
+    """The architecture of a timm ViT, as fields of our config."""
     if type(source) is not VisionTransformer or not isinstance(source.patch_embed, PatchEmbed):
         raise ValueError(_unsupported(name, f"it is a {type(source).__name__}"))
     if source.global_pool not in ("avg", "token"):
@@ -97,7 +97,7 @@ def _config_kwargs_of_timm(name: str, source: Any) -> dict[str, Any]:
 
 @torch.no_grad()
 def _check_same_features(name: str, encoder: VisionTransformer, source: Any) -> None:
-    """Equal weights can still mean another function (another activation, say): compare what comes out."""
+    """Compare features: with equal weights they may still differ, for example by another activation function."""
     training = encoder.training
     encoder.eval()
     size = source.patch_embed.img_size

@@ -9,14 +9,14 @@ import torch
 @dataclass(frozen=True)
 class NoiseMixture:
     """
-    The training mixture: each image gets Gaussian noise of a level drawn for it alone (arXiv 2312.09020).
+    The training mixture: each image gets Gaussian noise of its own, randomly drawn level (arXiv 2312.09020).
 
     Args:
         sigmas: noise levels (standard deviations) in units of `[0, 1]` pixels; 0 is a clean image.
         weights: their relative frequencies; equal by default.
 
     Raises:
-        ValueError: for no levels, a negative or non-finite one, or weights that do not match them.
+        ValueError: for no levels, a negative or non-finite level, or weights that do not match the levels.
     """
 
     sigmas: tuple[float, ...]
@@ -34,14 +34,14 @@ class NoiseMixture:
 
     def add_to(self, images: torch.Tensor, copies: int = 1) -> torch.Tensor:
         """
-        Noisy copies of `images`, `(batch, channels, height, width)` in `[0, 1]`; not clipped.
+        Add noise to images.
 
         Args:
-            images: clean ones.
-            copies: of each; they share its noise level. The first copies of all images come first, then the second ones.
+            images: clean images `(batch, channels, height, width)` in `[0, 1]`.
+            copies: noisy copies of each image; they share its noise level.
 
         Returns:
-            Pixels `(copies * batch, channels, height, width)`.
+            Pixels `(copies * batch, channels, height, width)`, not clipped: the first copy of every image, then the second.
         """
         weights = torch.tensor(self.weights or [1.0] * len(self.sigmas), dtype=torch.float, device=images.device)
         levels = torch.multinomial(weights, len(images), replacement=True)

@@ -1,4 +1,7 @@
-"""Images for training: shuffled, augmented, in the same order and with the same augmentation however often one resumes."""
+"""Images for training, shuffled and augmented.
+
+Order and augmentation depend only on the seed, the epoch and the batch: a resumed training sees the same images.
+"""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -9,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import set_seed
 from datasets import Dataset as StoredDataset
 from PIL import Image
 from timm.data import Mixup, RandomResizedCropAndInterpolation, rand_augment_transform
@@ -23,13 +25,14 @@ from ..core.preprocessing import to_pixels
 from ..core.validation import check_count
 from ..data.labelled_images import LabelledImages, ModelInputs, Row
 from .noise_mixture import NoiseMixture
+from .seeds import derive_seed, seed_everything
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 """Inputs and targets: here pixels, uint8 `(batch, channels, height, width)`, and labels `(batch,)`."""
 
 SMALL = 64
-"""Pixels a side up to which images are held in memory and cropped from a margin, as is usual for CIFAR; larger ones are read
-when their turn comes and cropped at random sizes, as is usual for ImageNet."""
+"""Up to this height and width in pixels, images are held in memory and cropped from a padded image, as is usual for CIFAR.
+Larger images are read for each batch and cropped at random sizes, as is usual for ImageNet."""
 
 _SHUFFLE_BUFFER = 10_000
 
@@ -43,32 +46,34 @@ class ImageSettings:
         ValueError: for a setting out of range.
     """
 
-    dataset_name: str = HfArg(help="name on the Hub, a local folder (pictures too), or a Parquet file")
+    dataset_name: str = HfArg(
+        help="dataset: a name on the Hub, a local folder (also of image files), or a Parquet file"
+    )
     dataset_config_name: str | None = HfArg(default=None, help="configuration of the dataset")
     train_split: str = HfArg(default="train", help="split to train on")
     image_column: str | None = HfArg(default=None, help="default: img or image")
     label_column: str | None = HfArg(default=None, help="default: label, labels or fine_label")
     max_train_samples: int | None = HfArg(
-        default=None, help="train on no more images than this, taken from all of the split"
+        default=None, help="train on at most so many images, taken at random from the split"
     )
     streaming: bool = HfArg(
-        default=False, help="read the dataset as a stream, without storing it (small buffer shuffle)"
+        default=False, help="read the dataset as a stream, without storing it; shuffled only within a buffer"
     )
     sigmas: list[float] = HfArg(
-        default_factory=lambda: [0.0], help="noise levels, in [0, 1] pixels, drawn for each image"
+        default_factory=lambda: [0.0], help="noise levels in units of [0, 1] pixels; each image gets a random one"
     )
     sigma_weights: list[float] | None = HfArg(default=None, help="their relative frequencies (default: equal)")
     hflip: float = HfArg(default=0.5, help="probability of a horizontal flip; 0 for digits and letters")
     auto_augment: str | None = HfArg(default=None, help="timm's RandAugment, such as rand-m9-mstd0.5")
-    mixup_alpha: float = HfArg(default=0.0, help="mixup")
-    cutmix_alpha: float = HfArg(default=0.0, help="cutmix")
-    label_smoothing: float = HfArg(default=0.0, help="label smoothing")
+    mixup_alpha: float = HfArg(default=0.0, help="strength of mixup; 0: none")
+    cutmix_alpha: float = HfArg(default=0.0, help="strength of cutmix; 0: none")
+    label_smoothing: float = HfArg(default=0.0, help="amount of label smoothing")
     consistency_weight: float = HfArg(
         default=0.0,
-        help="train on two noisy copies of each image, with this weight on their answers being alike (arXiv 2006.04062, "
-        "where 10 or 20 is usual): twice the work an image, larger certified radii",
+        help="weight of a loss that makes the answers to two noisy copies of an image agree (arXiv 2006.04062; 10 or 20 is "
+        "usual): twice the work per image, larger certified radii",
     )
-    dataloader_num_workers: int = HfArg(default=0, help="processes that read and augment, for each training process")
+    dataloader_num_workers: int = HfArg(default=0, help="processes per training process that read and augment images")
 
     def __post_init__(self) -> None:
         if self.max_train_samples is not None:
@@ -81,25 +86,27 @@ class ImageSettings:
             raise ValueError(f"consistency_weight={self.consistency_weight:g} must be 0 or above.")
         if self.consistency_weight and (self.mixup_alpha or self.cutmix_alpha or self.label_smoothing):
             raise ValueError(
-                "consistency_weight sharpens answers, mixup, cutmix and label_smoothing soften them: choose one."
+                "consistency_weight sharpens answers; mixup, cutmix and label_smoothing soften them: choose one."
             )
         if self.consistency_weight and not any(self.sigmas):
             raise ValueError(
                 "consistency_weight compares noisy copies of an image: give a noise level above 0 in sigmas."
             )
         if self.auto_augment is not None and not self.auto_augment.startswith("rand-"):
-            raise ValueError(f"auto_augment={self.auto_augment!r} is no RandAugment of timm, such as rand-m9-mstd0.5.")
+            raise ValueError(
+                f"auto_augment={self.auto_augment!r} must be a RandAugment of timm, such as rand-m9-mstd0.5."
+            )
         if self.auto_augment is not None:
             try:
                 rand_augment_transform(self.auto_augment, {})
             except (AssertionError, KeyError, ValueError) as error:
-                raise ValueError(f"auto_augment={self.auto_augment!r} is nothing that timm can read.") from error
+                raise ValueError(f"auto_augment={self.auto_augment!r} cannot be read by timm.") from error
         if self.mixup_alpha < 0 or self.cutmix_alpha < 0:
             raise ValueError(
                 f"mixup_alpha={self.mixup_alpha:g} and cutmix_alpha={self.cutmix_alpha:g} must be 0 or above."
             )
         if self.streaming and self.dataloader_num_workers > 1:
-            raise ValueError(f"dataloader_num_workers={self.dataloader_num_workers}: a stream is read by 0 or 1.")
+            raise ValueError(f"dataloader_num_workers={self.dataloader_num_workers}: a stream takes 0 or 1.")
         self.mixture()
 
     def mixture(self) -> NoiseMixture:
@@ -107,14 +114,14 @@ class ImageSettings:
         return NoiseMixture(tuple(self.sigmas), None if self.sigma_weights is None else tuple(self.sigma_weights))
 
     def mixing(self, num_labels: int) -> Mixup | None:
-        """timm's mixup and cutmix, if asked for."""
+        """timm's mixup and cutmix; `None` where both are off."""
         if self.mixup_alpha == 0 and self.cutmix_alpha == 0:
             return None
         return Mixup(self.mixup_alpha, self.cutmix_alpha, label_smoothing=self.label_smoothing, num_classes=num_labels)
 
     def open(self) -> LabelledImages:
         """
-        The images to train on.
+        Load the images to train on.
 
         Raises:
             ValueError: see [`LabelledImages`].
@@ -131,12 +138,12 @@ class ImageSettings:
         )
 
 
-def names_of_classes(images: LabelledImages) -> list[str]:
+def find_class_names(images: LabelledImages) -> list[str]:
     """
-    Names of the dataset's classes; their numbers where it has no names.
+    Find the names of the dataset's classes; classes without names are named by their numbers.
 
     Raises:
-        ValueError: where labels are no class numbers, or a stream does not say which classes there are.
+        ValueError: for labels that are no class numbers, or a stream without class names.
     """
     if images.class_names is not None:
         return images.class_names
@@ -161,28 +168,28 @@ def names_of_classes(images: LabelledImages) -> list[str]:
     return [str(number) for number in range(max(labels) + 1)]
 
 
-def _picture(inputs: ModelInputs, which: int | str, row: Row, size: int | None) -> tuple[Image.Image, int]:
-    """An image as a picture, of `size` pixels a side if that is given, and its label."""
-    label = inputs.label(which, row)
+def _read_picture(inputs: ModelInputs, index: int | str, row: Row, size: int | None) -> tuple[Image.Image, int]:
+    """The picture of a row, resized to `size` pixels where that is given, and its label."""
+    label = inputs.label(index, row)
     try:
         picture = inputs.images.picture(row)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"Image {which} of the split cannot be trained on: {error} Mend it or leave it out."
+            f"Image {index} of the split cannot be trained on: {error} Fix it or leave it out."
         ) from error
     if size is not None and picture.size != (size, size):
-        pixels = to_pixels(picture, inputs.preprocessing)  # resized as it will be where it is certified
+        pixels = to_pixels(picture, inputs.preprocessing)  # resized as for certification
         picture = Image.fromarray(pixels.mul(255).round().byte().permute(1, 2, 0).numpy())
     return picture, label
 
 
-def _read_picture(inputs: ModelInputs, size: int | None, place: int) -> tuple[Image.Image, int]:
-    index = inputs.images.indices[place]
-    return _picture(inputs, index, inputs.images.source[index], size)
+def _read_selected(inputs: ModelInputs, size: int | None, position: int) -> tuple[Image.Image, int]:
+    index = inputs.images.indices[position]
+    return _read_picture(inputs, index, inputs.images.source[index], size)
 
 
-def augmentation(image_size: int, settings: ImageSettings) -> Any:
-    """From a PIL image to an augmented one of `image_size` pixels a side."""
+def create_augmentation(image_size: int, settings: ImageSettings) -> Any:
+    """A transform of PIL images: random crop to `image_size` pixels, flip, RandAugment."""
     steps: list[Any] = (
         [RandomCrop(image_size, padding=image_size // 8)]
         if image_size <= SMALL
@@ -197,23 +204,20 @@ def augmentation(image_size: int, settings: ImageSettings) -> Any:
 
 class TrainingBatches:
     """
-    The batches of one process, epoch by epoch.
-
-    Order and augmentation depend on the seed, the epoch and the position in it alone, so that a training that resumes sees
-    what it would have seen.
+    The batches of one process, epoch by epoch; see the top of this file for what they depend on.
 
     Args:
         inputs: the images, bound to a model.
-        settings: how to augment them.
-        image_size: height and width of what comes out.
-        batch_size: images in a batch of one process.
-        seed: of order and augmentation.
-        process_index, num_processes: this process, and how many there are; each gets other images.
-        shown: whether to show how far reading is.
+        settings: how to augment images.
+        image_size: height and width of the augmented images.
+        batch_size: images per batch of one process.
+        seed: seed of order and augmentation.
+        process_index, num_processes: this process, and the number of processes; each gets different images.
+        show_progress: whether to show a progress bar while images are read.
 
     Raises:
-        ValueError: where there are fewer images than one batch takes; where images are held in memory (see [`SMALL`]), for
-            one that cannot be read, or a label outside the classes.
+        ValueError: for fewer images than one batch takes. Small images (see [`SMALL`]) are read at once: for an image that
+            cannot be read, or a label outside the classes.
     """
 
     def __init__(
@@ -226,7 +230,7 @@ class TrainingBatches:
         seed: int,
         process_index: int = 0,
         num_processes: int = 1,
-        shown: bool = True,
+        show_progress: bool = True,
     ):
         self.batch_size, self.seed = batch_size, seed
         self.process_index, self.num_processes = process_index, num_processes
@@ -237,19 +241,20 @@ class TrainingBatches:
                 f"{images.total} images do not fill a batch of {batch_size} on {num_processes} processes: take a smaller "
                 "per_device_train_batch_size."
             )
-        transform, size = augmentation(image_size, settings), image_size if image_size <= SMALL else None
+        transform = create_augmentation(image_size, settings)
+        size = image_size if image_size <= SMALL else None
         self.source: Dataset
         if images.total is None:
             self.source = _Stream(inputs, transform, size, batch_size, process_index, num_processes)
         elif size is not None:
-            reading = tqdm(images.rows(), "reading images", images.total, disable=not shown)
-            held = [_picture(inputs, index, read(), size) for index, read in reading]
-            self.source = _Pictures(held.__getitem__, transform)
+            progress = tqdm(images.rows(), "reading images", images.total, disable=not show_progress)
+            pictures = [_read_picture(inputs, index, read(), size) for index, read in progress]
+            self.source = _Pictures(pictures.__getitem__, transform)
         else:
-            self.source = _Pictures(partial(_read_picture, inputs, size), transform)
+            self.source = _Pictures(partial(_read_selected, inputs, size), transform)
 
     def __len__(self) -> int:
-        """Batches an epoch; a last one that is not full is left out."""
+        """Batches per epoch; a last batch that is not full is left out."""
         if self.total is None:
             raise TypeError("a stream has no length")
         return self.total // (self.batch_size * self.num_processes)
@@ -257,42 +262,32 @@ class TrainingBatches:
     def epoch(self, number: int, first: int = 0) -> Iterator[Batch]:
         """The batches of an epoch, from batch `first` on."""
         if isinstance(self.source, _Stream):
-            self.source.start(_seed(self.seed, number), first)
+            self.source.start(derive_seed(self.seed, number), first)
             return iter(DataLoader(self.source, batch_size=None, num_workers=self.num_workers))
         order = np.random.default_rng([self.seed, number]).permutation(self.total or 0)
         order = order[: len(self) * self.num_processes * self.batch_size]
         share = order.reshape(len(self), self.num_processes, self.batch_size)[:, self.process_index]
         keys = [
-            [(_seed(self.seed, number, position, self.process_index), int(index)) for index in batch]
+            [(derive_seed(self.seed, number, position, self.process_index), int(index)) for index in batch]
             for position, batch in enumerate(share)
         ]
         return iter(DataLoader(self.source, batch_sampler=keys[first:], num_workers=self.num_workers))
 
 
-def _seed(*key: int) -> int:
-    return int(np.random.SeedSequence(key).generate_state(1)[0])
-
-
-def seed_all(*key: int) -> None:
-    """Seed the generators of Python, numpy and torch (all devices) from a few numbers; other numbers, other streams."""
-    set_seed(_seed(*key))
-
-
 class _Pictures(Dataset):
-    """Images by index. A key is the seed of its batch's augmentation and the index of the image."""
+    """Augmented images. A key is the seed of its batch's augmentation, and the position of the image."""
 
     def __init__(self, read: Callable[[int], tuple[Image.Image, int]], transform: Any):
         self.read, self.transform = read, transform
 
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[tuple[torch.Tensor, int]]:
-        seed_all(keys[0][0])
-        return [
-            (pil_to_tensor(self.transform(picture)), label) for picture, label in map(self.read, (i for _, i in keys))
-        ]
+        seed_everything(keys[0][0])
+        examples = [self.read(position) for _, position in keys]
+        return [(pil_to_tensor(self.transform(picture)), label) for picture, label in examples]
 
 
 class _Stream(IterableDataset):
-    """Batches of one process from a shuffled stream, of which every process reads all."""
+    """The batches of one process from a shuffled stream. Every process reads the complete stream."""
 
     def __init__(
         self,
@@ -310,22 +305,24 @@ class _Stream(IterableDataset):
         self.seed, self.first = seed, first
 
     def __iter__(self) -> Iterator[Batch]:
-        together = self.batch_size * self.num_processes
+        global_batch_size = self.batch_size * self.num_processes
         images = self.inputs.images
         source: Any = images.source
-        if images.max_samples is not None:  # the first ones, whatever the order
+        if images.max_samples is not None:  # the first rows, in any order
             source = source.take(images.max_samples)
         shuffled = source.shuffle(seed=self.seed, buffer_size=_SHUFFLE_BUFFER)
-        rows = islice(enumerate(shuffled), self.first * together, None)
+        rows = islice(enumerate(shuffled), self.first * global_batch_size, None)
         for position in count(self.first):
-            chunk = list(islice(rows, together))
-            if len(chunk) < together:  # on all processes alike, or one would wait for the others
+            global_batch = list(islice(rows, global_batch_size))
+            if len(global_batch) < global_batch_size:  # stop on all processes at once: none waits for another
                 return
-            seed_all(self.seed, position, self.process_index)
-            share = chunk[self.process_index :: self.num_processes]
-            # nobody knows where in the split a row of a shuffled stream was
-            read = [_picture(self.inputs, f"{place} in the shuffled order", row, self.size) for place, row in share]
+            seed_everything(self.seed, position, self.process_index)
+            share = global_batch[self.process_index :: self.num_processes]
+            # the index in the split is unknown after shuffling a stream
+            examples = [
+                _read_picture(self.inputs, f"{place} in the shuffled order", row, self.size) for place, row in share
+            ]
             yield (
-                torch.stack([pil_to_tensor(self.transform(picture)) for picture, _ in read]),
-                torch.tensor([label for _, label in read]),
+                torch.stack([pil_to_tensor(self.transform(picture)) for picture, _ in examples]),
+                torch.tensor([label for _, label in examples]),
             )

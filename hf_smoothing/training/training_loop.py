@@ -1,7 +1,7 @@
-"""The one training loop, on Accelerate: pretraining, finetuning and the count head share it.
+"""The training loop, on Accelerate. Pretraining, finetuning and the count head share it.
 
-Whatever is random in a step (order, augmentation, noise, dropped paths) depends on the seed and the step's number alone, so
-that a training which was killed and goes on from its last checkpoint ends with the weights it would have had.
+What is random in a step (order, augmentation, noise, dropped paths) depends only on the seed and the number of the step. So
+a training that was killed and resumed from its last checkpoint ends with the weights of one that was never interrupted.
 """
 
 import json
@@ -16,7 +16,6 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from timm.optim import param_groups_layer_decay
 from timm.utils import ModelEmaV3
 from torch import nn
 from tqdm.auto import tqdm
@@ -25,13 +24,16 @@ from transformers.hf_argparser import HfArg
 
 from ..core.validation import check_count
 from ..utils.processes import start_processes
-from .checkpoints import Log, Position, find_checkpoint, save_checkpoint
-from .training_images import Batch, seed_all
+from .checkpoints import TrainerState, find_checkpoint, save_checkpoint
+from .optimizer import group_parameters
+from .seeds import seed_everything
+from .training_images import Batch
+from .training_log import TrainingLog
 
-_FREE = frozenset(
+_MAY_CHANGE = frozenset(
     ("output_dir", "num_train_epochs", "max_train_steps", "checkpointing_steps", "resume_from_checkpoint", "report_to")
 )
-"""Settings that may change where a training goes on; the number of steps that they come to may not."""
+"""Settings that a resumed training may change, as long as the number of steps stays the same."""
 
 
 @dataclass
@@ -43,31 +45,36 @@ class TrainingSettings:
         ValueError: for a setting out of range.
     """
 
-    output_dir: str = HfArg(help="a new folder; it becomes the model's")
+    output_dir: str = HfArg(help="new folder for the model, its checkpoints and its log")
     num_train_epochs: int = HfArg(default=10, help="passes over the images")
-    max_train_steps: int | None = HfArg(default=None, help="overrides num_train_epochs; needed for a stream")
-    per_device_train_batch_size: int = HfArg(default=128, help="images in a batch of one process")
-    gradient_accumulation_steps: int = HfArg(default=1, help="batches an update")
+    max_train_steps: int | None = HfArg(
+        default=None, help="number of updates; overrides num_train_epochs, required for a stream"
+    )
+    per_device_train_batch_size: int = HfArg(default=128, help="images per batch and process")
+    gradient_accumulation_steps: int = HfArg(default=1, help="batches per update")
     learning_rate: float = HfArg(default=1.5e-3, help="peak learning rate of AdamW")
-    weight_decay: float = HfArg(default=0.05, help="weight decay; not of biases, norms and position embeddings")
+    weight_decay: float = HfArg(default=0.05, help="weight decay; not for biases, norms and position embeddings")
     warmup_ratio: float = HfArg(
-        default=0.05, help="share of the steps in which the learning rate rises; then a cosine"
+        default=0.05, help="share of the updates with a rising learning rate; a cosine schedule follows"
     )
-    layer_decay: float = HfArg(default=1.0, help="factor of the learning rate from each layer to the one before it")
-    max_grad_norm: float = HfArg(default=1.0, help="gradients are clipped to this norm")
-    ema_decay: float = HfArg(default=0.0, help="average the weights with this decay and save the average; 0: do not")
-    seed: int = HfArg(default=0, help="of everything that is random")
+    layer_decay: float = HfArg(default=1.0, help="factor of the learning rate from each layer to the layer before it")
+    max_grad_norm: float = HfArg(default=1.0, help="clip gradients to this norm")
+    ema_decay: float = HfArg(
+        default=0.0, help="decay of an exponential moving average (EMA) of the weights, which is saved; 0: no average"
+    )
+    seed: int = HfArg(default=0, help="seed of everything random")
     mixed_precision: str | None = HfArg(
-        default=None, help="no, bf16 or fp16; by default what `accelerate launch` was told"
+        default=None, help="no, bf16 or fp16; by default what `accelerate launch` was given"
     )
-    torch_compile: bool = HfArg(default=False, help="compile the model: slow to start, faster later")
-    checkpointing_steps: str = HfArg(default="epoch", help="a checkpoint every this many steps, or every epoch")
+    torch_compile: bool = HfArg(default=False, help="compile the model: starts slowly, then runs faster")
+    checkpointing_steps: str = HfArg(default="epoch", help="save a checkpoint every so many updates, or every `epoch`")
     resume_from_checkpoint: str | None = HfArg(
-        default=None, help="go on from this checkpoint; `latest`: from the last one in output_dir, if there is one"
+        default=None,
+        help="resume from this checkpoint folder; `latest`: from the last checkpoint in output_dir, if there is one",
     )
-    logging_steps: int = HfArg(default=50, help="log the mean loss every this many steps")
+    logging_steps: int = HfArg(default=50, help="log the mean loss every so many updates")
     report_to: str | None = HfArg(
-        default=None, help="tracker: tensorboard, wandb, ... (whichever is installed), or all"
+        default=None, help="tracker such as tensorboard or wandb, or all for every installed one"
     )
 
     def __post_init__(self) -> None:
@@ -96,8 +103,8 @@ class TrainingSettings:
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"layer_decay={self.layer_decay} must be above 0, and at most 1.")
 
-    def start(self) -> Accelerator:
-        """The processes that were launched."""
+    def create_accelerator(self) -> Accelerator:
+        """Connect to the processes that were launched."""
         return start_processes(
             mixed_precision=self.mixed_precision,
             dynamo_backend="inductor" if self.torch_compile else None,
@@ -111,7 +118,7 @@ class Batches(Protocol):
     What a model is trained on.
 
     Attributes:
-        batch_size: rows in a batch of one process.
+        batch_size: rows per batch of one process.
         total: rows in all; `None` for a stream.
     """
 
@@ -119,171 +126,195 @@ class Batches(Protocol):
     total: int | None
 
     def __len__(self) -> int:
-        """Batches an epoch, on each process; not asked of a stream."""
+        """Batches per epoch on each process; not called for a stream."""
         ...
 
     def epoch(self, number: int, first: int = 0) -> Iterator[Batch]:
-        """Inputs and targets of an epoch, from batch `first` on; the same whenever they are asked for."""
+        """Inputs and targets of an epoch, from batch `first` on; every call gives the same batches."""
         ...
 
 
-def parameter_groups(
-    model: Any, learning_rate: float, weight_decay: float, layer_decay: float
-) -> list[dict[str, Any]]:
+class TrainingLoop:
     """
-    Groups of parameters for AdamW: one-dimensional ones and position embeddings do not decay, and each layer of the encoder
-    learns by `layer_decay` slower than the next (timm's grouping; Bao et al. 2021, BEiT). Frozen ones are left out.
+    Trains a model, or resumes its training from a checkpoint.
+
+    `output_dir/training_log.jsonl` gets a line for every mean loss and every evaluation; `output_dir/step_N` is the last
+    checkpoint. After each epoch the model (with `ema_decay`, the EMA of its weights) is evaluated and saved to `output_dir`,
+    so an interrupted training leaves a usable model too.
 
     Args:
-        model: a mixed-noise ViT; any other, whose layers nobody knows here, for a `layer_decay` of 1 alone.
-        learning_rate: that of the last layer and of what comes after it.
-        weight_decay: of those that decay.
-        layer_decay: at most 1.
-
-    Raises:
-        ValueError: for a layer decay of another model.
-    """
-    groups, inside = [], set()
-    if hasattr(model, "mixed_noise_vit"):
-        encoder = model.mixed_noise_vit.encoder
-        groups = param_groups_layer_decay(
-            encoder, weight_decay, no_weight_decay_list=encoder.no_weight_decay(), layer_decay=layer_decay
-        )
-        inside = {id(parameter) for parameter in encoder.parameters()}
-    elif layer_decay < 1:
-        raise ValueError(f"layer_decay={layer_decay:g} takes a mixed-noise ViT: for other models leave it out.")
-    rest = [one for one in model.parameters() if id(one) not in inside and one.requires_grad]
-    for decay, parameters in (
-        (weight_decay, [one for one in rest if one.ndim > 1]),
-        (0.0, [one for one in rest if one.ndim <= 1]),
-    ):
-        if parameters:
-            groups.append({"params": parameters, "weight_decay": decay, "lr_scale": 1.0})
-    return [{**one, "lr": learning_rate * one.pop("lr_scale")} for one in groups]
-
-
-def train(
-    model: Any,
-    batches: Batches,
-    compute_loss: Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor],
-    settings: TrainingSettings,
-    accelerator: Accelerator,
-    *,
-    save: Callable[[Any], None],
-    identity: dict[str, Any],
-    evaluate: Callable[[Any], dict[str, float]] | None = None,
-) -> dict[str, Any]:
-    """
-    Train a model; go on where a checkpoint left off.
-
-    `output_dir/training_log.jsonl` gets a line for every mean loss and every evaluation, `output_dir/step_N` is the last
-    checkpoint. After each epoch the model is evaluated and saved, so that a training cut short leaves one.
-
-    Args:
-        model: see [`parameter_groups`] for which.
-        batches: what it sees.
-        compute_loss: from the model (in the wrapping of its processes) and a batch's inputs and targets to a loss. The
-            global generators it may draw from are seeded for each batch.
+        model: a mixed-noise ViT, or another model (see [`group_parameters`]).
+        batches: the training data.
+        compute_loss: computes a loss from the model (as wrapped for its processes) and the inputs and targets of a batch. It
+            may use the global random generators, which are seeded for each batch.
         settings: how to train.
-        accelerator: the processes, from `settings.start()`.
-        save: saves the model (the averaged one, with `ema_decay`); called on the main process.
-        identity: further settings that must be the same for a training to be gone on with, as plain values.
-        evaluate: called on all processes with the model that would be saved; its numbers are logged.
-
-    Returns:
-        What came of it, as plain values: steps, images seen, final loss, seconds, evaluations.
+        accelerator: the processes, from `settings.create_accelerator()`.
+        processor: image processor to save with the model.
+        fixed_settings: further settings that must stay the same when the training is resumed, as plain values.
+        evaluate: computes figures to log from the model that is then saved; called on all processes.
 
     Raises:
-        ValueError: for a checkpoint that is not there or of a training with other settings, a folder that holds a training
-            already, a stream without `max_train_steps`.
-        FloatingPointError: where the loss is not finite.
+        ValueError: for a missing checkpoint or one of a training with other settings, a folder that holds a training
+            already, or a stream without `max_train_steps`.
     """
-    output_dir, together = Path(settings.output_dir), settings.gradient_accumulation_steps
-    steps = _number_of_steps(settings, batches)
-    deciding = {name: value for name, value in asdict(settings).items() if name not in _FREE}
-    deciding["mixed_precision"] = accelerator.mixed_precision
-    identity = {**deciding, **identity, "steps": steps, "num_processes": accelerator.num_processes}
-    identity = json.loads(json.dumps(identity))
-    checkpoint = find_checkpoint(output_dir, settings.resume_from_checkpoint, identity)
 
-    model = model.to(memory_format=torch.channels_last)
-    optimizer: Any = torch.optim.AdamW(
-        parameter_groups(model, settings.learning_rate, settings.weight_decay, settings.layer_decay)
-    )
-    scheduler = get_cosine_schedule_with_warmup(optimizer, math.ceil(settings.warmup_ratio * steps), steps)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    plain = accelerator.unwrap_model(model, keep_torch_compile=False)
-    average = ModelEmaV3(plain, settings.ema_decay, use_warmup=True) if settings.ema_decay else None
-    final = plain if average is None else average.module
-    position, log = Position(), Log(output_dir, accelerator)
-    # the scheduler is not prepared: that would make it take as many steps at once as there are processes
-    accelerator.register_for_checkpointing(position, scheduler, log, *([average] if average else []))
-    if checkpoint is not None:
-        accelerator.load_state(str(checkpoint))
-    log.open(position, {**asdict(settings), **identity})
+    def __init__(
+        self,
+        model: Any,
+        batches: Batches,
+        compute_loss: Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor],
+        settings: TrainingSettings,
+        accelerator: Accelerator,
+        *,
+        fixed_settings: dict[str, Any],
+        processor: Any = None,
+        evaluate: Callable[[Any], dict[str, float]] | None = None,
+    ):
+        self.batches, self.compute_loss, self.evaluate, self.processor = batches, compute_loss, evaluate, processor
+        self.settings, self.accelerator, self.output_dir = settings, accelerator, Path(settings.output_dir)
+        self.num_steps = _count_steps(settings, batches)
+        self.fixed_settings = json.loads(
+            json.dumps(
+                {
+                    **{name: value for name, value in asdict(settings).items() if name not in _MAY_CHANGE},
+                    "mixed_precision": accelerator.mixed_precision,
+                    **fixed_settings,
+                    "steps": self.num_steps,
+                    "num_processes": accelerator.num_processes,
+                }
+            )
+        )
+        checkpoint = find_checkpoint(self.output_dir, settings.resume_from_checkpoint, self.fixed_settings)
+        self._set_up(model)
+        if checkpoint is not None:
+            accelerator.load_state(str(checkpoint))
+        self.log.start({**asdict(settings), **self.fixed_settings})
+        self.last_saved_step = self.state.step
 
-    began = time.monotonic() - position.seconds
-    saved_at = position.step
-    bar = tqdm(
-        desc="training", total=steps, initial=position.step, unit="step", disable=not accelerator.is_main_process
-    )
-    while position.step < steps:
-        _set_training(model)
-        epoch = batches.epoch(position.epoch, position.batch)
-        while position.step < steps and len(update := list(islice(epoch, together))) == together:
-            for number, (inputs, targets) in enumerate(update, 1):
-                position.batch += 1
-                seed_all(settings.seed, position.epoch, position.batch, accelerator.process_index)
-                with nullcontext() if number == together else accelerator.no_sync(model):
-                    inputs, targets = (one.to(accelerator.device, non_blocking=True) for one in (inputs, targets))
-                    loss = compute_loss(model, inputs, targets)
-                    accelerator.backward(loss / together)
-                log.losses.append(loss.detach())
-            accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-            scheduler.step()
-            position.step += 1
-            position.seconds = time.monotonic() - began
-            bar.update()
-            if average is not None:
-                average.update(plain, position.step)
-            if position.step % settings.logging_steps == 0 or position.step == steps:
-                bar.set_postfix(loss=f"{log.write_loss(position, scheduler.get_last_lr()[-1]):.3f}")
-            due = settings.checkpointing_steps != "epoch" and position.step % int(settings.checkpointing_steps) == 0
-            if due and position.step < steps:  # the last one follows the model: who goes on from it finds that saved
-                log.refuse_infinite(position, final)
-                saved_at = save_checkpoint(accelerator, output_dir, position, log, identity)
-        if position.batch == 0:
+    def _set_up(self, model: Any) -> None:
+        """Create everything that training changes, and register it for checkpoints."""
+        settings, accelerator = self.settings, self.accelerator
+        model = model.to(memory_format=torch.channels_last)
+        optimizer: Any = torch.optim.AdamW(
+            group_parameters(model, settings.learning_rate, settings.weight_decay, settings.layer_decay)
+        )
+        num_warmup_steps = math.ceil(settings.warmup_ratio * self.num_steps)
+        # not prepared: a prepared scheduler takes one step per process in each update
+        self.scheduler = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps, self.num_steps)
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.unwrapped_model = accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        self.ema = (
+            ModelEmaV3(self.unwrapped_model, settings.ema_decay, use_warmup=True) if settings.ema_decay else None
+        )
+        self.final_model = self.unwrapped_model if self.ema is None else self.ema.module
+        self.state, self.log = TrainerState(), TrainingLog(self.output_dir, accelerator)
+        averages = [] if self.ema is None else [self.ema]
+        accelerator.register_for_checkpointing(self.state, self.scheduler, self.log, *averages)
+
+    def run(self) -> dict[str, Any]:
+        """
+        Train until the last step.
+
+        Returns:
+            Results as plain values: steps, images seen, final loss, seconds, evaluation and the like.
+
+        Raises:
+            ValueError: for a stream with fewer images than one update takes.
+            FloatingPointError: if loss or weights are no longer finite.
+        """
+        with tqdm(
+            desc="training",
+            total=self.num_steps,
+            initial=self.state.step,
+            unit="step",
+            disable=not self.accelerator.is_main_process,
+        ) as progress_bar:
+            self.started = time.monotonic() - self.state.seconds
+            while self.state.step < self.num_steps:
+                self._train_epoch(progress_bar)
+                self._finish_epoch()
+        images_per_step = (
+            self.settings.gradient_accumulation_steps * self.batches.batch_size * self.accelerator.num_processes
+        )
+        return {
+            "steps": self.num_steps,
+            "images_seen": self.num_steps * images_per_step,
+            "final_loss": self.log.last("loss"),
+            "evaluation": self.log.last("evaluation"),
+            "seconds": self.state.seconds,
+            "device": str(self.accelerator.device),
+            "num_processes": self.accelerator.num_processes,
+            "num_threads": torch.get_num_threads(),
+            "parameters": sum(parameter.numel() for parameter in self.unwrapped_model.parameters()),
+        }
+
+    def _train_epoch(self, progress_bar: Any) -> None:
+        """The updates of the current epoch, from the current batch on."""
+        settings, state = self.settings, self.state
+        _set_training_mode(self.model)
+        batches = self.batches.epoch(state.epoch, state.batch)
+        size = settings.gradient_accumulation_steps
+        while state.step < self.num_steps and len(update := list(islice(batches, size))) == size:
+            self._update(update)
+            progress_bar.update()
+            if state.step % settings.logging_steps == 0 or state.step == self.num_steps:
+                loss = self.log.write_loss(state, self.scheduler.get_last_lr()[-1])
+                progress_bar.set_postfix(loss=f"{loss:.3f}")
+            due = settings.checkpointing_steps != "epoch" and state.step % int(settings.checkpointing_steps) == 0
+            # the last checkpoint follows the model, so that resuming from it finds the model saved
+            if due and state.step < self.num_steps:
+                self.log.check_finite(state, self.final_model)
+                self._save_checkpoint()
+        if state.batch == 0:
             raise ValueError("The stream holds fewer images than one update takes.")
-        log.refuse_infinite(position, final)
-        if evaluate is not None:
-            final.eval()
-            log.write(position, "evaluation", evaluate(final))
-        if accelerator.is_main_process:  # every epoch: a training that is cut short leaves a usable model
-            save(final)
-        if position.step < steps:
-            position.epoch, position.batch = position.epoch + 1, 0
-        if (settings.checkpointing_steps == "epoch" or position.step == steps) and saved_at < position.step:
-            saved_at = save_checkpoint(accelerator, output_dir, position, log, identity)
-    bar.close()
-    return {
-        "steps": steps,
-        "images_seen": steps * together * batches.batch_size * accelerator.num_processes,
-        "final_loss": log.last("loss"),
-        "evaluation": log.last("evaluation"),
-        "seconds": position.seconds,
-        "device": str(accelerator.device),
-        "num_processes": accelerator.num_processes,
-        "num_threads": torch.get_num_threads(),
-        "parameters": sum(parameter.numel() for parameter in plain.parameters()),
-    }
+
+    def _update(self, batches: list[Batch]) -> None:
+        """One step of the optimizer, with the accumulated gradients of some batches."""
+        for number, (inputs, targets) in enumerate(batches, 1):
+            self.state.batch += 1
+            seed_everything(self.settings.seed, self.state.epoch, self.state.batch, self.accelerator.process_index)
+            with nullcontext() if number == len(batches) else self.accelerator.no_sync(self.model):
+                inputs = inputs.to(self.accelerator.device, non_blocking=True)
+                targets = targets.to(self.accelerator.device, non_blocking=True)
+                loss = self.compute_loss(self.model, inputs, targets)
+                self.accelerator.backward(loss / len(batches))
+            self.log.losses.append(loss.detach())
+        self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.scheduler.step()
+        self.state.step += 1
+        self.state.seconds = time.monotonic() - self.started
+        if self.ema is not None:
+            self.ema.update(self.unwrapped_model, self.state.step)
+
+    def _finish_epoch(self) -> None:
+        """Evaluate and save the model, and save a checkpoint where one is due."""
+        state = self.state
+        self.log.check_finite(state, self.final_model)
+        if self.evaluate is not None:
+            self.final_model.eval()
+            self.log.write(state, "evaluation", self.evaluate(self.final_model))
+        if self.accelerator.is_main_process:
+            for saved in (self.final_model, self.processor):
+                if saved is not None:
+                    saved.save_pretrained(self.output_dir)
+        finished = state.step == self.num_steps
+        if not finished:
+            state.epoch, state.batch = state.epoch + 1, 0
+        if (finished or self.settings.checkpointing_steps == "epoch") and self.last_saved_step < state.step:
+            self._save_checkpoint()
+
+    def _save_checkpoint(self) -> None:
+        self.log.average_losses()
+        save_checkpoint(self.accelerator, self.output_dir, self.state.step, self.fixed_settings)
+        self.last_saved_step = self.state.step
 
 
-def _number_of_steps(settings: TrainingSettings, batches: Batches) -> int:
+def _count_steps(settings: TrainingSettings, batches: Batches) -> int:
     if batches.total is None:
         if settings.max_train_steps is None:
-            raise ValueError("A stream does not say how long an epoch is: set max_train_steps.")
+            raise ValueError("The length of a stream is unknown: set max_train_steps.")
         return settings.max_train_steps
     updates = len(batches) // settings.gradient_accumulation_steps
     if updates == 0:
@@ -294,8 +325,8 @@ def _number_of_steps(settings: TrainingSettings, batches: Batches) -> int:
     return settings.max_train_steps or settings.num_train_epochs * updates
 
 
-def _set_training(model: nn.Module) -> None:
-    """Training mode, except for what is frozen: dropped paths and batch statistics would change its features."""
+def _set_training_mode(model: nn.Module) -> None:
+    """Training mode, except for frozen modules: dropped paths and batch statistics would change their features."""
     model.train()
     for module in model.modules():
         parameters = list(module.parameters())

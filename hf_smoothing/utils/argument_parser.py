@@ -1,8 +1,12 @@
-"""The command line of the training scripts."""
+"""The command line of the scripts: flags from dataclasses, and errors as messages."""
 
 import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import HfArgumentParser
 
 
@@ -24,3 +28,12 @@ def argument_parser(settings: tuple[Any, ...], description: str | None) -> HfArg
         description: what the script does, with examples; shown as it is.
     """
     return HfArgumentParser(settings, description=description, formatter_class=_Help)  # type: ignore[arg-type]
+
+
+@contextmanager
+def exit_on_error() -> Iterator[None]:
+    """End the program with a message, and exit status 1, for errors that its user can fix."""
+    try:
+        yield
+    except (OSError, ValueError, FloatingPointError, StrictDataclassError) as error:
+        sys.exit(f"error: {error}")

@@ -1,41 +1,50 @@
-"""How good is a count head? Its estimates beside Monte-Carlo certificates of the same images, none left out.
+"""How good is a count head? Compares its estimates with Monte-Carlo certificates of the same images, counting all of them.
 
+Example:
     accelerate launch scripts/certify.py --model_name_or_path my-model --dataset_name uoft-cs/cifar10 --every 20 \\
         --sigma 0.25 0.5 1 --method fixed --n 10000 --output_dir runs/fixed
     python scripts/studies/count_head_study.py --model my-model --count_head my-counts --run runs/fixed \\
         --sequential runs/sequential runs/sequential-with-the-head --output_dir my-counts/results
 
-Writes OUTPUT_DIR/study.json and a picture: disagreement, over- and underestimation, the calibration of the predicted p_A,
-the accuracy of estimate and conformal radius beside Monte-Carlo, the draws of the sequential rule with and without the
-head, seconds an image, and after how many images the training is paid back. A head that `hf-smoothing calibrate` has
-calibrated, on other images and for as many draws, is judged as it is; besides, random halves of these are used to calibrate
-and to judge.
+Writes OUTPUT_DIR/study.json and a picture: disagreement, over- and underestimation, calibration of the predicted p_A,
+accuracy of the estimate and of the conformal radius beside Monte-Carlo, draws of the sequential rule with and without the
+head, seconds per image, and the number of images after which the training has paid off. A head that `hf-smoothing calibrate`
+calibrated, on other images and for as many draws, is evaluated as it is; besides, the study calibrates on random halves.
 """
 
 import argparse
 import json
 import math
 import sys
-import time
+import timeit
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from rich.console import Console
 from tqdm.auto import tqdm
 
 from hf_smoothing import GaussianNoise, SequentialRule, SmoothedClassifier
 from hf_smoothing.core.count_predictor import CountPredictor
 from hf_smoothing.core.loading import weights_digest
 from hf_smoothing.core.sampling_rule import CleanPass, radii_in_reach
-from hf_smoothing.count_head.count_calibration import compare, predict_counts, refuse_training_images
-from hf_smoothing.count_head.count_errors import Comparison, errors, expected_at, judged, random_splits
-from hf_smoothing.count_head.measured_counts import Counts, read_counts
+from hf_smoothing.count_head.calibrate import refuse_training_images
+from hf_smoothing.count_head.comparison import Comparison, compare_with_certificates, predict_counts
+from hf_smoothing.count_head.evaluation import (
+    compute_errors,
+    evaluate_calibration,
+    evaluate_random_splits,
+    expect_accuracy,
+)
+from hf_smoothing.count_head.measured_counts import MeasuredCounts, read_counts
 from hf_smoothing.diagnostics.simulation import simulate, wald_draws
 from hf_smoothing.reporting.report import summarize
 from hf_smoothing.reporting.results import read_results
+from hf_smoothing.reporting.tables import print_table
 from hf_smoothing.runs.run_folder import RunFolder
+from hf_smoothing.utils.argument_parser import exit_on_error
 from hf_smoothing.utils.files import write_json
 from hf_smoothing.utils.provenance import command_line, package_versions
 
@@ -43,17 +52,19 @@ RADII = (0.0, 0.25, 0.5, 0.75, 1.0)
 DELTAS = (0.1, 0.05)
 BUDGET = 100_000
 USUAL = 100 + BUDGET
-_REPEATS = 4
-"""Simulations of an image, at least."""
+"""Draws per image of the usual protocol."""
+
+_MIN_REPEATS = 4
+"""Simulations per image, at least."""
 
 
-def heads(frequencies: np.ndarray, predicted: np.ndarray, clean: np.ndarray) -> dict[str, CleanPass]:
-    """What the sampler may be told: the classifier's clean pass, the head's ranking or all it says, lies, the truth."""
+def clean_passes(frequencies: np.ndarray, predicted: np.ndarray, logits: np.ndarray) -> dict[str, CleanPass]:
+    """What the rule is told of an image: the classifier's logits, the head's ranking or its frequencies, lies, the truth."""
     permuted = np.roll(predicted, 1)
     sure = np.full(len(predicted), 0.001 / (len(predicted) - 1))
     sure[permuted.argmax()] = 0.999
     return {
-        "without": CleanPass(clean),
+        "without": CleanPass(logits),
         "ranking": CleanPass(np.log(predicted)),
         "with": CleanPass(predicted, frequencies=True),
         "permuted": CleanPass(permuted, frequencies=True),
@@ -62,256 +73,278 @@ def heads(frequencies: np.ndarray, predicted: np.ndarray, clean: np.ndarray) -> 
     }
 
 
-def draws_to_decide(
-    one: Comparison, clean: np.ndarray, radius: float, draws_a_repeat: int, seed: int
+def simulate_draws_to_decide(
+    comparison: Comparison, logits: np.ndarray, radius: float, draws_a_repeat: int, seed: int
 ) -> dict[str, Any] | None:
     """
-    Mean draws over the images whose measured p_A clears the radius and that a quarter of the budget can decide.
+    Mean draws of the images whose measured p_A suffices for the radius and that a quarter of the budget can decide.
 
     Args:
-        one: estimates and certificates.
-        clean: `(images, classes)`, what the base classifier says of the clean images.
-        radius: to decide.
-        draws_a_repeat: an image is simulated once for so many draws of its Wald bound: a few hard images make up most of a
-            mean, and of its error.
-        seed: of the simulated draws.
+        comparison: estimates and certificates.
+        logits: `(images, classes)`, the base classifier's logits of the clean images.
+        radius: the radius to decide.
+        draws_a_repeat: an image is simulated once for every so many draws of its Wald bound: a few hard images make up most
+            of the mean and of its error.
+        seed: seed of the simulated draws.
     """
-    noise = GaussianNoise(one.sigma)
-    p0 = noise.probability_needed(radius)
-    frequencies = one.counts / one.n
-    # a class measured in every draw has a p below 1 that nobody knows: as if one draw had missed half
-    top = np.minimum(frequencies.max(1), 1 - 0.5 / one.n)
-    bounds = np.array([wald_draws(p, p0, one.alpha) if p > p0 else np.inf for p in top])
-    chosen = np.flatnonzero(bounds <= BUDGET / 4)
-    if not len(chosen):
+    noise = GaussianNoise(comparison.sigma)
+    p_needed = noise.probability_needed(radius)
+    frequencies = comparison.counts / comparison.n
+    # a class counted in every draw has an unknown p below 1: take it as if half a draw had missed
+    top = np.minimum(frequencies.max(1), 1 - 0.5 / comparison.n)
+    bounds = np.array([wald_draws(p, p_needed, comparison.alpha) if p > p_needed else np.inf for p in top])
+    images = np.flatnonzero(bounds <= BUDGET / 4)
+    if not len(images):
         return None
-    rule = SequentialRule(radii=(radius,), alpha=one.alpha, max_draws=BUDGET)
-    spent: dict[str, list[list[int]]] = {}
-    claimed: dict[str, list[float]] = {}
-    for image in tqdm(chosen, f"sigma {one.sigma:g}, radius {radius:g}", leave=False):
-        for name, told in heads(frequencies[image], one.probabilities[image], clean[image]).items():
+    rule = SequentialRule(radii=(radius,), alpha=comparison.alpha, max_draws=BUDGET)
+    draws_by_name: dict[str, list[list[int]]] = {}
+    claims_by_name: dict[str, list[float]] = {}
+    for image in tqdm(images, f"sigma {comparison.sigma:g}, radius {radius:g}", leave=False):
+        passes = clean_passes(frequencies[image], comparison.probabilities[image], logits[image])
+        for name, clean_pass in passes.items():
             draws, claims = [], []
-            for repeat in range(max(_REPEATS, math.ceil(bounds[image] / draws_a_repeat))):
+            for repeat in range(max(_MIN_REPEATS, math.ceil(bounds[image] / draws_a_repeat))):
                 generator = np.random.default_rng([seed, int(image), repeat])
-                found, drawn = simulate(rule, noise, frequencies[image], told, generator)
-                draws.append(1 + drawn)  # the clean pass counts
-                claims.append(noise.radius(found.p_lower, found.p_upper) >= radius)
-            spent.setdefault(name, []).append(draws)
-            claimed.setdefault(name, []).append(float(np.mean(claims)))
+                outcome, num_draws = simulate(rule, noise, frequencies[image], clean_pass, generator)
+                draws.append(1 + num_draws)  # the clean pass counts
+                claims.append(noise.radius(outcome.p_lower, outcome.p_upper) >= radius)
+            draws_by_name.setdefault(name, []).append(draws)
+            claims_by_name.setdefault(name, []).append(float(np.mean(claims)))
     return {
-        "sigma": one.sigma,
+        "sigma": comparison.sigma,
         "radius": radius,
-        "images": len(chosen),
-        "wald": float(bounds[chosen].mean()),
-        "draws": {name: float(np.mean([np.mean(draws) for draws in images])) for name, images in spent.items()},
-        # of these images: how far the simulated draws may be off, not what others would take
+        "images": len(images),
+        "wald": float(bounds[images].mean()),
+        "draws": {name: float(np.mean([np.mean(draws) for draws in rows])) for name, rows in draws_by_name.items()},
+        # the error of the simulation for these images, not the spread over other images
         "errors": {
-            name: float(np.sqrt(sum(np.var(draws, ddof=1) / len(draws) for draws in images)) / len(images))
-            for name, images in spent.items()
+            name: float(np.sqrt(sum(np.var(draws, ddof=1) / len(draws) for draws in rows)) / len(images))
+            for name, rows in draws_by_name.items()
         },
-        "claimed": {name: float(np.mean(claims)) for name, claims in claimed.items()},
+        "claimed": {name: float(np.mean(claims)) for name, claims in claims_by_name.items()},
     }
 
 
 @torch.inference_mode()
-def clean_logits(smoothed: SmoothedClassifier, measured: Counts) -> np.ndarray:
-    """What the base classifier says of the clean images: `(rows, classes)`."""
-    inputs = measured.open().bind(measured.settings["label_names"], smoothed.preprocessing)
-    wanted, rows = np.unique(measured.indices, return_inverse=True)
+def compute_clean_logits(smoothed: SmoothedClassifier, measured: MeasuredCounts) -> np.ndarray:
+    """The base classifier's logits of the clean images: `(rows, classes)`."""
+    inputs = measured.open_images().bind(measured.settings["label_names"], smoothed.preprocessing)
+    indices, rows = np.unique(measured.indices, return_inverse=True)
+    batches = np.array_split(indices, range(smoothed.batch_size, len(indices), smoothed.batch_size))
     logits = [
-        smoothed.base_classifier([torch.stack([inputs[index][0] for index in some]).to(smoothed.device)], 0.0)
-        for some in np.array_split(wanted, range(smoothed.batch_size, len(wanted), smoothed.batch_size))
+        smoothed.base_classifier([torch.stack([inputs[index][0] for index in batch]).to(smoothed.device)], 0.0)
+        for batch in batches
     ]
     return torch.cat(logits).double().cpu().numpy()[rows]
 
 
-def seconds_an_image(
+def measure_seconds(
     args: argparse.Namespace,
     smoothed: SmoothedClassifier,
     predictor: CountPredictor,
-    measured: Counts,
+    measured: MeasuredCounts,
     sequential: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """Of the estimate, in batches, and of the sampling rules, from the rate at which the same model is drawn from."""
-    inputs = measured.open().bind(predictor.class_names, smoothed.preprocessing)
-    index = np.unique(measured.indices)[: args.batch_size]
-    batch = torch.stack([inputs[one][0] for one in index])
+    """Seconds per image: of the estimate in batches, and of the sampling rules at the measured rate of draws."""
+    inputs = measured.open_images().bind(predictor.class_names, smoothed.preprocessing)
+    indices = np.unique(measured.indices)[: args.batch_size]
+    batch = torch.stack([inputs[index][0] for index in indices])
     sigma = float(measured.sigmas.max())
-
-    def seconds(call: Any) -> float:
-        started = time.perf_counter()
-        call()
-        return time.perf_counter() - started
 
     def estimate() -> None:
         predictor(batch, sigma).cpu()
 
-    estimate()  # the first pass sets things up
-    asked = float(np.median([seconds(estimate) for _ in range(7)])) / len(batch)
-    drawn = args.timed_draws
+    estimate()  # warm up
+    seconds_per_estimate = float(np.median(timeit.repeat(estimate, number=1, repeat=7))) / len(batch)
+    draws = args.timed_draws
     smoothed.certify(batch[:1], method="counts", n=args.batch_size)
-    drawing = float(
-        np.median([seconds(lambda: smoothed.certify(batch[:1], method="counts", n=drawn)) for _ in range(3)])
-    )
-    usual = drawing / drawn * USUAL
-    found = {"estimate": asked, "usual": usual, "timed_draws": drawn, "ratio": usual / asked}
-    if without := [row["draws"] for row in sequential if not row["with_head"]]:
-        spent = drawing / drawn * float(np.mean(without))
-        found |= {"sequential": spent, "ratio_of_sequential": spent / asked}
-    return found
+    timings = timeit.repeat(lambda: smoothed.certify(batch[:1], method="counts", n=draws), number=1, repeat=3)
+    seconds_per_draw = float(np.median(timings)) / draws
+    usual = seconds_per_draw * USUAL
+    seconds = {
+        "estimate": seconds_per_estimate,
+        "usual": usual,
+        "timed_draws": draws,
+        "ratio": usual / seconds_per_estimate,
+    }
+    if without_head := [row["draws"] for row in sequential if not row["with_head"]]:
+        seconds["sequential"] = seconds_per_draw * float(np.mean(without_head))
+        seconds["ratio_of_sequential"] = seconds["sequential"] / seconds_per_estimate
+    return seconds
 
 
-def draw(all_of_them: list[Comparison], found: list[dict[str, Any]], path: Path) -> None:
-    """Predicted against measured radius, and the calibration of the predicted p_A."""
-    figure = Figure(figsize=(4 * len(all_of_them), 7.5), layout="constrained")
-    axes = np.atleast_2d(figure.subplots(2, len(all_of_them), squeeze=False))
-    for one, row, (above, below) in zip(all_of_them, found, axes.T):
-        same = one.top == one.predictions
-        for rows, color, label in (
-            (same, "tab:blue", "same class"),
-            (~same, "tab:red", "another class, or Monte-Carlo abstains"),
+def plot(comparisons: list[Comparison], errors: list[dict[str, Any]], path: Path) -> None:
+    """Estimated against certified radius, and the calibration of the predicted p_A."""
+    figure = Figure(figsize=(4 * len(comparisons), 7.5), layout="constrained")
+    axes = np.atleast_2d(figure.subplots(2, len(comparisons), squeeze=False))
+    for comparison, row, (upper, lower) in zip(comparisons, errors, axes.T):
+        certified, estimated, agrees = comparison.certified_radii, comparison.estimated_radii, comparison.agrees
+        for images, color, label in (
+            (agrees, "tab:blue", "same class"),
+            (~agrees, "tab:red", "another class, or Monte-Carlo abstains"),
         ):
-            above.scatter(one.measured[rows], one.estimated[rows], s=6, alpha=0.5, color=color, label=label)
-        most = max(one.measured.max(), one.estimated.max(), 1e-3)
-        above.plot([0, most], [0, most], color="gray", linewidth=0.8)
-        above.set(title=f"sigma = {one.sigma:g}", xlabel="Monte-Carlo radius", ylabel="estimated radius")
+            upper.scatter(certified[images], estimated[images], s=6, alpha=0.5, color=color, label=label)
+        largest = max(certified.max(), estimated.max(), 1e-3)
+        upper.plot([0, largest], [0, largest], color="gray", linewidth=0.8)
+        upper.set(title=f"sigma = {comparison.sigma:g}", xlabel="Monte-Carlo radius", ylabel="estimated radius")
         curve = row["calibration_curve"]
-        below.plot([0, 1], [0, 1], color="gray", linewidth=0.8)
-        below.plot([bin["predicted"] for bin in curve], [bin["measured"] for bin in curve], marker="o")
-        below.set(xlabel="predicted share of the top class", ylabel="measured share", xlim=(0, 1), ylim=(0, 1))
+        lower.plot([0, 1], [0, 1], color="gray", linewidth=0.8)
+        lower.plot([bin["predicted"] for bin in curve], [bin["measured"] for bin in curve], marker="o")
+        lower.set(xlabel="predicted share of the top class", ylabel="measured share", xlim=(0, 1), ylim=(0, 1))
     axes[0, 0].legend(fontsize=7)
     figure.savefig(path, dpi=130)
 
 
-def as_calibrated(one: Comparison, predictor: CountPredictor) -> list[dict[str, Any]]:
-    """What the head's own calibration makes of its estimates, at each delta that it has images enough for."""
+def evaluate_own_calibration(comparison: Comparison, predictor: CountPredictor) -> list[dict[str, Any]]:
+    """The claims of the head's own calibration, at each delta for which it has enough images."""
     calibration = predictor.calibration
-    if calibration is None or (calibration.n, calibration.alpha) != (one.n, one.alpha):
-        return []  # it speaks of other certificates than these
-    if shared := calibration.shared_images(one.sigma, one.probabilities):
-        raise ValueError(f"The head was calibrated on {shared} of the images of this very run: judge it on others.")
+    if calibration is None or (calibration.n, calibration.alpha) != (comparison.n, comparison.alpha):
+        return []  # it is for other certificates
+    if shared := calibration.shared_images(comparison.sigma, comparison.probabilities):
+        raise ValueError(f"The head was calibrated on {shared} of the images of this very run: use a run on others.")
     return [
-        {"calibrated_on": calibration.words, **judged(one, calibration, delta, RADII, decided=decided)}
+        {
+            "sigma": comparison.sigma,
+            "calibrated_on": calibration.words,
+            **evaluate_calibration(comparison, calibration, delta, RADII, decided=decided),
+        }
         for delta in DELTAS
-        if delta * (calibration.images[one.sigma] + 1) >= 1
-        for decided in to_decide(one)
+        if delta * (calibration.images[comparison.sigma] + 1) >= 1
+        for decided in list_questions(comparison)
     ]
 
 
-def to_decide(one: Comparison) -> list[list[float] | None]:
-    """What a calibrated head may be asked: each image's own radius, or of the radii that the draws can show all or one."""
-    reached = radii_in_reach(RADII[1:], GaussianNoise(one.sigma), one.n, one.alpha)
-    return [None, *([reached] if len(reached) > 1 else []), *([radius] for radius in reached)]
+def list_questions(comparison: Comparison) -> list[list[float] | None]:
+    """The radii to decide: none (each image's own radius), all that the draws can show together, and each alone."""
+    radii = radii_in_reach(RADII[1:], GaussianNoise(comparison.sigma), comparison.n, comparison.alpha)
+    return [None, *([radii] if len(radii) > 1 else []), *([radius] for radius in radii)]
 
 
-def read_sequential(runs: list[Path], measured: Counts, count_head: str) -> list[dict[str, Any]]:
-    """Draws an image and accuracy of the sequential rule on the same images, without the head and with it."""
-    found: list[dict[str, Any]] = []
+def read_sequential(runs: list[Path], measured: MeasuredCounts, head_weights: str) -> list[dict[str, Any]]:
+    """Draws per image and accuracy of the sequential rule on the same images, without the head and with it."""
+    rows: list[dict[str, Any]] = []
     results = read_results(runs)
     for result in results:
         if any(result.settings[name] != results[0].settings[name] for name in ("radii", "max_draws", "tolerance")):
-            raise ValueError(
-                f"{result.source} and {results[0].source} asked for different radii, or have other budgets."
-            )
-        steered = result.settings.get("count_head") is not None
-        if steered and result.settings["count_head_weights"] != count_head:
-            raise ValueError(f"{result.source} was drawn with another count head than this.")
-        same = ("dataset_name", "split", "every", "max_samples", "alpha", "model_weights")
-        other = [name for name in same if result.settings.get(name) != measured.settings[name]]
-        if other:
-            raise ValueError(f"{result.source} is of another {', '.join(other)} than the run of --method fixed.")
+            raise ValueError(f"{result.source} and {results[0].source} have different radii or budgets.")
+        with_head = result.settings.get("count_head") is not None
+        if with_head and result.settings["count_head_weights"] != head_weights:
+            raise ValueError(f"{result.source} was made with another count head.")
+        shared = ("dataset_name", "split", "every", "max_samples", "alpha", "model_weights")
+        if differing := [name for name in shared if result.settings.get(name) != measured.settings[name]]:
+            raise ValueError(f"{result.source} has another {', '.join(differing)} than the run of --method fixed.")
         accuracy = [
             {"radius": row["radius"], "share": row["share"], "standing": row["standing"]}
             for row in summarize([result], RADII)["results"][0]["certified_accuracy"]
         ]
-        found.append(
+        rows.append(
             {
                 "sigma": result.sigma,
                 "draws": float(np.mean(result.column("num_samples"))),
                 "budget": result.settings["max_draws"],
-                "with_head": steered,
+                "with_head": with_head,
                 "accuracy": accuracy,
             }
         )
-    return found
+    return rows
 
 
-def payback(folder: Path, counting: float | None, times: dict[str, Any]) -> dict[str, float] | None:
-    """After how many images counting and training have cost less than certifying in another way would have."""
-    training = folder / "results" / "training.json"
-    if counting is None or not training.exists():
+def compute_payback(
+    count_head: Path, counting_seconds: float | None, seconds: dict[str, Any]
+) -> dict[str, float] | None:
+    """The number of images from which on counting and training cost less time than certifying in other ways."""
+    training = count_head / "results" / "training.json"
+    if counting_seconds is None or not training.exists():
         return None
     trained = json.loads(training.read_text())
-    spent = counting + trained["preparation_seconds"] + trained["seconds"]
-    others = {"images": times["usual"]}
-    if "sequential" in times:
-        others["images_of_sequential"] = times["sequential"]
-    return {"seconds": spent, **{name: spent / (cost - times["estimate"]) for name, cost in others.items()}}
+    spent = counting_seconds + trained["preparation_seconds"] + trained["seconds"]
+    others = {"images": seconds["usual"]}
+    if "sequential" in seconds:
+        others["images_of_sequential"] = seconds["sequential"]
+    return {"seconds": spent, **{name: spent / (cost - seconds["estimate"]) for name, cost in others.items()}}
 
 
-def main() -> None:
+def read_seconds(run: Path) -> float:
+    """Duration of a run, with the number of processes of its last session."""
+    folder = RunFolder(run)
+    seconds = sum(row["seconds"] for row in folder.read_records(["seconds"]))
+    return seconds / folder.read_run()["sessions"][-1]["num_processes"]
+
+
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="the base classifier")
-    parser.add_argument("--count_head", required=True, help="the count head")
-    parser.add_argument("--run", required=True, help="finished run of --method fixed on images that neither has seen")
+    parser.add_argument("--model", required=True, help="base classifier")
+    parser.add_argument("--count_head", required=True, help="count head")
+    parser.add_argument("--run", required=True, help="finished run of --method fixed, on images not trained on")
     parser.add_argument(
         "--sequential",
         nargs="*",
         default=[],
-        help="finished runs of --method sequential on the same images, without and with the head, to show beside",
+        help="finished runs of --method sequential on the same images, without and with the head, to compare with",
     )
-    parser.add_argument("--counts", help="the run that the head was trained on, for what it cost")
-    parser.add_argument("--output_dir", required=True, help="where study.json and the picture go")
-    parser.add_argument("--batch_size", type=int, default=256, help="images in one pass (default: 256)")
-    parser.add_argument("--timed_draws", type=int, default=2048, help="draws to measure the rate with (default: 2048)")
-    parser.add_argument("--splits", type=int, default=200, help="random calibration and test halves (default: 200)")
+    parser.add_argument("--counts", help="the run that the head was trained on, for its cost")
+    parser.add_argument("--output_dir", required=True, help="folder for study.json and the picture")
+    parser.add_argument("--batch_size", type=int, default=256, help="images per forward pass (default: 256)")
+    parser.add_argument("--timed_draws", type=int, default=2048, help="draws that measure the rate (default: 2048)")
+    parser.add_argument("--splits", type=int, default=200, help="random calibration halves (default: 200)")
     parser.add_argument(
         "--expected_n",
         type=int,
         default=10_000,
-        help="draws for which to say too what Monte-Carlo can be expected to certify (default: 10000)",
+        help="draws for which to compute the expected Monte-Carlo accuracy too (default: 10000)",
     )
     parser.add_argument(
         "--draws_a_repeat",
         type=int,
         default=50,
-        help="simulations of the sequential rule: one for every so many draws that Wald's bound asks for, and 4 of an image "
-        "at least (default: 50; fewer take longer and are more exact)",
+        help="simulate the sequential rule once for every so many draws of Wald's bound, and at least 4 times per image "
+        "(default: 50; less takes longer and is more exact)",
     )
-    parser.add_argument("--device", default="cpu", help="where to compute")
-    parser.add_argument("--seed", type=int, default=0, help="of splits and simulated draws")
+    parser.add_argument("--device", default="cpu", help="device to compute on (default: cpu)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of splits and simulated draws (default: 0)")
     args = parser.parse_args()
     for name in ("batch_size", "timed_draws", "splits", "expected_n", "draws_a_repeat"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be 1 or more")
-    try:
-        measured = read_counts(Path(args.run))
-        if measured.settings["method"] != "fixed":
-            raise ValueError(
-                f"{args.run} is of method {measured.settings['method']!r}: compare with a run of --method fixed."
-            )
-        refuse_training_images(Path(args.count_head), measured.settings)
-        predictor = CountPredictor.from_pretrained(
-            args.count_head, device=args.device, class_names=measured.settings["label_names"]
-        )
-        sequential = read_sequential([Path(one) for one in args.sequential], measured, weights_digest(predictor.model))
-        all_of_them = compare(measured, predict_counts(predictor, measured, args.count_head))
-        smoothed = SmoothedClassifier.from_pretrained(
-            args.model, GaussianNoise(0.5), batch_size=args.batch_size, device=args.device
-        )
-        clean = clean_logits(smoothed, measured)
-        calibrated = [{"sigma": one.sigma, **row} for one in all_of_them for row in as_calibrated(one, predictor)]
-        counting = None if args.counts is None else read_seconds(Path(args.counts))
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    return args
+
+
+def study(args: argparse.Namespace) -> None:
+    """Compare, evaluate, simulate and time; write the results."""
+    measured, count_head = read_counts(Path(args.run)), Path(args.count_head)
+    if measured.settings["method"] != "fixed":
+        raise ValueError(f"{args.run} is of method {measured.settings['method']!r}: use a run of --method fixed.")
+    refuse_training_images(count_head, measured.settings)
+    predictor = CountPredictor.from_pretrained(
+        args.count_head, device=args.device, class_names=measured.settings["label_names"]
+    )
+    sequential = read_sequential([Path(run) for run in args.sequential], measured, weights_digest(predictor.model))
+    comparisons = compare_with_certificates(measured, predict_counts(predictor, measured, args.count_head))
+    smoothed = SmoothedClassifier.from_pretrained(
+        args.model, GaussianNoise(0.5), batch_size=args.batch_size, device=args.device
+    )
+    logits = compute_clean_logits(smoothed, measured)
+    calibrated = [row for comparison in comparisons for row in evaluate_own_calibration(comparison, predictor)]
+    counting_seconds = None if args.counts is None else read_seconds(Path(args.counts))
     if predictor.calibration is not None and not calibrated:
         print(
             f"Left out: the head's own calibration. It is for n={predictor.calibration.n} and "
-            f"alpha={predictor.calibration.alpha:g}, the run is not, or it has too few images for any delta here.",
+            f"alpha={predictor.calibration.alpha:g}, unlike the run, or has too few images for every delta here.",
             file=sys.stderr,
         )
-    found = [errors(one, RADII) for one in all_of_them]
-    times = seconds_an_image(args, smoothed, predictor, measured, sequential)
+    errors = [compute_errors(comparison, RADII) for comparison in comparisons]
+    seconds = measure_seconds(args, smoothed, predictor, measured, sequential)
+    simulations = [
+        simulate_draws_to_decide(
+            comparison,
+            logits[measured.sigmas == comparison.sigma],
+            share * comparison.sigma,
+            args.draws_a_repeat,
+            args.seed,
+        )
+        for comparison in comparisons
+        for share in (0.5, 1.0)
+    ]
     results = {
         "command": command_line(),
         "settings": {
@@ -319,29 +352,17 @@ def main() -> None:
         },
         "alpha": measured.settings["alpha"],
         "seed": args.seed,
-        "errors": found,
-        "expected": [{"sigma": one.sigma, **expected_at(one, args.expected_n, RADII)} for one in all_of_them],
-        "conformal": [
-            {"sigma": one.sigma, **random_splits(one, delta, RADII, args.splits, args.seed, decided=decided)}
-            for one in all_of_them
-            for delta in DELTAS
-            for decided in to_decide(one)
+        "errors": errors,
+        "expected": [
+            {"sigma": comparison.sigma, **expect_accuracy(comparison, args.expected_n, RADII)}
+            for comparison in comparisons
         ],
+        "conformal": evaluate_halves(comparisons, args.splits, args.seed),
         "calibrated": calibrated,
         "sequential": sequential,
-        "draws_to_decide": [
-            row
-            for one in all_of_them
-            for share in (0.5, 1.0)
-            if (
-                row := draws_to_decide(
-                    one, clean[measured.sigmas == one.sigma], share * one.sigma, args.draws_a_repeat, args.seed
-                )
-            )
-            is not None
-        ],
-        "seconds_an_image": times,
-        "payback": payback(Path(args.count_head), counting, times),
+        "draws_to_decide": [row for row in simulations if row is not None],
+        "seconds_an_image": seconds,
+        "payback": compute_payback(count_head, counting_seconds, seconds),
         "device": args.device,
         "num_threads": torch.get_num_threads(),
         "versions": package_versions(),
@@ -349,20 +370,41 @@ def main() -> None:
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(results, folder / "study.json")
-    draw(all_of_them, found, folder / "count-head.png")
-    for row in found:
-        print(
-            f"sigma {row['sigma']:g}: disagreement {row['disagreement']:.1%}, overestimated {row['overestimated']:.1%}, "
-            f"underestimated {row['underestimated']:.1%}"
-        )
-    print(f"an estimate takes {times['estimate']:.2g} s an image, the usual protocol {times['ratio']:,.0f} times that")
+    plot(comparisons, errors, folder / "count-head.png")
+    show(results)
 
 
-def read_seconds(run: Path) -> float:
-    """What a run took, with as many processes as it had in the end."""
-    folder = RunFolder(run)
-    seconds = sum(row["seconds"] for row in folder.read_records(["seconds"]))
-    return seconds / folder.read_run()["sessions"][-1]["num_processes"]
+def evaluate_halves(comparisons: list[Comparison], splits: int, seed: int) -> list[dict[str, Any]]:
+    """The claims of calibrations on random halves, for each noise level, delta and question."""
+    return [
+        {
+            "sigma": comparison.sigma,
+            **evaluate_random_splits(comparison, delta, RADII, splits, seed, decided=decided),
+        }
+        for comparison in comparisons
+        for delta in DELTAS
+        for decided in list_questions(comparison)
+    ]
+
+
+def show(results: dict[str, Any]) -> None:
+    """The main results on the terminal."""
+    rows = [
+        {"sigma": f"{row['sigma']:g}"}
+        | {name: f"{row[name]:.1%}" for name in ("disagreement", "overestimated", "underestimated")}
+        for row in results["errors"]
+    ]
+    print_table(Console(), "Estimates beside Monte-Carlo certificates", rows)
+    seconds = results["seconds_an_image"]
+    print(
+        f"An estimate takes {seconds['estimate']:.2g} s per image, the usual protocol {seconds['ratio']:,.0f} times that."
+    )
+
+
+def main() -> None:
+    args = parse_args()
+    with exit_on_error():
+        study(args)
 
 
 if __name__ == "__main__":

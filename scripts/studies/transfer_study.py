@@ -36,13 +36,10 @@ from hf_smoothing.core.certificates import Certificate
 from hf_smoothing.core.preprocessing import Preprocessing
 from hf_smoothing.data.labelled_images import LabelledImages
 from hf_smoothing.training.checkpoints import LATEST
-from hf_smoothing.training.classifier_training import (
-    EvaluationSettings,
-    load_to_finetune,
-    majority_answers,
-    train_classifier,
-)
-from hf_smoothing.training.training_images import ImageSettings, names_of_classes
+from hf_smoothing.training.classifier_training import train_classifier
+from hf_smoothing.training.evaluation import EvaluationSettings, predict_majority
+from hf_smoothing.training.pretrained_classifiers import load_for_finetuning
+from hf_smoothing.training.training_images import ImageSettings, find_class_names
 from hf_smoothing.training.training_loop import TrainingSettings
 from hf_smoothing.utils.argument_parser import argument_parser
 from hf_smoothing.utils.files import write_json
@@ -126,7 +123,7 @@ def train_arm(
         return json.loads(finished.read_text())
     image_settings = ImageSettings(dataset_name, sigmas=sigmas, max_train_samples=settings.train_samples)
     images = image_settings.open()
-    names = names_of_classes(images)
+    names = find_class_names(images)
     torch.manual_seed(settings.seed)
     if base is None:
         config = MixedNoiseViTConfig(
@@ -140,7 +137,7 @@ def train_arm(
         )
         model = MixedNoiseViTForImageClassification(config)
     else:
-        model, _ = load_to_finetune(str(base), names)
+        model, _ = load_for_finetuning(str(base), names)
     training = TrainingSettings(
         str(folder),
         max_train_steps=steps,
@@ -151,7 +148,9 @@ def train_arm(
         checkpointing_steps="100",
         resume_from_checkpoint=LATEST,
     )
-    found = train_classifier(model, images, image_settings, training, EvaluationSettings(), training.start())
+    found = train_classifier(
+        model, images, image_settings, training, EvaluationSettings(), training.create_accelerator()
+    )
     for checkpoint in folder.glob("step_*/*"):  # the model is saved: eighteen checkpoints would only fill the disk
         checkpoint.unlink()
     return found
@@ -165,7 +164,7 @@ def evaluate_arm(settings: StudySettings, folder: Path, pixels: torch.Tensor, la
     model = MixedNoiseViTForImageClassification.from_pretrained(folder, dtype=torch.float32).eval()
     right = {
         f"{sigma:g}": (
-            majority_answers(model, pixels, sigma, draws=settings.eval_draws, seed=settings.seed) == labels
+            predict_majority(model, pixels, sigma, draws=settings.eval_draws, seed=settings.seed) == labels
         ).tolist()
         for sigma in settings.levels
     }
@@ -337,7 +336,7 @@ def study(settings: StudySettings) -> None:
 def images_to_evaluate(settings: StudySettings, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """Pixels and labels of some images, spread over the split at random."""
     images = LabelledImages(settings.dataset_name, split=settings.eval_split)
-    inputs = images.bind(names_of_classes(images), Preprocessing.of(AutoImageProcessor.from_pretrained(folder)))
+    inputs = images.bind(find_class_names(images), Preprocessing.of(AutoImageProcessor.from_pretrained(folder)))
     chosen = np.random.default_rng(settings.seed).permutation(len(images.source))[: settings.eval_samples].tolist()
     pixels, labels = zip(*(inputs[index] for index in chosen))
     return torch.stack(pixels), torch.tensor(labels)

@@ -16,8 +16,8 @@ from hf_smoothing.cli.app import app
 from hf_smoothing.core.calibration import CALIBRATION_FILE, Calibration
 from hf_smoothing.core.count_predictor import CountPredictor
 from hf_smoothing.core.sampling_rule import probabilities_showing
-from hf_smoothing.count_head.count_training import build_count_model
 from hf_smoothing.count_head.measured_counts import read_counts
+from hf_smoothing.count_head.training import CountHeadSettings, build_count_model
 from hf_smoothing.reporting.report import render_notes, summarize
 from hf_smoothing.reporting.results import read_results
 from hf_smoothing.runs.dataset_run import RunSettings, certify_dataset
@@ -163,7 +163,7 @@ def test_what_cannot_be_asked_or_calibrated(head, model, fixed_run, certify, tmp
 def test_another_backbone_may_predict_the_counts_of_any_classifier(tiny_model_dir, fixed_run):
     counts = read_counts(fixed_run)
     with pytest.raises(ValueError, match="own_backbone"):
-        build_count_model(str(tiny_model_dir), counts)
-    model = build_count_model(str(tiny_model_dir), counts, own_backbone=True)
+        build_count_model(CountHeadSettings(str(tiny_model_dir)), counts)
+    model = build_count_model(CountHeadSettings(str(tiny_model_dir), own_backbone=True), counts)
     assert list(model.config.id2label.values()) == counts.settings["label_names"]
     assert model(torch.rand(2, 3, 8, 8), sigma=0.5).probabilities.shape == (2, 10)

@@ -33,9 +33,12 @@ import hf_smoothing  # noqa: F401
 from hf_smoothing import GaussianNoise, SmoothedClassifier
 from hf_smoothing.core.denoisers import wiener
 from hf_smoothing.core.preprocessing import Preprocessing, to_pixels
-from hf_smoothing.training.classifier_training import EvaluationSettings, head_of, load_to_finetune, train_classifier
-from hf_smoothing.training.training_images import ImageSettings, names_of_classes
-from hf_smoothing.training.training_loop import TrainingSettings, parameter_groups
+from hf_smoothing.training.classifier_training import train_classifier
+from hf_smoothing.training.evaluation import EvaluationSettings
+from hf_smoothing.training.optimizer import group_parameters
+from hf_smoothing.training.pretrained_classifiers import find_head, load_for_finetuning
+from hf_smoothing.training.training_images import ImageSettings, find_class_names
+from hf_smoothing.training.training_loop import TrainingSettings
 
 SIDE = 32
 VIT = {
@@ -245,13 +248,15 @@ def test_they_learn_from_noisy_images_with_their_normalisation_behind_the_noise(
 ):
     images = ImageSettings(parquet, sigmas=[0.0, 0.5], max_train_samples=40)
     opened = images.open()
-    names = names_of_classes(opened)
+    names = find_class_names(opened)
     settings = TrainingSettings(str(tmp_path), max_train_steps=2, per_device_train_batch_size=20)
-    model, processor = load_to_finetune(str(folder), names)
-    assert head_of(model).out_features == len(names)
+    model, processor = load_for_finetuning(str(folder), names)
+    assert find_head(model).out_features == len(names)
     before = {name: one.clone() for name, one in model.named_parameters()}
     looked = EvaluationSettings("train", eval_samples=40, eval_sigmas=[0.0])
-    found = train_classifier(model, opened, images, settings, looked, settings.start(), str(folder), processor)
+    found = train_classifier(
+        model, opened, images, settings, looked, settings.create_accelerator(), str(folder), processor
+    )
     assert not any(torch.equal(one, before[name]) for name, one in model.named_parameters() if one.ndim > 1)
     # what the training saw of it at last is what the saved model's own pipeline says
     own = pipeline("image-classification", model=str(tmp_path), top_k=1)
@@ -265,13 +270,13 @@ def test_what_finetuning_says_of_them(tmp_path):
     MODELS["resnet"]().save_pretrained(tmp_path)
     ConvNextImageProcessor(size={"shortest_edge": SIDE}).save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match="BatchNorm"):
-        load_to_finetune(str(tmp_path), ["a", "b"])
+        load_for_finetuning(str(tmp_path), ["a", "b"])
     with pytest.raises(ValueError, match="has no drop_path_rate"):
-        load_to_finetune(str(tmp_path), ["a", "b"], drop_path_rate=0.1)
+        load_for_finetuning(str(tmp_path), ["a", "b"], drop_path_rate=0.1)
     with pytest.warns(UserWarning, match="BatchNorm"):
-        model, _ = load_to_finetune(str(tmp_path), ["a", "b", "c"])
+        model, _ = load_for_finetuning(str(tmp_path), ["a", "b", "c"])
     with pytest.raises(ValueError, match="takes a mixed-noise ViT"):
-        parameter_groups(model, 1e-3, 0.0, layer_decay=0.5)
+        group_parameters(model, 1e-3, 0.0, layer_decay=0.5)
 
 
 def test_a_denoiser_that_is_a_module_is_in_evaluation_mode_and_named_by_its_weights():

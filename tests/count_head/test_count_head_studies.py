@@ -10,7 +10,7 @@ import pytest
 from helpers.finished_runs import rows
 from helpers.paths import ROOT
 
-from hf_smoothing.count_head.count_calibration import (
+from hf_smoothing.count_head.calibrate import (
     calibrate_count_head,
     refuse_shared_images,
     refuse_training_images,

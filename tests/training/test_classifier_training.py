@@ -9,14 +9,11 @@ from helpers.paths import SHIPPED_MODEL
 from transformers import BertConfig
 
 from hf_smoothing import MixedNoiseViTForImageClassification
-from hf_smoothing.training.classifier_training import (
-    EvaluationSettings,
-    consistency_loss,
-    load_to_finetune,
-    majority_answers,
-    train_classifier,
-)
-from hf_smoothing.training.training_images import ImageSettings, names_of_classes
+from hf_smoothing.training.classifier_training import train_classifier
+from hf_smoothing.training.evaluation import EvaluationSettings, predict_majority
+from hf_smoothing.training.losses import consistency_loss
+from hf_smoothing.training.pretrained_classifiers import load_for_finetuning
+from hf_smoothing.training.training_images import ImageSettings, find_class_names
 from hf_smoothing.training.training_loop import TrainingSettings
 
 
@@ -30,10 +27,10 @@ def test_majority_answers():
     levels = torch.tensor([0.1, 0.45, 0.55, 0.9])
     pixels = levels.view(4, 1, 1, 1).expand(4, 3, 2, 2).contiguous()
     truth = [0, 0, 1, 1]
-    assert majority_answers(by_brightness, pixels, 0.0, draws=5).tolist() == truth
+    assert predict_majority(by_brightness, pixels, 0.0, draws=5).tolist() == truth
     # .05 is .35 standard deviations of the mean at sigma .5: single draws err, the majority of many does not
-    assert majority_answers(by_brightness, pixels, 0.5, draws=400, batch_size=3).tolist() == truth
-    single = torch.stack([majority_answers(by_brightness, pixels, 0.5, draws=1, seed=seed) for seed in range(50)])
+    assert predict_majority(by_brightness, pixels, 0.5, draws=400, batch_size=3).tolist() == truth
+    single = torch.stack([predict_majority(by_brightness, pixels, 0.5, draws=1, seed=seed) for seed in range(50)])
     assert 0.5 < (single[:, 1] == 0).float().mean() < 0.8
 
 
@@ -57,8 +54,8 @@ def test_training_weighs_how_alike_noisy_copies_are_answered(demo_images, tmp_pa
         settings = TrainingSettings(
             str(tmp_path / f"weight-{weight:g}"), max_train_steps=1, per_device_train_batch_size=20
         )
-        model, _ = load_to_finetune(str(SHIPPED_MODEL), names_of_classes(opened))
-        found = train_classifier(model, opened, images, settings, EvaluationSettings(), settings.start())
+        model, _ = load_for_finetuning(str(SHIPPED_MODEL), find_class_names(opened))
+        found = train_classifier(model, opened, images, settings, EvaluationSettings(), settings.create_accelerator())
         losses.append(found["final_loss"])
     divergence = (losses[1] - losses[0]) / 10
     assert divergence > 0.01  # it answers two copies with different noise differently
@@ -67,10 +64,10 @@ def test_training_weighs_how_alike_noisy_copies_are_answered(demo_images, tmp_pa
 
 def test_the_head_is_kept_only_for_the_same_classes(tiny_model_dir):
     source = MixedNoiseViTForImageClassification.from_pretrained(tiny_model_dir)
-    same, _ = load_to_finetune(str(tiny_model_dir), ["cat", "dog", "frog"])
+    same, _ = load_for_finetuning(str(tiny_model_dir), ["cat", "dog", "frog"])
     assert torch.equal(same.classifier.weight, source.classifier.weight)
     for names in (["dog", "cat", "frog"], ["a", "b", "c"], ["a", "b"], [str(i) for i in range(7)]):
-        model, _ = load_to_finetune(str(tiny_model_dir), names, drop_path_rate=0.1)
+        model, _ = load_for_finetuning(str(tiny_model_dir), names, drop_path_rate=0.1)
         assert [model.config.id2label[index] for index in range(len(names))] == names
         assert model.config.label2id[names[1]] == 1
         assert model.config.num_labels == model.classifier.out_features == len(names)
@@ -84,13 +81,13 @@ def test_the_head_is_kept_only_for_the_same_classes(tiny_model_dir):
 
 
 def test_timm_and_other_models(tmp_path):
-    with pytest.raises(ValueError, match="No weights of timm's"):  # offline: not silently from chance ones
-        load_to_finetune("timm/vit_tiny_patch16_224", ["a", "b"])
+    with pytest.raises(ValueError, match="The weights of timm's"):  # offline: not silently from chance ones
+        load_for_finetuning("timm/vit_tiny_patch16_224", ["a", "b"])
     BertConfig().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="BertConfig"):
-        load_to_finetune(str(tmp_path), ["a", "b"])
+        load_for_finetuning(str(tmp_path), ["a", "b"])
     with pytest.raises(ValueError, match="nowhere"):
-        load_to_finetune("nobody/nowhere", ["a", "b"])
+        load_for_finetuning("nobody/nowhere", ["a", "b"])
 
 
 def test_weights_that_are_not_those_of_the_config_are_refused(tiny_model_dir, tmp_path):
@@ -101,22 +98,22 @@ def test_weights_that_are_not_those_of_the_config_are_refused(tiny_model_dir, tm
         assert config[field] != value
         (folder / "config.json").write_text(json.dumps({**config, field: value}))
         with pytest.raises(ValueError, match=r"are not those of its config\.json"):
-            load_to_finetune(str(folder), ["a", "b"])
+            load_for_finetuning(str(folder), ["a", "b"])
     weights = tiny_model_dir / "model.safetensors"
     (tmp_path / "cut").mkdir()
     shutil.copy(tiny_model_dir / "config.json", tmp_path / "cut")
     (tmp_path / "cut" / "model.safetensors").write_bytes(weights.read_bytes()[:2000])
     with pytest.raises(ValueError, match="its weights are damaged"):
-        load_to_finetune(str(tmp_path / "cut"), ["a", "b"])
+        load_for_finetuning(str(tmp_path / "cut"), ["a", "b"])
 
 
 def test_one_file_has_no_other_split(parquet, tiny_model_dir, tmp_path):
     images = ImageSettings(str(parquet), max_train_samples=40)
     opened = images.open()
-    model, _ = load_to_finetune(str(tiny_model_dir), names_of_classes(opened))
+    model, _ = load_for_finetuning(str(tiny_model_dir), find_class_names(opened))
     settings = TrainingSettings(str(tmp_path), max_train_steps=1, per_device_train_batch_size=20)
     with pytest.raises(ValueError, match="is one file, which has no split 'test'"):
-        train_classifier(model, opened, images, settings, EvaluationSettings("test"), settings.start())
+        train_classifier(model, opened, images, settings, EvaluationSettings("test"), settings.create_accelerator())
 
 
 def test_training_writes_a_model_and_what_came_of_it(tiny_model_dir, demo_images, tmp_path):
@@ -127,10 +124,10 @@ def test_training_writes_a_model_and_what_came_of_it(tiny_model_dir, demo_images
     )
     settings = TrainingSettings(str(tmp_path / "out"), num_train_epochs=2, per_device_train_batch_size=20)
     images = image_settings.open()
-    model, _ = load_to_finetune(str(tiny_model_dir), names_of_classes(images))
+    model, _ = load_for_finetuning(str(tiny_model_dir), find_class_names(images))
     evaluation = EvaluationSettings("train", eval_samples=10, eval_draws=2, eval_sigmas=[0.0, 0.5])
     found = train_classifier(
-        model, images, image_settings, settings, evaluation, settings.start(), str(tiny_model_dir)
+        model, images, image_settings, settings, evaluation, settings.create_accelerator(), str(tiny_model_dir)
     )
     assert found == json.loads((tmp_path / "out" / "results" / "training.json").read_text())
     assert found["steps"] == 4

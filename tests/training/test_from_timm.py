@@ -31,7 +31,7 @@ def test_the_weights_of_a_timm_vit_where_they_can_be_had(monkeypatch):
 
 
 def test_no_weights_to_be_had_is_said():
-    with pytest.raises(ValueError, match="No weights of timm's 'vit_tiny_patch16_224'"):
+    with pytest.raises(ValueError, match="The weights of timm's 'vit_tiny_patch16_224' cannot be loaded"):
         from_timm("vit_tiny_patch16_224", num_labels=2)
 
 

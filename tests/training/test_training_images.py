@@ -8,13 +8,13 @@ from transformers import ViTImageProcessor
 
 from hf_smoothing.core.preprocessing import Preprocessing
 from hf_smoothing.data.labelled_images import LabelledImages
-from hf_smoothing.training.training_images import ImageSettings, TrainingBatches, names_of_classes
+from hf_smoothing.training.training_images import ImageSettings, TrainingBatches, find_class_names
 
 
 def opened(path, size=8, **kwargs):
     images = LabelledImages(str(path), split="train", **kwargs)
     processor = ViTImageProcessor(size={"height": size, "width": size})
-    return images.bind(names_of_classes(images), Preprocessing.of(processor))
+    return images.bind(find_class_names(images), Preprocessing.of(processor))
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,9 @@ def test_processes_share_an_epoch_and_each_image_keeps_its_label(grey, streaming
     images = opened(grey, streaming=streaming)
     seen = []
     for process in range(2):
-        batches = TrainingBatches(images, settings, 8, 4, seed=0, process_index=process, num_processes=2, shown=False)
+        batches = TrainingBatches(
+            images, settings, 8, 4, seed=0, process_index=process, num_processes=2, show_progress=False
+        )
         for pixels, labels in batches.epoch(0):
             assert pixels.dtype == torch.uint8
             assert pixels.shape == (4, 3, 8, 8)
@@ -53,7 +55,9 @@ def test_processes_share_an_epoch_and_each_image_keeps_its_label(grey, streaming
 @pytest.mark.parametrize("streaming", [False, True])
 def test_an_epoch_can_be_begun_anywhere(demo_parquet, streaming):
     settings = ImageSettings(str(demo_parquet), streaming=streaming, auto_augment="rand-m9-mstd0.5")
-    batches = TrainingBatches(opened(demo_parquet, 32, streaming=streaming), settings, 32, 25, seed=3, shown=False)
+    batches = TrainingBatches(
+        opened(demo_parquet, 32, streaming=streaming), settings, 32, 25, seed=3, show_progress=False
+    )
     whole = list(batches.epoch(2))
     torch.rand(5)
     late = list(batches.epoch(2, first=5))
@@ -80,18 +84,18 @@ def test_augmentation_differs_between_images_and_epochs(grey):
     path = grey.parent / "stripes.parquet"
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["one"])})
     datasets.Dataset.from_dict(rows, features=features).to_parquet(path)
-    batches = TrainingBatches(opened(path), ImageSettings(str(path)), 8, 16, seed=0, shown=False)
+    batches = TrainingBatches(opened(path), ImageSettings(str(path)), 8, 16, seed=0, show_progress=False)
     (first, _), (second, _) = next(batches.epoch(0)), next(batches.epoch(1))
     assert len({picture.numpy().tobytes() for picture in first}) > 3
     assert not torch.equal(first, second)
-    upright = TrainingBatches(opened(path), ImageSettings(str(path), hflip=0), 8, 16, seed=0, shown=False)
+    upright = TrainingBatches(opened(path), ImageSettings(str(path), hflip=0), 8, 16, seed=0, show_progress=False)
     pixels, _ = next(upright.epoch(0))
     assert (pixels[..., 4:] == 0).all()  # never flipped: the stripe stays at the left
 
 
 def test_large_images_are_read_when_their_turn_comes(demo_parquet):
     images = opened(demo_parquet, 96)
-    batches = TrainingBatches(images, ImageSettings(str(demo_parquet)), 96, 4, seed=0, shown=False)
+    batches = TrainingBatches(images, ImageSettings(str(demo_parquet)), 96, 4, seed=0, show_progress=False)
     pixels, _ = next(batches.epoch(0))
     assert pixels.shape == (4, 3, 96, 96)
 
@@ -99,7 +103,7 @@ def test_large_images_are_read_when_their_turn_comes(demo_parquet):
 def test_small_images_are_resized_as_for_certification(demo_parquet):
     images = opened(demo_parquet, 16)
     settings = ImageSettings(str(demo_parquet), hflip=0)
-    batches = TrainingBatches(images, settings, 16, 200, seed=0, shown=False)
+    batches = TrainingBatches(images, settings, 16, 200, seed=0, show_progress=False)
     pixels, labels = next(batches.epoch(0))
     index, label = 6, 6
     expected = (images[index][0] * 255).round().byte()
@@ -120,7 +124,7 @@ def test_broken_pictures_and_labels_are_named_before_training(tmp_path):
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
     datasets.Dataset.from_list(rows, features=features).to_parquet(path)
     with pytest.raises(ValueError, match=r"Image 0 of the split cannot be trained on.*leave it out"):
-        TrainingBatches(opened(path), ImageSettings(str(path)), 8, 2, seed=0, shown=False)
+        TrainingBatches(opened(path), ImageSettings(str(path)), 8, 2, seed=0, show_progress=False)
 
 
 def test_a_picture_that_is_away_is_named(tmp_path):
@@ -131,7 +135,12 @@ def test_a_picture_that_is_away_is_named(tmp_path):
     pq.write_table(datasets.Dataset.from_list(rows, features=features).data.table, tmp_path / "away.parquet")
     with pytest.raises(ValueError, match=r"Image 0 of the split cannot be trained on.*gone\.png"):
         TrainingBatches(
-            opened(tmp_path / "away.parquet"), ImageSettings(str(tmp_path / "away.parquet")), 8, 2, seed=0, shown=False
+            opened(tmp_path / "away.parquet"),
+            ImageSettings(str(tmp_path / "away.parquet")),
+            8,
+            2,
+            seed=0,
+            show_progress=False,
         )
 
 
@@ -147,14 +156,16 @@ def test_some_large_pictures_are_those_chosen_from_the_whole_split(tmp_path):
     inputs = opened(path, 72, max_samples=8, spread=True)
     indices = inputs.images.indices
     assert max(indices) > 8
-    batches = TrainingBatches(inputs, ImageSettings(str(path)), 72, 4, seed=0, shown=False)
+    batches = TrainingBatches(inputs, ImageSettings(str(path)), 72, 4, seed=0, show_progress=False)
     seen = [label for batch in labels_of(batches, 0) for label in batch]
     assert sorted(seen) == indices
 
-    broken = TrainingBatches(opened(path, 72), ImageSettings(str(path)), 72, 30, seed=0, shown=False)
+    broken = TrainingBatches(opened(path, 72), ImageSettings(str(path)), 72, 30, seed=0, show_progress=False)
     with pytest.raises(ValueError, match="Image 29 of the split cannot be trained on"):
         next(broken.epoch(0))
-    stream = TrainingBatches(opened(path, 72, streaming=True), ImageSettings(str(path)), 72, 30, seed=0, shown=False)
+    stream = TrainingBatches(
+        opened(path, 72, streaming=True), ImageSettings(str(path)), 72, 30, seed=0, show_progress=False
+    )
     with pytest.raises(ValueError, match=r"Image \d+ in the shuffled order of the split cannot be trained on"):
         next(stream.epoch(0))
 
@@ -170,11 +181,11 @@ def test_datasets_without_class_names(tmp_path, labels, names):
     rows = {"image": [Image.new("RGB", (8, 8))] * 3, "label": labels}
     datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()).to_parquet(path)
     images = LabelledImages(str(path), split="train")
-    assert names_of_classes(images) == names
+    assert find_class_names(images) == names
     inputs = images.bind(names, None)
     assert [inputs.label(i, images.source[i]) for i in range(3)] == [names.index(str(label)) for label in labels]
     with pytest.raises(ValueError, match="cast it to ClassLabel"):
-        names_of_classes(LabelledImages(str(path), split="train", streaming=True))
+        find_class_names(LabelledImages(str(path), split="train", streaming=True))
 
 
 def test_labels_that_are_none(tmp_path):
@@ -182,7 +193,7 @@ def test_labels_that_are_none(tmp_path):
     rows = {"image": [Image.new("RGB", (8, 8))] * 2, "label": [0.5, 1.5]}
     datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()).to_parquet(path)
     with pytest.raises(ValueError, match="class numbers from 0 on, or names"):
-        names_of_classes(LabelledImages(str(path), split="train"))
+        find_class_names(LabelledImages(str(path), split="train"))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Measure the training loop on this machine: its speed over that of a bare loop on the same model and batches.
 
-    python scripts/benchmarks/benchmark_training.py --output training-speed.json
+    python scripts/benchmarks/training.py --output training-speed.json
 
 The bare loop does forward, backward, clipping and the optimizer's step on one batch that is at hand; the rest is what
 reading, augmenting, noise, seeding and logging cost. Images are the 200 that ship with the package, as often as it takes
@@ -22,9 +22,11 @@ from scipy.stats import quantile_test
 from torch import nn
 
 from hf_smoothing import MixedNoiseViTConfig, MixedNoiseViTForImageClassification, load_demo_images
-from hf_smoothing.training.classifier_training import EvaluationSettings, train_classifier
-from hf_smoothing.training.training_images import ImageSettings, names_of_classes
-from hf_smoothing.training.training_loop import TrainingSettings, parameter_groups
+from hf_smoothing.training.classifier_training import train_classifier
+from hf_smoothing.training.evaluation import EvaluationSettings
+from hf_smoothing.training.optimizer import group_parameters
+from hf_smoothing.training.training_images import ImageSettings, find_class_names
+from hf_smoothing.training.training_loop import TrainingSettings
 from hf_smoothing.utils.provenance import command_line, package_versions
 
 
@@ -44,7 +46,7 @@ def build(names: list[str], args: argparse.Namespace) -> MixedNoiseViTForImageCl
 def bare_seconds(model: nn.Module, steps: int, batch_size: int, device: torch.device) -> float:
     """Time of `steps` updates on one batch."""
     model = model.to(device=device).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-    optimizer = torch.optim.AdamW(parameter_groups(model, 1.5e-3, 0.05, 1.0))
+    optimizer = torch.optim.AdamW(group_parameters(model, 1.5e-3, 0.05, 1.0))
     pixels = torch.rand(batch_size, 3, 32, 32, device=device)
     labels = torch.randint(0, 10, (batch_size,), device=device)
     started = 0.0
@@ -73,7 +75,7 @@ def loop_seconds(images_file: Path, steps: int, args: argparse.Namespace) -> flo
                 per_device_train_batch_size=args.batch_size,
                 checkpointing_steps="1000000",
             )
-            model, accelerator = build(names_of_classes(images), args), settings.start()
+            model, accelerator = build(find_class_names(images), args), settings.create_accelerator()
             found = train_classifier(model, images, image_settings, settings, EvaluationSettings(), accelerator)
             seconds.append(found["seconds"])
     return seconds[1] - seconds[0]

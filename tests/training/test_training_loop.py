@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from hf_smoothing import MixedNoiseViTConfig, MixedNoiseViTForImageClassification
-from hf_smoothing.training.training_loop import TrainingSettings, parameter_groups, train
+from hf_smoothing.training.optimizer import group_parameters
+from hf_smoothing.training.training_loop import TrainingLoop, TrainingSettings
 
 ROOT = Path(__file__).parents[2]
 
@@ -55,21 +56,21 @@ def plain_loss(model, pixels, labels):
     return nn.functional.cross_entropy(model(pixels.float() / 255).logits, labels)
 
 
-def run(settings, model=None, batches=None, loss=loss_with_noise, evaluate=None, identity=None):
+def run(settings, model=None, batches=None, loss=loss_with_noise, evaluate=None, fixed_settings=None):
     model = model or build(drop_path_rate=0.3)
-    accelerator = settings.start()
-    found = train(
+    accelerator = settings.create_accelerator()
+    loop = TrainingLoop(
         model,
         batches or Batches(),
         loss,
         settings,
         accelerator,
-        save=lambda final: final.save_pretrained(settings.output_dir),
-        identity=identity or {},
+        fixed_settings=fixed_settings or {},
         evaluate=evaluate,
     )
+    results = loop.run()
     accelerator.free_memory()
-    return found
+    return results
 
 
 @pytest.fixture
@@ -168,7 +169,7 @@ def test_frozen_parts_stay_as_they_are(settings):
 def test_groups_of_parameters():
     model = build()
     encoder = model.mixed_noise_vit.encoder
-    of = {id(parameter): group for group in parameter_groups(model, 1.0, 0.1, 0.5) for parameter in group["params"]}
+    of = {id(parameter): group for group in group_parameters(model, 1.0, 0.1, 0.5) for parameter in group["params"]}
     assert len(of) == len(list(model.parameters()))
     rates = [of[id(block.attn.qkv.weight)]["lr"] for block in encoder.blocks]
     assert rates[1] == 2 * rates[0]
@@ -179,7 +180,7 @@ def test_groups_of_parameters():
     assert all(one.ndim > 1 for name, one in model.named_parameters() if name in decaying)
     assert "mixed_noise_vit.encoder.pos_embed" not in decaying
     assert "classifier.weight" in decaying
-    assert {group["lr"] for group in parameter_groups(model, 1.0, 0.1, 1.0)} == {1.0}
+    assert {group["lr"] for group in group_parameters(model, 1.0, 0.1, 1.0)} == {1.0}
 
 
 def test_a_folder_with_a_training_is_not_overwritten(settings):
@@ -189,16 +190,19 @@ def test_a_folder_with_a_training_is_not_overwritten(settings):
 
 
 def test_a_checkpoint_of_another_training_is_refused(settings):
-    identity = {"dataset": "one", "config": {"stem": "conv", "norm_layer": "layernorm"}}
-    run(settings, identity=identity)
+    fixed_settings = {"dataset": "one", "config": {"stem": "conv", "norm_layer": "layernorm"}}
+    run(settings, fixed_settings=fixed_settings)
     again = replace(settings, resume_from_checkpoint="latest")
     with pytest.raises(ValueError, match="dataset: 'one' -> 'two'"):
-        run(again, identity={**identity, "dataset": "two"})
+        run(again, fixed_settings={**fixed_settings, "dataset": "two"})
     with pytest.raises(ValueError, match=r"learning_rate: 0.0015 -> 0.1"):
-        run(replace(again, learning_rate=0.1), identity=identity)
-    other = {**identity, "config": {"stem": "conv", "norm_layer": "batchnorm"}}  # of which only what differs is named
+        run(replace(again, learning_rate=0.1), fixed_settings=fixed_settings)
+    other = {
+        **fixed_settings,
+        "config": {"stem": "conv", "norm_layer": "batchnorm"},
+    }  # of which only what differs is named
     with pytest.raises(ValueError, match=r"other settings \(config\.norm_layer: 'layernorm' -> 'batchnorm'\)"):
-        run(again, identity=other)
+        run(again, fixed_settings=other)
     with pytest.raises(ValueError, match="no checkpoint at 'nowhere'"):
         run(replace(settings, resume_from_checkpoint="nowhere"))
 

@@ -1,8 +1,8 @@
 """What a certificate costs: the engine against the bare forward pass, the rule against Wald's bound, and both against the
 usual protocol.
 
-    python scripts/benchmarks/benchmark_certification.py --quick        # under two minutes on two cores
-    python scripts/benchmarks/benchmark_certification.py --output benchmark.json
+    python scripts/benchmarks/certification.py --quick        # under two minutes on two cores
+    python scripts/benchmarks/certification.py --output benchmark.json
 
 Draws to decide a radius are simulated from class frequencies measured on the shipped images, so that every rule sees the
 same images, and many more draws than there is time to make.

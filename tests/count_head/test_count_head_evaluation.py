@@ -8,7 +8,13 @@ from hf_smoothing import GaussianNoise, clopper_pearson_lower
 from hf_smoothing.core.calibration import Calibration
 from hf_smoothing.core.sampling_rule import CleanPass
 from hf_smoothing.core.surrogate_rule import SurrogateRule
-from hf_smoothing.count_head.count_errors import Comparison, errors, expected_at, judged, random_splits
+from hf_smoothing.count_head.comparison import Comparison
+from hf_smoothing.count_head.evaluation import (
+    compute_errors,
+    evaluate_calibration,
+    evaluate_random_splits,
+    expect_accuracy,
+)
 
 N, ALPHA = 1000, 0.001
 NOISE = GaussianNoise(0.5)
@@ -44,8 +50,8 @@ def test_errors_by_hand():
         np.array([0, 1, 0, 0]),
         ALPHA,
     )
-    radius = one.radii(clopper_pearson_lower([900, 700, 520, 990, 950, 800, 550, 700], N, ALPHA))
-    found = errors(one, (0.0, 0.25, 0.5), bins=2)
+    radius = one.compute_radii(clopper_pearson_lower([900, 700, 520, 990, 950, 800, 550, 700], N, ALPHA))
+    found = compute_errors(one, (0.0, 0.25, 0.5), bins=2)
     assert found["disagreement"] == 0.5  # the second and the third image
     assert radius[2] == 0.0  # 520 of 1000 show nothing
     assert radius[6] > 0  # 550 would
@@ -56,7 +62,7 @@ def test_errors_by_hand():
     assert found["mean_shortfall"] == pytest.approx(radius[3] - radius[7])
     # the head names another class, and claims less than Monte-Carlo proves for its own
     missed = replace(one, probabilities=np.array([[0.3, 0.7], [0.3, 0.7], [0.55, 0.45], [0.49, 0.51]]))
-    assert errors(missed, (0.0,))["underestimated"] == 0.25
+    assert compute_errors(missed, (0.0,))["underestimated"] == 0.25
     accuracy = {name: {row["radius"]: row["share"] for row in rows} for name, rows in found["accuracy"].items()}
     assert accuracy["monte_carlo"] == {0.0: 0.75, 0.25: 0.5, 0.5: 0.5}
     assert accuracy["estimate"][0.0] == 0.5
@@ -72,7 +78,7 @@ def test_errors_by_hand():
 @pytest.mark.parametrize("bias", [0.0, 0.5])
 @pytest.mark.parametrize("decided", [None, (0.25, 0.5)])
 def test_over_random_splits_at_most_delta_are_missed(delta, bias, decided):
-    found = random_splits(simulated(bias=bias), delta, (0.0, 0.25, 0.5), splits=100, decided=decided)
+    found = evaluate_random_splits(simulated(bias=bias), delta, (0.0, 0.25, 0.5), splits=100, decided=decided)
     assert found["miss_rate"] <= delta + 2 * found["binomial_error"] / np.sqrt(10)
     assert found["miss_rate"] > delta / 3
     shares = [row["share"] for row in found["accuracy"]]
@@ -82,17 +88,17 @@ def test_over_random_splits_at_most_delta_are_missed(delta, bias, decided):
 def test_a_head_that_is_right_loses_little():
     exact, vague = simulated(spread=0.0), simulated(spread=1.0)
     found = {
-        name: random_splits(one, 0.05, (0.25,), splits=50)["accuracy"][0]["share"]
+        name: evaluate_random_splits(one, 0.05, (0.25,), splits=50)["accuracy"][0]["share"]
         for name, one in (("exact", exact), ("vague", vague))
     }
-    best = errors(exact, (0.25,))["accuracy"]["monte_carlo"][0]["share"]
+    best = compute_errors(exact, (0.25,))["accuracy"]["monte_carlo"][0]["share"]
     assert found["vague"] < found["exact"] <= best
     assert found["exact"] > best - 0.1
 
 
 def test_deciding_a_few_radii_takes_less_lowering_than_claiming_every_images_own():
     radii, head = (0.25, 0.5), simulated(spread=0.6)
-    own, decided = (random_splits(head, 0.05, radii, splits=50, decided=which) for which in (None, radii))
+    own, decided = (evaluate_random_splits(head, 0.05, radii, splits=50, decided=which) for which in (None, radii))
     for own_share, decided_share in zip(own["accuracy"], decided["accuracy"]):
         assert decided_share["share"] > 1.2 * own_share["share"]
 
@@ -102,23 +108,27 @@ def test_deciding_a_few_radii_takes_less_lowering_than_claiming_every_images_own
 def test_the_engine_claims_what_is_counted_here(bias, radii):
     head = simulated(bias=bias)
     rows, calibration = (
-        head.rows(np.arange(200)),
+        head.select(np.arange(200)),
         Calibration(
-            *({0.5: column} for column in head.rows(np.arange(200, 400)).compared()), N, ALPHA, "the others", ""
+            *({0.5: column} for column in head.select(np.arange(200, 400)).to_calibration()),
+            N,
+            ALPHA,
+            "the others",
+            "",
         ),
     )
     rule = SurrogateRule(N, ALPHA, 0.05, calibration, radii)
     claims = [rule.start(NOISE, CleanPass(one, frequencies=True)).outcome() for one in rows.probabilities]
     claimed = np.array([NOISE.radius(claim.p_lower) for claim in claims])
     right = np.array([claim.prediction for claim in claims]) == rows.labels
-    found = judged(rows, calibration, 0.05, (0.25,), decided=radii)
-    proved = (rows.predictions == rows.top) & (rows.measured >= 0.25)
+    found = evaluate_calibration(rows, calibration, 0.05, (0.25,), decided=radii)
+    proved = (rows.predictions == rows.predicted_classes) & (rows.certified_radii >= 0.25)
     for name, shares in (("accuracy", right), ("proved_accuracy", right & proved)):
         assert found[name][0]["share"] == (shares & (claimed >= 0.25)).mean() > 0
     answered = np.array([claim.prediction for claim in claims]) >= 0
     assert found["claim_rate"] == answered.mean()
-    too_much = claimed > np.where(rows.predictions == rows.top, rows.measured, 0)
-    assert found["miss_rate"] == (answered & (too_much | (rows.predictions != rows.top))).mean() > 0
+    too_much = claimed > np.where(rows.predictions == rows.predicted_classes, rows.certified_radii, 0)
+    assert found["miss_rate"] == (answered & (too_much | (rows.predictions != rows.predicted_classes))).mean() > 0
 
 
 def test_what_more_draws_can_be_expected_to_certify():
@@ -130,13 +140,13 @@ def test_what_more_draws_can_be_expected_to_certify():
     bounds = clopper_pearson_lower(few.max(1), 200, ALPHA)
     one = Comparison(0.5, frequencies, few, few.argmax(1), bounds, labels, ALPHA)
     many = generator.binomial(5000, frequencies.max(1))
-    radii = one.radii(clopper_pearson_lower(many, 5000, ALPHA))
-    found = expected_at(one, 5000, (0.0, 0.25, 0.5, 0.75, 1.0))
+    radii = one.compute_radii(clopper_pearson_lower(many, 5000, ALPHA))
+    found = expect_accuracy(one, 5000, (0.0, 0.25, 0.5, 0.75, 1.0))
     for row, claimed in zip(found["monte_carlo"], found["estimate"]):
         measured = np.mean((radii >= row["radius"]) & (radii > 0))
         # the posterior's prior is not that of these images: a point more than chance
         assert abs(row["share"] - measured) < 3 * row["deviation"] + 0.01
         assert abs(claimed["share"] - measured) < 0.02  # a head that is right
         assert 0 < row["deviation"] < 0.01
-    fewer = errors(one, (0.5,))["accuracy"]["monte_carlo"][0]["share"]
+    fewer = compute_errors(one, (0.5,))["accuracy"]["monte_carlo"][0]["share"]
     assert fewer < found["monte_carlo"][2]["share"] - 0.03

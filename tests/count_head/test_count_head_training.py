@@ -11,15 +11,14 @@ from transformers import AutoImageProcessor
 from hf_smoothing import GaussianNoise, SmoothedClassifier
 from hf_smoothing.core.preprocessing import Preprocessing
 from hf_smoothing.core.rules import make_rule
-from hf_smoothing.count_head.count_training import (
-    CountBatches,
+from hf_smoothing.count_head.count_batches import CountBatches, group_counts_by_image, subsample_counts
+from hf_smoothing.count_head.measured_counts import read_counts
+from hf_smoothing.count_head.training import (
+    CountHeadSettings,
     build_count_model,
-    counts_by_image,
-    prediction_errors,
-    subsample_counts,
+    compute_prediction_errors,
     train_count_head,
 )
-from hf_smoothing.count_head.measured_counts import read_counts
 from hf_smoothing.hub.figures import KINDS
 from hf_smoothing.runs.dataset_run import RunSettings, certify_dataset
 from hf_smoothing.training.training_loop import TrainingSettings
@@ -54,7 +53,7 @@ def test_a_run_of_counts_is_read(counts_dir):
     assert sorted(set(counts.sigmas)) == [0.25, 1.0]
     assert len(counts.indices) == 200
     assert (counts.counts.sum(1) == 40).all()
-    assert len(counts.open().source) == 200
+    assert len(counts.open_images().source) == 200
 
 
 def test_counts_that_would_mislead_are_refused(counts_dir, tmp_path):
@@ -68,9 +67,12 @@ def test_counts_that_would_mislead_are_refused(counts_dir, tmp_path):
         read_counts(tmp_path)
     counts = read_counts(counts_dir)
     with pytest.raises(ValueError, match="changed, copied or touched"):
-        replace(counts, settings={**counts.settings, "dataset_fingerprint": "another"}).open()
+        replace(counts, settings={**counts.settings, "dataset_fingerprint": "another"}).open_images()
     with pytest.raises(ValueError, match="has the classes"):
-        build_count_model(run["settings"]["model_name_or_path"], replace(counts, settings={"label_names": ["a", "b"]}))
+        build_count_model(
+            CountHeadSettings(run["settings"]["model_name_or_path"]),
+            replace(counts, settings={"label_names": ["a", "b"]}),
+        )
 
 
 @pytest.mark.parametrize("own_backbone", [False, True])
@@ -79,14 +81,13 @@ def test_a_head_learns_the_counts(counts_dir, tmp_path, own_backbone, loss):
     counts = read_counts(counts_dir)
     base = counts.settings["model_name_or_path"]
     torch.manual_seed(0)
-    model = build_count_model(base, counts)
+    head = CountHeadSettings(base, loss=loss, own_backbone=own_backbone)
+    model = build_count_model(head, counts)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     settings = TrainingSettings(
         str(tmp_path / "out"), num_train_epochs=40, per_device_train_batch_size=19, learning_rate=3e-3
     )
-    found = train_count_head(
-        model, counts, settings, settings.start(), base=base, loss=loss, own_backbone=own_backbone, eval_share=0.05
-    )
+    found = train_count_head(model, counts, head, settings, settings.create_accelerator())
     rows = [json.loads(line) for line in (tmp_path / "out" / "training_log.jsonl").read_text().splitlines()]
     evaluations = [row["evaluation"]["jensen_shannon"] for row in rows if "evaluation" in row]
     assert evaluations[-1] < 0.8 * evaluations[0]
@@ -101,18 +102,17 @@ def test_a_head_learns_the_counts(counts_dir, tmp_path, own_backbone, loss):
 def test_an_own_backbone_may_see_images_mirrored(counts_dir, tmp_path, hflip):
     counts = read_counts(counts_dir)
     base = counts.settings["model_name_or_path"]
-    model, seen = build_count_model(base, counts, own_backbone=True), []
+    head = CountHeadSettings(base, own_backbone=True, hflip=hflip, eval_share=0.0)
+    model, seen = build_count_model(head, counts), []
     model.register_forward_pre_hook(
         lambda model, args, kwargs: seen.append(kwargs["pixel_values"]) if model.training else None, with_kwargs=True
     )
     settings = TrainingSettings(str(tmp_path / "out"), max_train_steps=1, per_device_train_batch_size=4)
-    accelerator = settings.start()
-    chosen = {"base": base, "own_backbone": True, "hflip": hflip, "eval_share": 0.0}
-    found = train_count_head(model, counts, settings, accelerator, **chosen)
+    found = train_count_head(model, counts, head, settings, settings.create_accelerator())
     assert found["settings"]["hflip"] == hflip
     preprocessing = Preprocessing.of(AutoImageProcessor.from_pretrained(base))
-    inputs = counts.open().bind(counts.settings["label_names"], preprocessing)
-    pixels = torch.stack([inputs[index][0] for index in counts_by_image(counts)[0]])
+    inputs = counts.open_images().bind(counts.settings["label_names"], preprocessing)
+    pixels = torch.stack([inputs[index][0] for index in group_counts_by_image(counts)[0]])
     shown = pixels.flip(-1) if hflip else pixels
     assert len(seen) == 1
     assert all((shown - one).abs().amax((1, 2, 3)).min() < 0.003 for one in seen[0])
@@ -132,7 +132,7 @@ def test_many_draws_are_thinned_to_what_the_loss_is_for(counts_dir, tmp_path):
     assert many.mean(0) == pytest.approx(exact.mean(), abs=4 * np.sqrt(exact.var().max() / 3000))
     assert many.var(0) == pytest.approx(exact.var(), rel=0.15)
     batches = CountBatches(
-        torch.arange(6000), torch.cat([torch.ones(6000, 1), counts], 1)[:, None], 50, 0, most_draws=16
+        torch.arange(6000), torch.cat([torch.ones(6000, 1), counts], 1)[:, None], 50, 0, max_draws=16
     )
     (_, first), (_, again), (_, later) = (next(batches.epoch(epoch)) for epoch in (0, 0, 1))
     assert torch.equal(first, again)
@@ -142,11 +142,9 @@ def test_many_draws_are_thinned_to_what_the_loss_is_for(counts_dir, tmp_path):
     one = read_counts(counts_dir)
     one = replace(one, counts=np.eye(one.counts.shape[1], dtype=int)[one.counts.argmax(1)])
     settings = TrainingSettings(str(tmp_path / "out"))
-    base = one.settings["model_name_or_path"]
-    with pytest.raises(ValueError, match="takes 2 draws of an image: 1 was counted"):
-        train_count_head(
-            build_count_model(base, one), one, settings, settings.start(), base=base, loss="logistic_normal"
-        )
+    head = CountHeadSettings(one.settings["model_name_or_path"], loss="logistic_normal")
+    with pytest.raises(ValueError, match="takes 2 draws per image or more; the counts have 1"):
+        train_count_head(build_count_model(head, one), one, head, settings, settings.create_accelerator())
 
 
 def test_prediction_errors_by_hand():
@@ -156,7 +154,7 @@ def test_prediction_errors_by_hand():
 
     predicted = torch.tensor([[0.7, 0.3], [0.4, 0.6]])
     targets = torch.tensor([[[0.5, 6, 4]], [[0.5, 8, 2]]])
-    errors = prediction_errors(Says(), predicted, targets)
+    errors = compute_prediction_errors(Says(), predicted, targets)
     assert errors["top1_disagreement"] == 0.5
     assert errors["top_frequency_error"] == pytest.approx(((0.7 - 0.6) + (0.4 - 0.8)) / 2)
 
@@ -183,7 +181,9 @@ def test_counts_come_by_image_and_incomplete_ones_are_left_out(counts_dir):
     counts = read_counts(counts_dir)
     shuffled = np.random.default_rng(0).permutation(len(counts.indices))[1:]  # and one is missing
     columns = ("indices", "sigmas", "counts", "labels", "predictions", "p_lower")
-    images, targets = counts_by_image(replace(counts, **{name: getattr(counts, name)[shuffled] for name in columns}))
+    images, targets = group_counts_by_image(
+        replace(counts, **{name: getattr(counts, name)[shuffled] for name in columns})
+    )
     assert targets.shape == (99, 2, 1 + counts.counts.shape[1])
     for image, found in zip(images, targets.numpy()):
         for sigma, measured in zip((0.25, 1.0), found):

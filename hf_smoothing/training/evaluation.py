@@ -1,0 +1,125 @@
+"""Evaluating a classifier during its training: the accuracy of a majority of noisy copies, at each noise level."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers.hf_argparser import HfArg
+
+from ..core.preprocessing import Preprocessing
+from ..core.validation import check_count
+from ..data.labelled_images import LabelledImages
+from .training_images import ImageSettings
+
+
+@dataclass
+class EvaluationSettings:
+    """
+    How a model is evaluated after each epoch: the share of images whose label is the majority answer to a few noisy copies.
+    These are rough estimates, not certificates.
+    """
+
+    eval_split: str | None = HfArg(default=None, help="split to evaluate on after each epoch; by default none")
+    eval_samples: int = HfArg(default=300, help="images to evaluate on, always the same (of a stream the first ones)")
+    eval_draws: int = HfArg(default=5, help="noisy copies per image; their majority answer counts")
+    eval_sigmas: list[float] = HfArg(default_factory=lambda: [0.0, 0.25, 0.5, 1.0], help="noise levels of the copies")
+
+    def __post_init__(self) -> None:
+        check_count("eval_samples", self.eval_samples)
+        check_count("eval_draws", self.eval_draws)
+        if not self.eval_sigmas or min(self.eval_sigmas) < 0:
+            raise ValueError(f"eval_sigmas={self.eval_sigmas} must be noise levels, 0 or above.")
+
+
+@torch.no_grad()
+def predict_majority(
+    model: Any, pixels: torch.Tensor, sigma: float, *, draws: int, batch_size: int = 128, seed: int = 0
+) -> torch.Tensor:
+    """
+    The majority answer to a few noisy copies of each image: an estimate of the smoothed prediction, without guarantee.
+
+    Args:
+        model: maps pixels in `[0, 1]` to an output with `logits`.
+        pixels: `(images, channels, height, width)` in `[0, 1]`, on the model's device.
+        sigma: noise level; 0 takes one clean pass.
+        draws: noisy copies per image. A tie goes to the class with the lowest index.
+        batch_size: copies per forward pass.
+        seed: seed of the noise.
+
+    Returns:
+        Class indices `(images,)`.
+    """
+    generator = torch.Generator(pixels.device).manual_seed(seed)
+    votes = []
+    for _ in range(draws if sigma > 0 else 1):
+        noisy_batches = (
+            batch + sigma * torch.randn(batch.shape, generator=generator, device=batch.device)
+            for batch in pixels.split(batch_size)
+        )
+        logits = torch.cat([model(batch).logits for batch in noisy_batches])
+        votes.append(nn.functional.one_hot(logits.argmax(1), logits.shape[1]))
+    return torch.stack(votes).sum(0).argmax(1)
+
+
+def create_evaluation(
+    evaluation: EvaluationSettings,
+    image_settings: ImageSettings,
+    class_names: Sequence[str],
+    preprocessing: Preprocessing,
+    accelerator: Accelerator,
+) -> Callable[[Any], dict[str, float]] | None:
+    """
+    A function that computes a model's accuracy at each noise level; each process evaluates its share of the images.
+
+    Args:
+        evaluation: images and noise levels; without a split the function is `None`.
+        image_settings: the dataset.
+        class_names: the model's classes.
+        preprocessing: the model's preprocessing.
+        accelerator: the processes.
+
+    Raises:
+        ValueError: for a split that is not there, or fewer images than processes.
+    """
+    if evaluation.eval_split is None:
+        return None
+    if Path(image_settings.dataset_name).is_file() and evaluation.eval_split != image_settings.train_split:
+        raise ValueError(
+            f"{image_settings.dataset_name} is one file, which has no split {evaluation.eval_split!r} beside "
+            f"{image_settings.train_split!r}: name a folder with a file for each, or that split itself."
+        )
+    images = LabelledImages(
+        image_settings.dataset_name,
+        config_name=image_settings.dataset_config_name,
+        split=evaluation.eval_split,
+        image_column=image_settings.image_column,
+        label_column=image_settings.label_column,
+        max_samples=evaluation.eval_samples,
+        spread=True,
+        streaming=image_settings.streaming,
+    )
+    examples = list(images.bind(class_names, preprocessing))
+    share = examples[accelerator.process_index :: accelerator.num_processes]
+    if not share:
+        raise ValueError(f"eval_samples={len(examples)} are fewer than the {accelerator.num_processes} processes.")
+    pixels = torch.stack([image for image, _ in share]).to(accelerator.device)
+    labels = torch.tensor([label for _, label in share]).to(accelerator.device)
+
+    def evaluate(model: Any) -> dict[str, float]:
+        def classify(pixels: torch.Tensor) -> Any:
+            return model(preprocessing.normalize(pixels))
+
+        accuracies = {}
+        for sigma in evaluation.eval_sigmas:
+            predictions = predict_majority(
+                classify, pixels, sigma, draws=evaluation.eval_draws, seed=accelerator.process_index
+            )
+            correct = accelerator.reduce((predictions == labels).sum(), "sum")
+            accuracies[f"majority_accuracy_sigma_{sigma:g}"] = float(correct) / len(examples)
+        return accuracies
+
+    return evaluate

@@ -1,0 +1,89 @@
+"""The log of a training: losses and evaluations, in `training_log.jsonl` and in trackers."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from .checkpoints import TrainerState
+
+
+class TrainingLog:
+    """
+    Lines of `training_log.jsonl`, and the losses that are not logged yet. Both are part of a checkpoint.
+
+    Args:
+        output_dir: the training's folder.
+        accelerator: the processes and their trackers.
+    """
+
+    def __init__(self, output_dir: Path, accelerator: Accelerator):
+        self.path, self.accelerator = output_dir / "training_log.jsonl", accelerator
+        self.losses: list[torch.Tensor] = []
+        self.rows: list[dict[str, Any]] = []
+
+    def start(self, settings: dict[str, Any]) -> None:
+        """Start the file with the lines of the checkpoint (lines after it are logged again), and start the trackers."""
+        if self.accelerator.is_main_process:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        tracked = {
+            name: value if isinstance(value, (int, float, str)) else str(value) for name, value in settings.items()
+        }
+        self.accelerator.init_trackers("hf-smoothing", tracked)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"losses": self.losses, "rows": self.rows}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.losses, self.rows = list(state["losses"]), list(state["rows"])
+
+    def average_losses(self) -> None:
+        """Replace the losses of this process by the means over all processes."""
+        if self.losses:
+            # losses from before a checkpoint are means already, and may be on another device
+            losses = torch.stack([loss.to(self.accelerator.device) for loss in self.losses])
+            self.losses = list(self.accelerator.reduce(losses, "mean").cpu())
+
+    def check_finite(self, state: TrainerState, model: nn.Module) -> None:
+        """
+        Check losses and weights before they replace those saved before.
+
+        Raises:
+            FloatingPointError: if a loss or a weight is not finite.
+        """
+        self.average_losses()
+        finite = all(math.isfinite(float(loss)) for loss in self.losses)
+        if not finite or not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
+            raise FloatingPointError(
+                f"Loss or weights are no longer finite by step {state.step}: start again with a lower learning rate, or "
+                "resume from the last checkpoint if it is older."
+            )
+
+    def write_loss(self, state: TrainerState, learning_rate: float) -> float:
+        """Log the mean of the losses since the last call, and return it."""
+        self.average_losses()
+        loss = float(torch.stack(self.losses).mean())
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"The loss is {loss} by step {state.step}: lower the learning rate, or resume from the last checkpoint."
+            )
+        self.losses = []
+        self.write(state, "loss", loss, learning_rate=learning_rate)
+        return loss
+
+    def write(self, state: TrainerState, name: str, value: Any, **more: float) -> None:
+        """Log a value: in the file under its name, in the trackers each entry of a dict by itself."""
+        self.rows.append({"step": state.step, "epoch": state.epoch, name: value, **more})
+        if self.accelerator.is_main_process:
+            with self.path.open("a") as file:
+                file.write(json.dumps(self.rows[-1]) + "\n")
+        self.accelerator.log({**(value if isinstance(value, dict) else {name: value}), **more}, step=state.step)
+
+    def last(self, name: str) -> Any:
+        """The last value logged under a name; `None` if there is none."""
+        return next((row[name] for row in reversed(self.rows) if name in row), None)
