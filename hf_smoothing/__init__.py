@@ -4,63 +4,84 @@ Importing the package registers the mixed-noise ViT with transformers' Auto clas
 `certified-image-classification`.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
-from transformers.pipelines import PIPELINE_REGISTRY
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from .core.bounds import clopper_pearson_lower, confidence_sequence_lower, log_e_value
-from .core.certificates import ABSTAIN, Certificate, format_radius
-from .core.configuration_mixed_noise_vit import MixedNoiseViTConfig
-from .core.count_rule import CountRule
-from .core.fixed_rule import FixedRule
-from .core.modeling_count_prediction import MixedNoiseViTForCountPrediction
-from .core.modeling_mixed_noise_vit import (
-    MixedNoiseViTForImageClassification,
-    MixedNoiseViTModel,
-    MixedNoiseViTPreTrainedModel,
-)
-from .core.noise import GaussianNoise, LaplaceNoise, UniformNoise
-from .core.pipeline_certified_image_classification import CertifiedImageClassificationPipeline
-from .core.predict_rule import PredictRule
-from .core.sequential_rule import SequentialRule
-from .core.smoothing import SmoothedClassifier
-from .data.demo_images import load_demo_images
-from .metrics.certified_accuracy import CertifiedAccuracy
-from .training.from_timm import from_timm
-from .training.noise_mixture import NoiseMixture
+if TYPE_CHECKING:
+    from .core.bounds import clopper_pearson_lower as clopper_pearson_lower
+    from .core.bounds import confidence_sequence_lower as confidence_sequence_lower
+    from .core.bounds import log_e_value as log_e_value
+    from .core.certificates import ABSTAIN as ABSTAIN
+    from .core.certificates import Certificate as Certificate
+    from .core.certificates import format_radius as format_radius
+    from .core.configuration_mixed_noise_vit import MixedNoiseViTConfig as MixedNoiseViTConfig
+    from .core.count_rule import CountRule as CountRule
+    from .core.fixed_rule import FixedRule as FixedRule
+    from .core.modeling_count_prediction import MixedNoiseViTForCountPrediction as MixedNoiseViTForCountPrediction
+    from .core.modeling_mixed_noise_vit import (
+        MixedNoiseViTForImageClassification as MixedNoiseViTForImageClassification,
+    )
+    from .core.modeling_mixed_noise_vit import MixedNoiseViTModel as MixedNoiseViTModel
+    from .core.modeling_mixed_noise_vit import MixedNoiseViTPreTrainedModel as MixedNoiseViTPreTrainedModel
+    from .core.noise import GaussianNoise as GaussianNoise
+    from .core.noise import LaplaceNoise as LaplaceNoise
+    from .core.noise import UniformNoise as UniformNoise
+    from .core.pipeline_certified_image_classification import (
+        CertifiedImageClassificationPipeline as CertifiedImageClassificationPipeline,
+    )
+    from .core.predict_rule import PredictRule as PredictRule
+    from .core.sequential_rule import SequentialRule as SequentialRule
+    from .core.smoothing import SmoothedClassifier as SmoothedClassifier
+    from .data.demo_images import load_demo_images as load_demo_images
+    from .metrics.certified_accuracy import CertifiedAccuracy as CertifiedAccuracy
+    from .training.from_timm import from_timm as from_timm
+    from .training.noise_mixture import NoiseMixture as NoiseMixture
 
-AutoConfig.register(MixedNoiseViTConfig.model_type, MixedNoiseViTConfig)
-AutoModel.register(MixedNoiseViTConfig, MixedNoiseViTModel)
-AutoModelForImageClassification.register(MixedNoiseViTConfig, MixedNoiseViTForImageClassification)
-PIPELINE_REGISTRY.register_pipeline(
-    "certified-image-classification",
-    pipeline_class=CertifiedImageClassificationPipeline,
-    pt_model=AutoModelForImageClassification,
-    type="image",
-)
+_NAMES = {
+    "core.bounds": ("clopper_pearson_lower", "confidence_sequence_lower", "log_e_value"),
+    "core.certificates": ("ABSTAIN", "Certificate", "format_radius"),
+    "core.configuration_mixed_noise_vit": ("MixedNoiseViTConfig",),
+    "core.count_rule": ("CountRule",),
+    "core.fixed_rule": ("FixedRule",),
+    "core.modeling_count_prediction": ("MixedNoiseViTForCountPrediction",),
+    "core.modeling_mixed_noise_vit": (
+        "MixedNoiseViTForImageClassification",
+        "MixedNoiseViTModel",
+        "MixedNoiseViTPreTrainedModel",
+    ),
+    "core.noise": ("GaussianNoise", "LaplaceNoise", "UniformNoise"),
+    "core.pipeline_certified_image_classification": ("CertifiedImageClassificationPipeline",),
+    "core.predict_rule": ("PredictRule",),
+    "core.sequential_rule": ("SequentialRule",),
+    "core.smoothing": ("SmoothedClassifier",),
+    "data.demo_images": ("load_demo_images",),
+    "metrics.certified_accuracy": ("CertifiedAccuracy",),
+    "training.from_timm": ("from_timm",),
+    "training.noise_mixture": ("NoiseMixture",),
+}
+"""The public names by module, imported when they are first used."""
 
-__all__ = [
-    "ABSTAIN",
-    "Certificate",
-    "CertifiedAccuracy",
-    "CertifiedImageClassificationPipeline",
-    "CountRule",
-    "FixedRule",
-    "GaussianNoise",
-    "LaplaceNoise",
-    "MixedNoiseViTConfig",
-    "MixedNoiseViTForCountPrediction",
-    "MixedNoiseViTForImageClassification",
-    "MixedNoiseViTModel",
-    "MixedNoiseViTPreTrainedModel",
-    "NoiseMixture",
-    "PredictRule",
-    "SequentialRule",
-    "SmoothedClassifier",
-    "UniformNoise",
-    "clopper_pearson_lower",
-    "confidence_sequence_lower",
-    "format_radius",
-    "from_timm",
-    "load_demo_images",
-    "log_e_value",
-]
+_MODULES = {name: module for module, names in _NAMES.items() for name in names}
+
+__all__ = sorted(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+# The command registers when it loads a model, so that `hf-smoothing --help` does not wait for torch and transformers
+if Path(sys.argv[0]).stem != "hf-smoothing":
+    from .core.registration import register
+
+    register()

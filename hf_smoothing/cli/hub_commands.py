@@ -5,12 +5,12 @@ from typing import Annotated
 
 import typer
 
-from ._errors import fail
+from ._errors import command
 
 app = typer.Typer()
 
 
-@app.command()
+@command(app)
 def push(
     folder: Annotated[Path, typer.Argument(help="Folder of a model, a count head, or a finished run.")],
     repo_id: Annotated[str, typer.Argument(help="Repository on the Hub: `user/name`.")],
@@ -34,13 +34,10 @@ def push(
     from ..hub.push import plan_push
     from ..hub.push import push as push_folder
 
-    try:
-        if not dry_run:
-            typer.echo(f"Published: {push_folder(folder, repo_id, private=private, revision=revision)}")
-            return
-        plan = plan_push(folder, repo_id)
-    except (OSError, ValueError) as error:
-        fail(error)
+    if not dry_run:
+        typer.echo(f"Published: {push_folder(folder, repo_id, private=private, revision=revision)}")
+        return
+    plan = plan_push(folder, repo_id)
     for path, size in plan.sizes.items():
         typer.echo(f"{size:>14,}  {path}")
     typer.echo(f"{sum(plan.sizes.values()):>14,}  bytes in total for the {plan.repo_type} repository {repo_id}")

@@ -1,4 +1,4 @@
-"""The commands about models: `calibrate`, `card`, `check`, and `audit`."""
+"""The commands that examine models: `calibrate`, `check` and `audit`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,28 +6,13 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ..core.calibration import CALIBRATION_FILE, Calibration
-from ..core.certificates import format_radius
-from ..core.loading import loading
-from ..core.noise import GaussianNoise
-from ..core.preprocessing import read_resolution
-from ..core.sampling_rule import probabilities_showing, radii_in_reach
-from ..core.smoothing import SmoothedClassifier
-from ..count_head.calibrate import calibrate_count_head
-from ..data.labelled_images import LabelledImages
-from ..diagnostics import audit as audits
-from ..diagnostics.attacks import AttackSettings
-from ..diagnostics.model_check import check_model
-from ..hub import model_cards as cards
-from ..metrics.certified_accuracy import DEFAULT_THRESHOLDS
-from ..reporting.tables import print_table
-from ._errors import fail
+from ._errors import command
 from .options import Alpha, BatchSize, Denoiser, NoiseResolution
 
 app = typer.Typer()
 
 
-@app.command()
+@command(app)
 def calibrate(
     count_head: Annotated[str, typer.Argument(help="Folder of a count head, which gets `calibration.json`.")],
     run: Annotated[
@@ -48,65 +33,17 @@ def calibrate(
 
     Example: `hf-smoothing calibrate my-counts runs/held-out`
     """
-    try:
-        found = calibrate_count_head(count_head, run)
-    except (OSError, ValueError) as error:
-        fail(error)
-    rows = []
-    for sigma, images in found.images.items():
-        noise = GaussianNoise(sigma)
-        decided = radii_in_reach(DEFAULT_THRESHOLDS[1:], noise, found.n, found.alpha)
-        together = [decided] if len(decided) > 1 else []
-        for radii in (None, *together, *([radius] for radius in decided)):
-            needed = None if radii is None else probabilities_showing(radii, noise)
-            claims = "each image's own" if radii is None else f"r = {', '.join(f'{radius:g}' for radius in radii)}"
-            row = {"sigma": f"{sigma:g}", "claimed": claims, "images": str(images)}
-            row["too large as they are"] = f"{100 * (found.scores(sigma, needed) > 0).mean():.1f} %"
-            row |= {f"at delta = {delta:g}": _shift(found, sigma, delta, needed) for delta in (0.1, 0.05)}
-            rows.append(row)
-    title = (
-        f"How far the log-odds of p_A are lowered (below 0: raised), and how many images get a radius; n = {found.n:,}"
-    )
-    print_table(Console(), title, rows, keys=2)
+    from ..core.calibration import CALIBRATION_FILE
+    from ..count_head.calibrate import calibrate_count_head, claim_rows
+    from ..reporting.tables import print_table
+
+    calibration = calibrate_count_head(count_head, run)
+    title = "How far the log-odds of p_A are lowered (below 0: raised), and how many images get a radius"
+    print_table(Console(), f"{title}; n = {calibration.n:,}", claim_rows(calibration), keys=2)
     typer.echo(f"Wrote {Path(count_head) / CALIBRATION_FILE}.")
 
 
-def _shift(calibration: Calibration, sigma: float, delta: float, p_needed: list[float] | None) -> str:
-    try:
-        shift, claims = calibration.shift(sigma, delta, p_needed), calibration.claim_rate(sigma, delta, p_needed)
-    except ValueError:
-        return "too few images"
-    return f"{shift:.3f}; {100 * claims:.1f} %"
-
-
-@app.command()
-def card(
-    models: Annotated[list[Path], typer.Argument(help="Folders of models, each with `card.yaml` and `results`.")],
-    check: Annotated[
-        bool, typer.Option("--check", help="Change nothing; fail where a figure has no results file behind it.")
-    ] = False,
-) -> None:
-    """
-    Write model cards from `card.yaml` (words) and results files (figures): `README.md` and `.eval_results`.
-
-    Example: `hf-smoothing card my-model`
-    """
-    problems = []
-    try:
-        for folder in models:
-            if check:
-                problems += cards.check(folder)
-            for path in [] if check else cards.write(folder):
-                typer.echo(f"{'Wrote' if path.exists() else 'Removed'} {path}.")
-    except (OSError, ValueError) as error:
-        fail(error)
-    for problem in problems:
-        typer.echo(problem, err=True)
-    if problems:
-        raise typer.Exit(1)
-
-
-@app.command()
+@command(app)
 def check(
     model: Annotated[str, typer.Argument(help="Image classifier: a name on the Hub or a local folder.")],
     dataset: Annotated[
@@ -126,20 +63,26 @@ def check(
 
     Example: `hf-smoothing check microsoft/resnet-18`
     """
-    try:
-        with loading(model):
-            smoothed = SmoothedClassifier.from_pretrained(
-                model,
-                GaussianNoise(0.25),
-                device=device,
-                batch_size=batch_size,
-                noise_resolution=read_resolution(noise_resolution),
-                denoiser=denoiser,
-            )
-        images = None if dataset is None else LabelledImages(dataset, split=split)
-        found = check_model(smoothed, images, n=n, alpha=alpha)
-    except (OSError, ValueError) as error:
-        fail(error)
+    from ..core.certificates import format_radius
+    from ..core.loading import loading
+    from ..core.noise import GaussianNoise
+    from ..core.preprocessing import read_resolution
+    from ..core.smoothing import SmoothedClassifier
+    from ..data.labelled_images import LabelledImages
+    from ..diagnostics.model_check import check_model
+    from ..reporting.tables import print_table
+
+    with loading(model):
+        smoothed = SmoothedClassifier.from_pretrained(
+            model,
+            GaussianNoise(0.25),
+            device=device,
+            batch_size=batch_size,
+            noise_resolution=read_resolution(noise_resolution),
+            denoiser=denoiser,
+        )
+    images = None if dataset is None else LabelledImages(dataset, split=split)
+    found = check_model(smoothed, images, n=n, alpha=alpha)
     rows = [
         {
             "sigma": f"{level['sigma']:g}",
@@ -162,7 +105,7 @@ def check(
         console.print(advice, highlight=False)
 
 
-@app.command()
+@command(app)
 def audit(
     run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
     output_dir: Annotated[
@@ -192,20 +135,18 @@ def audit(
 
     Example: `hf-smoothing audit runs/cifar10 --images 100`
     """
-    try:
-        settings = AttackSettings(steps=steps, draws=draws, directions=directions, reach=reach, n=n, seed=seed)
-        folder = output_dir or run / "audit"
-        found = audits.audit(
-            run, folder, settings, images=images, sigmas=sigma or (), device=device, batch_size=batch_size
-        )
-    except (OSError, ValueError) as error:
-        fail(error)
-    for row in found.violations:
+    from ..diagnostics.attacks import AttackSettings
+    from ..diagnostics.audit import audit
+
+    settings = AttackSettings(steps=steps, draws=draws, directions=directions, reach=reach, n=n, seed=seed)
+    folder = output_dir or run / "audit"
+    summary = audit(run, folder, settings, images=images, sigmas=sigma or (), device=device, batch_size=batch_size)
+    for row in summary.violations:
         typer.echo(
             f"VIOLATED: image {row['index']} at sigma {row['sigma']:g}: certified {row['radius']:.4f}, changed at "
             f"{row['violation']['norm']:.4f} ({row['violation']['attack']}); see {folder / 'violations'}.",
             err=True,
         )
-    typer.echo(found)
-    if found.violations:
+    typer.echo(summary)
+    if summary.violations:
         raise typer.Exit(1)

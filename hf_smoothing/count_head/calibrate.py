@@ -8,6 +8,8 @@ from ..core.calibration import CALIBRATION_FILE, Calibration
 from ..core.count_predictor import CountPredictor
 from ..core.loading import weights_digest
 from ..core.noise import GaussianNoise
+from ..core.sampling_rule import probabilities_showing, radii_in_reach
+from ..metrics.certified_accuracy import DEFAULT_THRESHOLDS
 from .comparison import compare_with_certificates, predict_counts
 from .measured_counts import read_counts
 
@@ -57,6 +59,31 @@ def calibrate_count_head(count_head: str | Path, run_dir: str | Path) -> Calibra
     )
     calibration.save(folder / CALIBRATION_FILE)
     return calibration
+
+
+def claim_rows(calibration: Calibration) -> list[dict[str, str]]:
+    """What a calibrated count head may claim at each noise level and choice of radii, as rows of a table."""
+    rows = []
+    for sigma, images in calibration.images.items():
+        noise = GaussianNoise(sigma)
+        decided = radii_in_reach(DEFAULT_THRESHOLDS[1:], noise, calibration.n, calibration.alpha)
+        together = [decided] if len(decided) > 1 else []
+        for radii in (None, *together, *([radius] for radius in decided)):
+            needed = None if radii is None else probabilities_showing(radii, noise)
+            claims = "each image's own" if radii is None else f"r = {', '.join(f'{radius:g}' for radius in radii)}"
+            row = {"sigma": f"{sigma:g}", "claimed": claims, "images": str(images)}
+            row["too large as they are"] = f"{100 * (calibration.scores(sigma, needed) > 0).mean():.1f} %"
+            row |= {f"at delta = {delta:g}": _shift(calibration, sigma, delta, needed) for delta in (0.1, 0.05)}
+            rows.append(row)
+    return rows
+
+
+def _shift(calibration: Calibration, sigma: float, delta: float, p_needed: list[float] | None) -> str:
+    try:
+        shift, claims = calibration.shift(sigma, delta, p_needed), calibration.claim_rate(sigma, delta, p_needed)
+    except ValueError:
+        return "too few images"
+    return f"{shift:.3f}; {100 * claims:.1f} %"
 
 
 def refuse_training_images(count_head: Path, settings: dict[str, Any]) -> None:

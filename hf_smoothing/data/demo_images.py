@@ -1,15 +1,16 @@
 """The images that ship with the package."""
 
-from importlib.resources import files
+from pathlib import Path
 
 import datasets
 import pyarrow.parquet as pq
+
+DEMO_IMAGES = Path(__file__).parent / "cifar10_demo.parquet"
 
 
 def load_demo_images() -> datasets.Dataset:
     """
     200 test images of CIFAR-10, 20 of each class, lossless: columns `image` and `label` (with class names).
     """
-    path = files("hf_smoothing").joinpath("data", "cifar10_demo.parquet")
-    with path.open("rb") as file:
+    with DEMO_IMAGES.open("rb") as file:
         return datasets.Dataset(pq.read_table(file))

@@ -44,37 +44,37 @@ class RunSettings:
     every: int = _option("certify every this many images, from the first one on; 20 is usual for CIFAR-10", default=1)
     max_samples: int | None = _option("certify no more images than this", default=None)
     radii: list[float] | None = _option(
-        "decide these radii; without them each image's radius is found (surrogate: with --delta, to claim the largest of "
+        "decide these radii; without them each image's radius is found (`surrogate`: with --delta, to claim the largest of "
         "them that it can)",
         default=None,
     )
     method: str = _option(
-        "sequential: draw until the question is settled; fixed: the usual protocol; surrogate: ask a count head alone; "
-        "counts: only count",
+        "how to sample: `sequential` draws until the question is settled, `fixed` is the usual protocol, `surrogate` asks a "
+        "count head alone, `counts` only counts",
         default="sequential",
     )
     alpha: float = _option("probability that a certificate is wrong", default=0.001)
     max_draws: int | None = _option("the most draws per image", default=None)
-    n0: int | None = _option("selection draws, which choose the class (fixed)", default=None)
-    n: int | None = _option("draws that bound its probability (fixed), or are counted (counts)", default=None)
-    tolerance: float | None = _option("relative tolerance of the radius (sequential, without radii)", default=None)
+    n0: int | None = _option("selection draws, which choose the class (`fixed`)", default=None)
+    n: int | None = _option("draws that bound its probability (`fixed`), or are counted (`counts`)", default=None)
+    tolerance: float | None = _option("relative tolerance of the radius (`sequential`, without radii)", default=None)
     seed: int = _option("seed of the noise: the same seed gives the same certificates", default=0)
     dtype: Literal["float32", "bfloat16"] = _option(
         "type of the forward passes (bfloat16: autocast)", default="float32"
     )
     count_head: str | None = _option(
-        "count head, on the Hub or in a local folder: sequential draws less with it, surrogate asks it alone",
+        "count head, on the Hub or in a local folder: `sequential` draws less with it, `surrogate` asks it alone",
         default=None,
     )
     delta: float | None = _option(
-        "share of the images that a calibrated count head may be wrong about (surrogate)", default=None
+        "share of the images that a calibrated count head may be wrong about (`surrogate`)", default=None
     )
     noise_resolution: str = _option(
-        "where noise is added, and to whose pixels the radius belongs: input (the network's), native (the picture's own "
-        "size), or pixels per side",
+        "where noise is added, and to whose pixels the radius belongs: `input` (the network's), `native` (the picture's "
+        "own size), or pixels per side",
         default="input",
     )
-    denoiser: str | None = _option("denoiser in front of the model, part of what is certified: wiener", default=None)
+    denoiser: str | None = _option("denoiser in front of the model, part of what is certified: `wiener`", default=None)
 
     def __post_init__(self) -> None:
         from ..core.noise import GaussianNoise

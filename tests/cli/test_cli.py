@@ -1,7 +1,5 @@
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -95,33 +93,25 @@ def test_the_demo_leaves_out_a_head_that_does_not_know_its_noise_level(tiny_mode
     assert "model-counts" in taken.stderr  # which holds no weights
 
 
-def test_demo_with_the_shipped_model(tmp_path):
-    command = [
-        str(Path(sys.executable).parent / "hf-smoothing"),
-        "demo",
-        "--output-dir",
-        str(tmp_path),
-        "--max-draws",
-        "60",
-    ]
-    done = subprocess.run([*command, "--sigma", "0.5"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_the_demo_is_a_dataset_run(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    demo = ("demo", "--model", model, "--output-dir", tmp_path, "--max-draws", 60, "--sigma", 0.5)
+    done = run(*demo)
+    assert done.exit_code == 0, done.stderr
     for word in ("label", "prediction", "radius", "draws", "guarantee", "per_input", "r = 0.25", "certificates.png"):
         assert word in done.stdout
-    rows = pq.read_table(tmp_path / "certificates.parquet").to_pylist()
-    assert len(rows) == 200
-    assert {"label", "prediction", "radius", "num_samples", "guarantee", "counts", "sigma"} <= set(rows[0])
     assert Image.open(tmp_path / "certificates.png").width > 1000
-    made = json.loads((tmp_path / "run.json").read_text())
-    assert made["versions"]["torch"]
-    assert made["command"].endswith("--sigma 0.5")
+    results = json.loads((tmp_path / "demo.json").read_text())
+    assert results["versions"]["torch"]
+    assert results["settings"]["dataset_name"] == "hf_smoothing/data/cifar10_demo.parquet"
+    assert [row["radius"] for row in results["certified_accuracy"]] == [0, 0.25, 0.5]
+    assert results["seconds"] > 0
     (result,) = read_results([tmp_path])
     assert result.decided_radii == [0, 0.25, 0.5]
-    # a run for the whole dataset does not write over it
-    into = ["--model", SHIPPED_MODEL, "--dataset", ROOT / made["settings"]["dataset_name"], "--output-dir", tmp_path]
-    found = run("certify-dataset", *into, "--sigma", 0.5)
-    assert found.exit_code == 2
-    assert "other settings" in found.stderr
+    assert len(result.rows) == 200
+    # other settings do not overwrite the certificates
+    refused = run(*demo, "--seed", 1)
+    assert (refused.exit_code, "seed: 0 -> 1" in refused.stderr) == (2, True)
 
 
 def test_report_of_runs_and_a_log(tmp_path):

@@ -1,0 +1,164 @@
+"""The commands that certify: `certify`, `certify-dataset` and `demo`."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..runs.settings import ExecutionSettings, RunSettings
+from ._errors import command
+from .options import (
+    Alpha,
+    BatchSize,
+    CountHead,
+    Delta,
+    Denoiser,
+    MaxDraws,
+    Method,
+    Model,
+    NoiseResolution,
+    Seed,
+    Sigma,
+    with_options,
+)
+
+app = typer.Typer()
+
+DEMO_MODEL = "model_cards/mixed-noise-vit-nano-cifar10"
+
+
+@command(app)
+def certify(
+    images: Annotated[list[str], typer.Argument(help="Pictures: paths or http(s) addresses.")],
+    model: Model,
+    sigma: Sigma = 0.25,
+    alpha: Alpha = 0.001,
+    radius: Annotated[
+        float | None,
+        typer.Option(
+            help="Decide this radius and stop once it is settled. Without it the radius is found. (`surrogate`: with "
+            "`--delta`, to claim this radius or nothing.)"
+        ),
+    ] = None,
+    max_draws: MaxDraws = None,
+    method: Method = "sequential",
+    count_head: CountHead = None,
+    delta: Delta = None,
+    noise_resolution: NoiseResolution = "input",
+    denoiser: Denoiser = None,
+    seed: Seed = 0,
+    batch_size: BatchSize = 128,
+    json_lines: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object per picture instead of a table.")
+    ] = False,
+) -> None:
+    """
+    Certify pictures: print for each the prediction, and the radius within which nothing changes it.
+
+    The radius is an l2 distance of `[0, 1]` pixels, at the size at which the model sees the picture unless
+    `--noise-resolution` says otherwise; rounded down.
+
+    Example: `hf-smoothing certify frog.png --model user/repo --sigma 0.5`
+    """
+    import torch
+    from transformers import pipeline
+
+    from ..core.loading import loading
+    from ..core.preprocessing import read_resolution
+
+    settings = {"alpha": alpha, "radius": radius, "max_draws": max_draws, "method": method, "seed": seed}
+    settings |= {"count_head": count_head, "delta": delta, "denoiser": denoiser}
+    settings["noise_resolution"] = read_resolution(noise_resolution)
+    with loading(model):
+        pipe = pipeline(
+            "certified-image-classification", model=model, sigma=sigma, batch_size=batch_size, dtype=torch.float32
+        )
+    given = {name: value for name, value in settings.items() if value is not None}
+    results = pipe(images, progress=sys.stderr.isatty(), **given)
+    if json_lines:
+        for name, result in zip(images, results):
+            print(json.dumps({"image": name, **result}))
+        return
+    size = "of the model's input" if noise_resolution == "input" else f"at resolution {noise_resolution}"
+    after = "" if denoiser is None else f", {denoiser} in front of the model"
+    deltas = {f", delta = {result['delta']:g} ({result['calibration']})" for result in results if result["delta"]}
+    title = f"sigma = {sigma:g}, alpha = {alpha:g}{''.join(sorted(deltas))}, l2 radius in [0, 1] pixels {size}{after}"
+    _print_certificates(title, images, results)
+
+
+def _print_certificates(title: str, images: list[str], results: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+
+    from ..core.certificates import format_radius
+    from ..reporting.tables import print_table
+
+    rows = [
+        {
+            "image": name,
+            "prediction": result["label"] or "(abstains)",
+            "radius": format_radius(result["radius"]),
+            "draws": result["num_samples"],
+            "guarantee": result["guarantee"],
+        }
+        for name, result in zip(images, results)
+    ]
+    print_table(Console(), title, rows)
+
+
+@command(app)
+@with_options(RunSettings, ExecutionSettings)
+def certify_dataset(settings: RunSettings, execution: ExecutionSettings) -> None:
+    """
+    Certify the images of a dataset: one row per image and sigma in `OUTPUT_DIR/certificates.parquet`.
+
+    Repeat `--sigma` and `--radii` for several values. Interrupt it when you like: the same command resumes the run. For
+    several processes or devices use `accelerate launch scripts/certify.py`, which does the same.
+
+    Example: `hf-smoothing certify-dataset --model user/repo --dataset uoft-cs/cifar10 --every 20 --sigma 0.25
+    --output-dir runs/cifar10`
+    """
+    from ..runs.dataset_run import certify_dataset
+    from ..utils.processes import start_processes
+
+    typer.echo(certify_dataset(settings, accelerator=start_processes(), **asdict(execution)))
+
+
+@command(app)
+def demo(
+    model: Model = DEMO_MODEL,
+    output_dir: Annotated[
+        Path, typer.Option(help="A new folder for records and pictures, or the folder of a demo to resume.")
+    ] = Path("demo"),
+    sigma: Sigma = 0.25,
+    alpha: Alpha = 0.001,
+    max_draws: MaxDraws = 450,
+    count_head: Annotated[
+        str | None,
+        typer.Option(
+            help="A count head, to draw less. By default the one in the folder MODEL-counts, if there is one."
+        ),
+    ] = None,
+    seed: Seed = 0,
+    batch_size: BatchSize = 128,
+) -> None:
+    """
+    Certify the 200 CIFAR-10 test images that ship with the package, and show the certificates.
+
+    Run it in a clone of the repository, where the model is, or name a model with `--model`.
+    """
+    from .demo import DEMO_RADII, find_demo_images, find_head_beside, run_demo
+
+    settings = RunSettings(
+        model_name_or_path=model,
+        dataset_name=find_demo_images(),
+        sigmas=[sigma],
+        radii=DEMO_RADII,
+        alpha=alpha,
+        max_draws=max_draws,
+        seed=seed,
+        count_head=count_head or find_head_beside(model, sigma),
+    )
+    run_demo(settings, output_dir, batch_size)

@@ -1,0 +1,83 @@
+"""The commands that write reports and model cards: `report` and `card`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from ._errors import command
+
+app = typer.Typer()
+
+
+@command(app)
+def report(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="Run folders, Parquet files of certificates, or logs (`idx label predict radius ...`)."),
+    ],
+    output_dir: Annotated[
+        Path | None,
+        typer.Option(help="Where to write. Without it: the run folder if there is one run, else `report`."),
+    ] = None,
+    radii: Annotated[
+        list[float] | None,
+        typer.Option(help="Count at this radius; repeat it for several. Without it: at those the runs decided."),
+    ] = None,
+    envelope: Annotated[
+        bool, typer.Option("--envelope", help="Add the best of all rows at each radius, labelled as what it is.")
+    ] = False,
+    images: Annotated[
+        str | None,
+        typer.Option(help="Show pictures of this dataset: a `load_dataset` name, a folder, a Parquet file."),
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="The split of `--images`. Without it: the one that the run certified.")
+    ] = None,
+    log_guarantee: Annotated[
+        str | None,
+        typer.Option(help="The guarantee of the certificates in logs, which a log does not say: `per_input`, ..."),
+    ] = None,
+) -> None:
+    """
+    Tables and curves of certified accuracy from finished runs.
+
+    Prints the table, and writes `report.md`, `report.json` and the pictures: certified accuracy against radius, the
+    distribution of p_A, the draws per image, and examples with `--images`.
+
+    Example: `hf-smoothing report runs/cifar10 --envelope`
+    """
+    from ..reporting.report import print_report, write_report
+
+    options = {"radii": radii, "envelope": envelope, "images": images, "split": split, "log_guarantee": log_guarantee}
+    summary, folder = write_report(runs, output_dir, **options)  # type: ignore[arg-type]
+    console = Console()
+    print_report(summary, console)
+    console.print(f"Wrote {folder / 'report.md'}, report.json and the pictures.", markup=False, soft_wrap=True)
+
+
+@command(app)
+def card(
+    models: Annotated[list[Path], typer.Argument(help="Folders of models, each with `card.yaml` and `results`.")],
+    check: Annotated[
+        bool, typer.Option("--check", help="Change nothing; fail where a figure has no results file behind it.")
+    ] = False,
+) -> None:
+    """
+    Write model cards from `card.yaml` (words) and results files (figures): `README.md` and `.eval_results`.
+
+    Example: `hf-smoothing card my-model`
+    """
+    from ..hub import model_cards
+
+    problems = []
+    for folder in models:
+        if check:
+            problems += model_cards.check(folder)
+        for path in [] if check else model_cards.write(folder):
+            typer.echo(f"{'Wrote' if path.exists() else 'Removed'} {path}.")
+    for problem in problems:
+        typer.echo(problem, err=True)
+    if problems:
+        raise typer.Exit(1)

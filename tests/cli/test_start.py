@@ -1,0 +1,39 @@
+"""What importing the package and asking for help imports."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import hf_smoothing
+
+HELP = """
+import sys
+sys.argv = ["hf-smoothing"]
+from typer.main import get_command
+from typer.testing import CliRunner
+from hf_smoothing.cli.app import app
+for name in (None, *get_command(app).commands):
+    shown = CliRunner().invoke(app, [*([name] if name else []), "--help"])
+    assert shown.exit_code == 0, shown.output
+    heavy = {"torch", "transformers", "datasets", "scipy"} & sys.modules.keys()
+    assert not heavy, f"the help of {name or 'hf-smoothing'} imports {heavy}"
+print("certify-dataset" in get_command(app).commands)
+"""
+
+
+def test_help_imports_neither_torch_nor_transformers():
+    done = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("True\n", "")
+
+
+def test_public_names_are_those_that_type_checkers_see():
+    tree = ast.parse(Path(hf_smoothing.__file__).read_text())
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1]
+    seen = {alias.asname: node.module for node in imports for alias in node.names if alias.asname}
+    assert seen == hf_smoothing._MODULES
+    assert sorted(seen) == hf_smoothing.__all__
+    for name, module in seen.items():
+        value = getattr(hf_smoothing, name)
+        assert getattr(value, "__module__", f"hf_smoothing.{module}").startswith(f"hf_smoothing.{module}")
+    assert set(hf_smoothing.__all__) <= set(dir(hf_smoothing))
