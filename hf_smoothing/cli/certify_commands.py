@@ -67,11 +67,11 @@ def certify(
     from transformers import pipeline
 
     from ..core.loading import loading
-    from ..core.preprocessing import read_resolution
+    from ..core.validation import parse_noise_resolution
 
     settings = {"alpha": alpha, "radius": radius, "max_draws": max_draws, "method": method, "seed": seed}
     settings |= {"count_head": count_head, "delta": delta, "denoiser": denoiser}
-    settings["noise_resolution"] = read_resolution(noise_resolution)
+    settings["noise_resolution"] = parse_noise_resolution(noise_resolution)
     with loading(model):
         pipe = pipeline(
             "certified-image-classification", model=model, sigma=sigma, batch_size=batch_size, dtype=torch.float32

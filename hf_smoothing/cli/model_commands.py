@@ -66,8 +66,8 @@ def check(
     from ..core.certificates import format_radius
     from ..core.loading import loading
     from ..core.noise import GaussianNoise
-    from ..core.preprocessing import read_resolution
     from ..core.smoothing import SmoothedClassifier
+    from ..core.validation import parse_noise_resolution
     from ..data.labelled_images import LabelledImages
     from ..diagnostics.model_check import check_model
     from ..reporting.tables import print_table
@@ -78,7 +78,7 @@ def check(
             GaussianNoise(0.25),
             device=device,
             batch_size=batch_size,
-            noise_resolution=read_resolution(noise_resolution),
+            noise_resolution=parse_noise_resolution(noise_resolution),
             denoiser=denoiser,
         )
     images = None if dataset is None else LabelledImages(dataset, split=split)

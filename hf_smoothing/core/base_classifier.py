@@ -104,7 +104,7 @@ class BaseClassifier:
             ValueError: for an output of another shape.
         """
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-            pixels = torch.cat([self.at_input(group, sigma) for group in groups])
+            pixels = torch.cat([self.denoise_and_resize(group, sigma) for group in groups])
             if self.preprocessing is not None:
                 pixels = self.preprocessing.normalize(pixels)
             output = self.classifier(pixels.to(self.dtype))
@@ -113,7 +113,7 @@ class BaseClassifier:
             raise ValueError(f"The base classifier returned shape {tuple(logits.shape)} for {len(pixels)} images.")
         return logits
 
-    def at_input(self, pixels: torch.Tensor, sigma: float) -> torch.Tensor:
+    def denoise_and_resize(self, pixels: torch.Tensor, sigma: float) -> torch.Tensor:
         """Denoised pixels at the input size of the network, not normalised."""
         if self.denoiser is not None and sigma > 0:
             shape = pixels.shape

@@ -24,10 +24,10 @@ class OddsPrior:
 
     Args:
         steps: by how much the log-odds of p may exceed those of the null; positive.
-        weights: how likely each of them is, positive, of sum 1; by default all alike.
+        weights: how likely each step is, positive, of sum 1; by default all equal.
 
-    A prior that is smooth around p, such as a Beta, takes about `log(draws) / 2` more evidence than one that knows p; steps
-    in geometric progression take `log(number of steps)`, which is less wherever draws matter.
+    A prior that is smooth around p, such as a Beta, needs about `log(draws) / 2` more evidence than one that knows p. Steps
+    in geometric progression need `log(number of steps)` more, which is less wherever draws matter.
     """
 
     steps: tuple[float, ...]
@@ -44,33 +44,33 @@ class OddsPrior:
     @classmethod
     def for_budget(cls, max_trials: int, alpha: float) -> "OddsPrior":
         """
-        Steps from 4.5 (as good as certain to hit) down to what a quarter of the draws can tell from a null of 1/2.
+        Steps from 4.5 (p close to 1) down to the smallest that a quarter of the draws can distinguish from a null of 1/2.
 
-        Nearer alternatives would only take weight from those that can be told within the budget.
+        Smaller steps would only take weight from those that the budget can distinguish.
         """
         # near 1/2, a step in log-odds has a divergence of step^2/8
         smallest = math.sqrt(8 * -math.log(alpha) / (max_trials / 4))
         count = max(0, math.floor(math.log(_LARGEST_STEP / smallest) / math.log(_STEP_RATIO)))
         return cls(tuple(_LARGEST_STEP / _STEP_RATIO**k for k in range(count + 1)))
 
-    def expecting(self, distances: Sequence[float], spread: float, floor: float) -> "OddsPrior":
+    def reweight(self, distances: Sequence[float], spread: float, floor: float) -> "OddsPrior":
         """
-        The same steps, weighted by how likely p is to be next to them.
+        The same steps, weighted by guesses of p.
 
-        A wrong guess costs `log(1/floor)` of evidence at most, never validity, as long as it is made before the first
+        A wrong guess costs at most `log(1/floor)` of evidence, never validity, as long as it is made before the first
         counted draw.
 
         Args:
-            distances: one guess or more, all alike likely, of how much the log-odds of p exceed those of the null. Below 0
-                they say that p is near the null, if it is above it at all.
-            spread: standard deviation of what is wrong with a guess, taken for normal; positive.
-            floor: the share of the weight that all steps have alike, in (0, 1).
+            distances: one or more equally likely guesses of how much the log-odds of p exceed those of the null. A guess
+                below 0 means that p is near the null, if it is above it at all.
+            spread: standard deviation of the error of a guess, assumed normal; positive.
+            floor: the share of the weight that is split equally over the steps, in (0, 1).
         """
         order = np.argsort(self.steps)
         steps = np.array(self.steps)[order]
-        # each step stands for the distances that are nearer to it than to others, by their ratio
+        # each step stands for the distances that are nearer to it than to other steps, measured by their ratio
         edges = np.concatenate([[0.0], np.sqrt(steps[1:] * steps[:-1]), [np.inf]])
-        # from above: exact where a guess is far below the null
+        # computed from above: exact where a guess is far below the null
         beyond = special.ndtr((np.asarray(distances, np.float64)[:, None] - edges) / spread)
         shares = beyond[:, :-1] - beyond[:, 1:]
         hopeless = beyond[:, :1] == 0
@@ -82,7 +82,7 @@ class OddsPrior:
 
 _LARGEST_STEP = 4.5
 _STEP_RATIO = 1.6
-"""The worst place for p, halfway between two steps, loses 5 % of the evidence."""
+"""At worst, halfway between two steps, p loses 5 % of the evidence."""
 
 Prior = tuple[float, float] | OddsPrior
 """Parameters of a Beta distribution, or an [`OddsPrior`]."""
@@ -91,7 +91,7 @@ JEFFREYS = (0.5, 0.5)
 
 
 def _counts(successes: ArrayLike, trials: ArrayLike) -> tuple[FloatArray, FloatArray]:
-    # `[()]` makes scalars of 0-d arrays, on which everything below is several times faster
+    # `[()]` turns 0-d arrays into scalars, which are several times faster below
     hits, draws = np.asarray(successes, np.float64)[()], np.asarray(trials, np.float64)[()]
     fit = (hits >= 0) & (hits <= draws)
     if not fit.all():
@@ -121,7 +121,7 @@ def clopper_pearson_lower(successes: ArrayLike, trials: ArrayLike, alpha: ArrayL
         The largest p0 such that `P(Binomial(trials, p0) >= successes) <= alpha`.
 
     Raises:
-        ValueError: for counts that do not fit together or an alpha outside (0, 1).
+        ValueError: for inconsistent counts or an alpha outside (0, 1).
 
     Source: Clopper and Pearson, Biometrika 26 (1934); used by Cohen et al. (arXiv 1902.02918), algorithm CERTIFY.
     """
@@ -151,7 +151,7 @@ def _log_e_value(hits: FloatArray, draws: FloatArray, null: FloatArray, prior: P
         )
     if np.isfinite(log_prior_mass).all():
         return log_e
-    # A prior without (representable) mass above the null says nothing: no evidence, which is always valid.
+    # A prior without (representable) mass above the null gives no evidence, which is always valid.
     return np.where(np.isfinite(log_prior_mass), log_e, np.where(draws > 0, -np.inf, 0.0))
 
 
@@ -166,21 +166,21 @@ def log_e_value(
 
     It is the likelihood ratio of a mixture over `p` above the null (a Beta prior cut to `(null_probability, 1)`, or an
     [`OddsPrior`]) to the null itself. For every `p <= null_probability` it is a non-negative supermartingale that starts at
-    1 as draws come in, so by Ville's inequality the probability that it *ever* reaches `1/alpha` is at most alpha: one may
-    look after every draw and stop at the luckiest moment.
+    1, so by Ville's inequality the probability that it *ever* reaches `1/alpha` is at most alpha: you may look after every
+    draw and stop at the luckiest moment.
 
     Args:
         successes: hits, 0 to `trials`.
         trials: draws; 0 gives 0.
         null_probability: the threshold p0, in (0, 1).
-        prior: parameters of the Beta distribution, or an [`OddsPrior`]. A wrong one costs draws, never validity, as
-            long as it is fixed before the first counted draw.
+        prior: parameters of the Beta distribution, or an [`OddsPrior`]. A bad prior costs draws, never validity, as long
+            as it is fixed before the first counted draw.
 
     Returns:
         `log E`; `-inf` where the evidence for p > p0 is below what float64 can hold.
 
     Raises:
-        ValueError: for counts that do not fit together, a p0 outside (0, 1) or a prior that is no Beta distribution.
+        ValueError: for inconsistent counts, a p0 outside (0, 1) or an invalid prior.
 
     Source: mixture e-processes, e.g. Ramdas et al., "Game-theoretic statistics and safe anytime-valid inference",
     Statistical Science 38 (2023), sections 2 and 5.
@@ -200,15 +200,15 @@ def confidence_sequence_lower(
     """
     Lower confidence bound of a binomial probability that holds at all numbers of draws at once.
 
-    The bound is where [`log_e_value`] against `p <= p0` stops exceeding `log(1/alpha)` as p0 ascends from 0. If it ever
-    exceeded the true p, the e-process against `p` itself would have reached `1/alpha`; so
+    The bound is the p0 at which [`log_e_value`] against `p <= p0` stops exceeding `log(1/alpha)` as p0 increases from 0. If
+    the bound ever exceeded the true p, the e-process against `p` itself would have reached `1/alpha`. So
     `P(at any time, bound > p) <= alpha`, and the largest bound seen so far is a bound too.
 
-    (There is one such place. With an [`OddsPrior`], each alternative multiplies the e-value of a hit by
-    `exp(step) / (1 + p0 (exp(step) - 1))` and that of a miss by `1 / (1 + p0 (exp(step) - 1))`, both of which fall as p0
-    ascends. With a cut Beta prior, mass that the cut takes away could in principle make the e-value rise; for Beta(1/2, 1/2)
-    the likelihood ratio outweighs that wherever the e-value matters. For other Beta priors the tests find no exception, but
-    nobody has proved that there is none: the sampling rule takes an [`OddsPrior`] alone.)
+    There is only one such p0 with an [`OddsPrior`]: each alternative multiplies the e-value of a hit by
+    `exp(step) / (1 + p0 (exp(step) - 1))` and that of a miss by `1 / (1 + p0 (exp(step) - 1))`, and both fall as p0
+    increases. With a cut Beta prior, the mass that the cut removes could in principle make the e-value rise. For
+    Beta(1/2, 1/2) the likelihood ratio outweighs that wherever the e-value matters. For other Beta priors the tests find no
+    exception, but there is no proof: the sampling rule uses an [`OddsPrior`] only.
 
     Args:
         successes: hits, 0 to `trials`.
@@ -217,7 +217,7 @@ def confidence_sequence_lower(
         prior: see [`log_e_value`].
 
     Returns:
-        The bound, from below: the crossing lies at most a billionth of the way to `successes/trials` above it.
+        The bound, rounded down by at most a billionth of its distance to `successes/trials`.
 
     Raises:
         ValueError: as [`log_e_value`].
@@ -231,17 +231,17 @@ def confidence_sequence_lower(
         inside = (null > 0) & (null < 1)
         return np.where(inside, _log_e_value(hits, draws, np.where(inside, null, 0.5), prior) + np.log(alphas), np.inf)
 
-    # The test that E reaches 1/alpha is one of level alpha at these draws, and Clopper-Pearson inverts the best of those.
+    # `E >= 1/alpha` is a test of level alpha at these draws, and Clopper-Pearson inverts the best such test: an upper end.
     low, high = np.zeros(hits.shape), clopper_pearson_lower(hits, draws, alphas)
     mean = np.divide(hits, draws, out=np.zeros(hits.shape), where=draws > 0)
-    # Illinois's variant of regula falsi; bisection where an end is infinite. `low` is always a rejected null.
+    # Illinois variant of regula falsi; bisection where an end is infinite. `low` is always a rejected null.
     above, below = excess(low), excess(high)
     middle = np.maximum(high - 2 * (mean - high), high / 2)  # the crossing is rarely below this
     last = np.zeros(hits.shape, bool)
     for step in range(100):
         value = excess(middle)
         rejected = value >= 0
-        again = (rejected == last) & (step > 0)  # an end that stays twice weighs half
+        again = (rejected == last) & (step > 0)  # an end that stays twice gets half the weight
         above, below = (
             np.where(rejected, value, np.where(again, above / 2, above)),
             np.where(rejected, np.where(again, below / 2, below), value),
@@ -260,7 +260,7 @@ _PRECISION = 1e-9
 
 def draws_to_reject(null_probability: float, alpha: float, prior: Prior = JEFFREYS) -> int:
     """
-    The fewest draws with which [`log_e_value`] can reach `log(1/alpha)` against `p <= null_probability`: all hits.
+    The fewest draws, all of them hits, with which [`log_e_value`] reaches `log(1/alpha)` against `p <= null_probability`.
 
     Raises:
         ValueError: for a probability outside (0, 1).

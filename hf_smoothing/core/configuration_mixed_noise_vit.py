@@ -13,8 +13,8 @@ POOLINGS = ("avg", "token")
 @strict
 class MixedNoiseViTConfig(PreTrainedConfig):
     r"""
-    Configuration of a [`MixedNoiseViTModel`]: a vision transformer meant to be pretrained on a mixture of clean and noisy
-    images, so that one model serves every noise level (arXiv 2312.09020).
+    Configuration of a [`MixedNoiseViTModel`]: a ViT pretrained on a mixture of clean and noisy images, so that
+    one model serves every noise level (arXiv 2312.09020).
 
     Args:
         image_size (`int`, defaults to 32):
@@ -32,8 +32,8 @@ class MixedNoiseViTConfig(PreTrainedConfig):
         mlp_ratio (`float`, defaults to 4.0):
             Width of a block's MLP as a multiple of `hidden_size`.
         stem (`str`, defaults to `"conv"`):
-            How pixels become tokens: `"patch"` is one linear map of each patch, `"conv"` a small residual convolutional
-            trunk with batch-independent norms. The trunk learns far faster where training is short.
+            How pixels become tokens: `"patch"` is one linear map per patch, `"conv"` a small residual convolutional trunk
+            with batch-independent norms. The trunk learns far faster in short training.
         norm_layer (`str`, defaults to `"layernorm"`):
             `"layernorm"`, or `"batchnorm"` for ablations: robustness does not transfer through batch statistics.
         pooling (`str`, defaults to `"avg"`):
@@ -56,7 +56,7 @@ class MixedNoiseViTConfig(PreTrainedConfig):
             Dropout in front of the classifier; stochastic depth of the last block (linear from 0 at the first).
         initializer_range (`float`, defaults to 0.02):
             Standard deviation of the truncated normal initialisation.
-        image_mean (`list[float]`, defaults to 0.5 a channel), image_std (`list[float]`, defaults to 0.5 a channel):
+        image_mean (`list[float]`, defaults to 0.5 per channel), image_std (`list[float]`, defaults to 0.5 per channel):
             `pixel_values` are in `[0, 1]`, noise included; the model itself subtracts the mean and divides by the standard
             deviation. Noise levels and radii therefore always refer to `[0, 1]` pixels.
 
@@ -65,7 +65,7 @@ class MixedNoiseViTConfig(PreTrainedConfig):
             predicts for every level from the smallest to the largest of them.
 
     Raises:
-        ValueError: where values do not fit together; the message names the value and the mend.
+        ValueError: for inconsistent values; the message names the value and the fix.
     """
 
     model_type = "mixed_noise_vit"
@@ -97,8 +97,8 @@ class MixedNoiseViTConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         if not __name__.startswith("transformers_modules."):
-            # What a repository says for those who have only its remote code. transformers would refuse to load the pipeline
-            # without `trust_remote_code` wherever it is said, though the task is registered here.
+            # An entry for users without this package. With it, transformers would refuse to load the pipeline without
+            # `trust_remote_code`, although the task is registered here.
             kwargs.pop("custom_pipelines", None)
         if self.class_token is None:
             self.class_token = self.pooling == "token"

@@ -1,4 +1,4 @@
-"""A count head as the engine asks it: from clean pixels and a noise level to the class frequencies that it expects."""
+"""A count head ready for the sampler: from clean pixels and a noise level to expected class frequencies."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,22 +9,22 @@ from transformers import AutoImageProcessor, PreTrainedConfig
 from transformers.utils import cached_file
 
 from .calibration import CALIBRATION_FILE, Calibration
-from .loading import loading, refuse_other_weights
+from .loading import check_loaded_weights, loading
 from .modeling_count_prediction import MixedNoiseViTForCountPrediction
 from .noise import GaussianNoise
-from .preprocessing import same_pixels
+from .preprocessing import make_same_pixels
 
 
 class CountPredictor:
     """
-    A trained count head and, where it has one, its calibration.
+    A trained count head and its calibration, if it has one.
 
-    It computes in float64 where the device knows that, so that what it says does not depend on the batch size: in float32
-    the last bits do, and with them, now and then, a count.
+    It computes in float64 where the device has that, so that predictions do not depend on the batch size: in float32 the
+    last bits would, and sometimes a number of draws with them.
 
     Args:
         model: the count head.
-        calibration: made with it, by `hf-smoothing calibrate`.
+        calibration: made by `hf-smoothing calibrate`.
         device: where to put it; by default where it is.
 
     Attributes:
@@ -60,25 +60,25 @@ class CountPredictor:
         Load a count head from the Hub or a local folder, with its calibration if there is one.
 
         Args:
-            model_name_or_path: what `scripts/train_count_head.py` wrote.
+            model_name_or_path: the output of `scripts/train_count_head.py`.
             device: where to put it; by default the CPU.
-            class_names: those of the base classifier.
-            image_processor: that of the base classifier: the head is shown the pixels that the classifier is.
-            calibrated: whether to bring its calibration; not where it is to get another.
+            class_names: of the base classifier, to be checked.
+            image_processor: of the base classifier, to be checked: both must see the same pixels.
+            calibrated: whether to load its calibration; `False` to make a new one.
             model_kwargs: passed on to `from_pretrained`, such as `revision`.
 
         Raises:
-            ValueError: for a model that cannot be loaded, that has no count head, other classes, or another image processor.
+            ValueError: for a model that cannot be loaded or has no count head, other classes, or another image processor.
         """
         name = str(model_name_or_path)
         with loading(name):
-            config, _ = PreTrainedConfig.get_config_dict(name, **model_kwargs)  # of whatever class
+            config, _ = PreTrainedConfig.get_config_dict(name, **model_kwargs)  # a model of any class
             if config.get("count_sigmas") is None:
                 raise ValueError(f"{name!r} has no count head: scripts/train_count_head.py trains one.")
             model, info = MixedNoiseViTForCountPrediction.from_pretrained(
                 name, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **model_kwargs
             )
-        refuse_other_weights(name, info, ())
+        check_loaded_weights(name, info, ())
         predictor = cls(model, read_calibration(name, **model_kwargs) if calibrated else None, device)
         if class_names is not None and list(class_names) != predictor.class_names:
             raise ValueError(
@@ -87,9 +87,9 @@ class CountPredictor:
         if image_processor is not None:
             with loading(name):
                 own = AutoImageProcessor.from_pretrained(name, **model_kwargs)
-            if not same_pixels(own, image_processor):
+            if not make_same_pixels(own, image_processor):
                 raise ValueError(
-                    f"The count head {name!r} was trained on pixels prepared otherwise than the classifier's (size, crop or "
+                    f"The count head {name!r} was trained with other preprocessing than the classifier's (size, crop or "
                     "interpolation): train it with the classifier's image processor."
                 )
         return predictor
@@ -97,6 +97,8 @@ class CountPredictor:
     @torch.inference_mode()
     def __call__(self, pixels: torch.Tensor, sigma: float) -> torch.Tensor:
         """
+        Predict class frequencies under noise.
+
         Args:
             pixels: clean images `(batch, channels, height, width)` in `[0, 1]`.
             sigma: noise level, in `[0, 1]` pixels.
@@ -112,7 +114,7 @@ class CountPredictor:
 
 def read_calibration(model_name_or_path: str, **hub_kwargs: Any) -> Calibration | None:
     """
-    The calibration of a count head, if there is one.
+    Read the calibration of a count head, if there is one.
 
     Args:
         model_name_or_path: a count head on the Hub or in a local folder.
@@ -121,11 +123,11 @@ def read_calibration(model_name_or_path: str, **hub_kwargs: Any) -> Calibration 
     Raises:
         ValueError: for a file that holds something else.
     """
-    found = cached_file(
+    path = cached_file(
         model_name_or_path,
         CALIBRATION_FILE,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
         **hub_kwargs,
     )
-    return None if found is None else Calibration.load(Path(found))
+    return None if path is None else Calibration.load(Path(path))

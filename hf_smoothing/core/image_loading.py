@@ -1,4 +1,4 @@
-"""Pictures in: what users hand over becomes an RGB image or pixels."""
+"""From a source (a path, an address, bytes, a PIL image) to an RGB picture."""
 
 import io
 from http.client import HTTPException
@@ -12,7 +12,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 def load_image(source: Any) -> Image.Image:
     """
-    An RGB picture as its viewer shows it.
+    Load an RGB picture as a viewer shows it.
 
     16-bit and float greys are scaled to 8 bits, transparent pixels are put on white, the EXIF orientation is applied.
 
@@ -24,9 +24,9 @@ def load_image(source: Any) -> Image.Image:
         A PIL image in mode `RGB`.
 
     Raises:
-        FileNotFoundError: where a path does not exist.
-        ValueError: where there is something that is no readable picture; the message names it.
-        TypeError: for anything else.
+        FileNotFoundError: for a path that does not exist.
+        ValueError: for content that is not a readable picture; the message names the source.
+        TypeError: for any other source.
     """
     if isinstance(source, np.ndarray) and source.dtype == np.uint8:
         source = Image.fromarray(source)
@@ -47,7 +47,7 @@ def load_image(source: Any) -> Image.Image:
         image.load()
     except UnidentifiedImageError:
         raise ValueError(f"{name} is not a picture in a format that Pillow can read.") from None
-    # Pillow raises OSError for what is cut off, SyntaxError for broken PNG chunks
+    # Pillow raises OSError for truncated files, SyntaxError for broken PNG chunks
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{name} cannot be read as a picture: {error}.") from error
     return _to_rgb(image, name)
@@ -63,7 +63,7 @@ def _read(source: str) -> bytes:
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
-        # Pillow clips these to 255 on conversion; a 16-bit scan would come out white
+        # Pillow clips these to 255 on conversion: a 16-bit scan would come out white
         grey = np.asarray(image, np.float64)
         if not np.isfinite(grey).all() or grey.min() < 0 or grey.max() > 65535:
             raise ValueError(

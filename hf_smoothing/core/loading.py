@@ -1,4 +1,4 @@
-"""Loading models by name, and a look at what was loaded."""
+"""Errors and checks of model loading, and a digest of weights."""
 
 import hashlib
 from collections.abc import Iterator, Mapping
@@ -13,7 +13,7 @@ from torch import nn
 
 @contextmanager
 def loading(model: str) -> Iterator[None]:
-    """Name the model that could not be loaded, since transformers does not always: a `ValueError` for an `OSError`."""
+    """Turn errors of loading into a `ValueError` that names the model, which transformers does not always do."""
     try:
         yield
     except OSError as error:
@@ -23,18 +23,17 @@ def loading(model: str) -> Iterator[None]:
         raise ValueError(f"The model {model!r} cannot be loaded: its weights are damaged ({error}).") from error
 
 
-def refuse_other_weights(model: str, info: Mapping[str, Any], fresh: tuple[str, ...]) -> None:
+def check_loaded_weights(model: str, info: Mapping[str, Any], reinitialized: tuple[str, ...]) -> None:
     """
-    Raise a `ValueError` where a checkpoint does not hold the weights that its config speaks of: transformers begins those
-    anew, and goes on.
+    Raise a `ValueError` if a checkpoint lacks weights that its config asks for: transformers would reinitialize them.
 
     Args:
         model: its name.
-        info: of `from_pretrained` with `output_loading_info`.
-        fresh: how the names of weights begin that may be missing, too many, or of another shape, such as those of the head.
+        info: the loading info of `from_pretrained(..., output_loading_info=True)`.
+        reinitialized: prefixes of weights that may be missing, superfluous, or of another shape, such as the head's.
     """
-    named = [one if isinstance(one, str) else one[0] for kind in _MISFITS for one in info.get(kind, ())]
-    if misfits := sorted({name for name in named if not name.startswith(fresh)}):
+    keys = [key if isinstance(key, str) else key[0] for kind in _MISFITS for key in info.get(kind, ())]
+    if misfits := sorted({key for key in keys if not key.startswith(reinitialized)}):
         more = "" if len(misfits) < 4 else f" and {len(misfits) - 3} more"
         raise ValueError(
             f"The weights of {model!r} are not those of its config.json: {', '.join(misfits[:3])}{more} are missing, too "

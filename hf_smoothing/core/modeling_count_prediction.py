@@ -16,10 +16,10 @@ from .modeling_mixed_noise_vit import MixedNoiseViTModel, MixedNoiseViTPreTraine
 class CountPredictionOutput(ModelOutput):
     """
     Args:
-        loss: where counts were given.
+        loss: only if counts were given.
         logits: `(batch, num_labels)`, or `(batch, levels, num_labels)` where each image has several noise levels.
-        probabilities: their softmax: the share of each class among noisy copies that is to be expected; after training with
-            [`logistic_normal`] a typical one, which is nearer to 0 or 1 than the mean of what it may be.
+        probabilities: softmax of the logits: the expected share of each class among noisy copies. After training with
+            [`logistic_normal`] they are typical values rather than means, nearer to 0 or 1.
     """
 
     loss: torch.Tensor | None = None
@@ -31,15 +31,15 @@ def jensen_shannon(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """
     Mean Jensen-Shannon divergence between predicted and measured frequencies, in nats (at most ln 2).
 
-    Measured frequencies of few draws pull what it learns towards 0 and 1: from 16 draws of p = .97 a perfect head learns
-    about .985, from 1,000 about .97. [`soft_cross_entropy`], which is linear in the frequencies, has no such bias.
+    Frequencies measured with few draws bias it towards 0 and 1: for p = .97 a perfect head learns about .985 from 16 draws,
+    and about .97 from 1,000. [`soft_cross_entropy`] is linear in the frequencies and has no such bias.
 
     Args:
         logits: `(batch, classes)`.
         targets: `(batch, classes)`, of sum 1.
     """
     log_predicted = logits.log_softmax(1)
-    # by logarithms: a share that underflows must not make the gradient of another NaN
+    # in logarithms: a share that underflows must not make the gradient of another one NaN
     log_middle = torch.logaddexp(log_predicted, targets.log()) - math.log(2)
     to_middle = torch.xlogy(targets, targets) - targets * log_middle
     from_predicted = log_predicted.exp() * (log_predicted - log_middle)
@@ -53,18 +53,18 @@ def soft_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Ten
 
 def logistic_normal(logits: torch.Tensor, counts: torch.Tensor, log_spread: torch.Tensor) -> torch.Tensor:
     """
-    Mean negative log-likelihood of the counts, in nats a draw, where the logits are known up to normal errors.
+    Mean negative log-likelihood of the counts, in nats per draw, for logits with normal errors.
 
-    The other losses learn the mean of what the frequencies may be, given what the head knows of an image: where p is near 1
-    that is well below what they mostly are, and radii come out too small. Here the logits are the middle of what is
-    possible, and the errors, whose size is learned along, explain the rest. For [`DRAWS`] of an image: one draw alone does
-    not tell errors of the logits from chance, and many leave next to nothing of the errors that it averages over.
+    The other losses learn the mean of the possible frequencies of an image. Where p is near 1, the mean is well below the
+    typical value, and radii become too small. Here the logits are the centre of the possible values, and errors of a learned
+    size explain the rest. It needs [`LOGISTIC_NORMAL_DRAWS`] per image: a single draw cannot tell errors of the logits from
+    random draws, and with many draws few of the sampled errors explain the counts.
 
     Args:
         logits: `(batch, classes)`.
-        counts: `(batch, classes)`, whole numbers of draws.
-        log_spread: `(batch,)`, logarithm of the standard deviation of the errors; what is beyond -4 and 2 counts as these.
-            They are drawn from torch's global generator, and paired with their negatives.
+        counts: `(batch, classes)`, numbers of draws.
+        log_spread: `(batch,)`, logarithm of the standard deviation of the errors, clamped to [-4, 2]. Errors are drawn from
+            torch's global generator, in pairs of opposite sign.
     """
     errors = torch.randn(len(logits), _ERRORS // 2, logits.shape[1], dtype=logits.dtype, device=logits.device)
     errors = log_spread.clamp(-4, 2).exp()[:, None, None] * torch.cat([errors, -errors], 1)
@@ -73,41 +73,41 @@ def logistic_normal(logits: torch.Tensor, counts: torch.Tensor, log_spread: torc
 
 
 _ERRORS = 128
-"""Errors that the likelihood of an image's counts is averaged over."""
+"""Number of sampled errors over which the likelihood of an image's counts is averaged."""
 
-DRAWS = range(2, 17)
-"""How many draws of an image [`logistic_normal`] is for. With a hundred it takes the spread for more than it is, and the
-middle for less."""
+LOGISTIC_NORMAL_DRAWS = range(2, 17)
+"""Draws per image for which [`logistic_normal`] works. With a hundred it overestimates the spread and underestimates the
+centre."""
 
 
 def kullback_leibler(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """
-    Mean divergence of the measured from the predicted frequencies: [`soft_cross_entropy`] less what no prediction can
-    avoid, so with the same gradient, and 0 where the prediction is right. Arguments as [`jensen_shannon`].
+    Mean Kullback-Leibler divergence of the measured from the predicted frequencies: [`soft_cross_entropy`] minus the entropy
+    of the measured ones. It has the same gradient, and is 0 for a right prediction. Arguments as [`jensen_shannon`].
     """
     return nn.functional.kl_div(logits.log_softmax(1), targets, reduction="batchmean")
 
 
-OF_FREQUENCIES = {"jensen_shannon": jensen_shannon, "cross_entropy": soft_cross_entropy, "kl": kullback_leibler}
-"""Losses that look at the shares alone, however many draws they are of."""
+FREQUENCY_LOSSES = {"jensen_shannon": jensen_shannon, "cross_entropy": soft_cross_entropy, "kl": kullback_leibler}
+"""Losses that depend on the frequencies only, not on the number of draws."""
 
-LOSSES = (*OF_FREQUENCIES, "logistic_normal")
+LOSSES = (*FREQUENCY_LOSSES, "logistic_normal")
 
 
 class CountHead(nn.Module):
     """
     From the features of an image and a noise level to class logits.
 
-    The base classifier's own logits, at a temperature that depends on the noise level, are where it starts from; a small
-    network, modulated by the level, adds what they miss. It looks at all layers of the encoder, since the last one has
-    forgotten much of what noise would do to an image.
+    It starts from the base classifier's logits, at a temperature that depends on the noise level. A small network, modulated
+    by the level, adds a correction. Its features come from all layers of the encoder, since the last one keeps little
+    information about the effect of noise on an image.
     """
 
     def __init__(self, hidden_size: int, num_hidden_layers: int, num_labels: int):
         super().__init__()
         parts = 1 + 2 * num_hidden_layers
         width = parts * hidden_size
-        self.norm = nn.GroupNorm(parts, width)  # each part by itself: layers differ in scale
+        self.norm = nn.GroupNorm(parts, width)  # each part on its own: layers differ in scale
         self.modulation = nn.Sequential(nn.Linear(3, 64), nn.GELU(), nn.Linear(64, 2 * width + 1))
         self.hidden = nn.Linear(width, hidden_size)
         self.output = nn.Linear(hidden_size, num_labels + 1)
@@ -116,12 +116,12 @@ class CountHead(nn.Module):
     def forward(
         self, features: torch.Tensor, logits: torch.Tensor, sigma: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Class logits, and the logarithm of the spread of their errors, which only [`logistic_normal`] looks at."""
+        """Class logits, and the logarithm of the spread of their errors, which only [`logistic_normal`] uses."""
         level = torch.log2(sigma)[..., None]
         modulation = self.modulation(torch.cat([level, level**2 / 4, sigma[..., None]], -1))
         scale, shift, log_gain = modulation.split([features.shape[1], features.shape[1], 1], -1)
         normed = self.norm(features)
-        if sigma.ndim == 2:  # several levels for each image
+        if sigma.ndim == 2:  # several levels per image
             normed, logits = normed[:, None], logits[:, None]
         added = self.output(self.act(self.hidden(normed * (1 + scale) + shift)))
         return logits * log_gain.exp() + added[..., :-1], added[..., -1]
@@ -129,10 +129,10 @@ class CountHead(nn.Module):
 
 class MixedNoiseViTForCountPrediction(MixedNoiseViTPreTrainedModel):
     """
-    Predicts from a clean image how often each class would come out among its noisy copies: an estimate, with no guarantee.
+    Predicts from a clean image how often each class is predicted among its noisy copies: an estimate, with no guarantee.
 
     One head serves every noise level from the smallest to the largest of `config.count_sigmas`. Encoder and classifier may
-    be the base classifier's own (frozen: one pass gives its answer and the estimate) or trained along.
+    be those of the base classifier (frozen: one pass gives prediction and estimate) or trained with the head.
 
     Source: Accelerated Smoothing (arXiv 2402.07498).
     """
@@ -140,7 +140,7 @@ class MixedNoiseViTForCountPrediction(MixedNoiseViTPreTrainedModel):
     def __init__(self, config: MixedNoiseViTConfig):
         super().__init__(config)
         if config.count_sigmas is None:
-            raise ValueError("The config has no count_sigmas: say which noise levels the count head is for.")
+            raise ValueError("The config has no count_sigmas: set the noise levels that the count head is for.")
         self.mixed_noise_vit = MixedNoiseViTModel(config)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.count_head = CountHead(config.hidden_size, config.num_hidden_layers, config.num_labels)
@@ -148,7 +148,7 @@ class MixedNoiseViTForCountPrediction(MixedNoiseViTPreTrainedModel):
 
     def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """
-        What the head looks at: the pooled output, then mean and standard deviation over the tokens of each block.
+        The features of the count head: the pooled output, then mean and standard deviation over the tokens of each block.
 
         Args:
             pixel_values: clean images `(batch, channels, height, width)` in `[0, 1]`.
@@ -157,11 +157,11 @@ class MixedNoiseViTForCountPrediction(MixedNoiseViTPreTrainedModel):
             `(batch, (1 + 2 * num_hidden_layers) * hidden_size)`.
         """
         encoded = self.mixed_noise_vit(pixel_values, output_hidden_states=True)
-        found = [encoded.pooler_output]
+        features = [encoded.pooler_output]
         for tokens in encoded.hidden_states:
-            # a single token has no spread, and the root no gradient at 0
-            found += [tokens.mean(1), (tokens.var(1, correction=0) + _SLACK).sqrt()]
-        return torch.cat(found, 1)
+            # a single token has no variance, and the root has no gradient at 0
+            features += [tokens.mean(1), (tokens.var(1, correction=0) + _EPSILON).sqrt()]
+        return torch.cat(features, 1)
 
     def forward(
         self,
@@ -175,28 +175,28 @@ class MixedNoiseViTForCountPrediction(MixedNoiseViTPreTrainedModel):
         """
         Args:
             pixel_values: clean images `(batch, channels, height, width)` in `[0, 1]`.
-            sigma: noise level in `[0, 1]` pixels, one for all, `(batch,)`, or `(batch, levels)` for several of each image:
-                it goes through the encoder once.
-            counts: measured, of the shape of the logits; with them the output holds the loss.
-            features: what [`features`] makes of the images, instead of them.
+            sigma: noise level in `[0, 1]` pixels: a single one, `(batch,)`, or `(batch, levels)` for several levels per
+                image, which goes through the encoder only once.
+            counts: measured counts of the shape of the logits; with them the output holds the loss.
+            features: the output of [`features`], instead of the images.
             loss: one of [`LOSSES`].
             return_dict: `False` for a plain tuple.
 
         Raises:
-            ValueError: for a noise level outside those that the head was trained for, another loss, counts of another shape;
-                without images and features.
+            ValueError: for a noise level outside the trained range, an unknown loss, counts of another shape; without images
+                and features.
         """
         if loss not in LOSSES:
             raise ValueError(f"loss={loss!r} is unknown: use {', '.join(LOSSES)}.")
         if features is None:
             if pixel_values is None:
-                raise ValueError("Give pixel_values, or features.")
+                raise ValueError("Give pixel_values or features.")
             features = self.features(pixel_values)
         sigma = torch.as_tensor(sigma, dtype=features.dtype, device=features.device)
         if sigma.ndim < 2:
             sigma = sigma.expand(len(features))
         levels = self.config.count_sigmas or ()
-        if not bool(((sigma >= min(levels) - _SLACK) & (sigma <= max(levels) + _SLACK)).all()):
+        if not bool(((sigma >= min(levels) - _EPSILON) & (sigma <= max(levels) + _EPSILON)).all()):
             asked = dict.fromkeys(f"{level:g}" for level in (float(sigma.min()), float(sigma.max())))
             raise ValueError(
                 f"sigma={' to '.join(asked)} is outside what the count head was trained for "
@@ -204,23 +204,23 @@ class MixedNoiseViTForCountPrediction(MixedNoiseViTPreTrainedModel):
             )
         pooled = features[:, : self.config.hidden_size]
         logits, log_spread = self.count_head(features, self.classifier(pooled), sigma)
-        found: Any = None
+        loss_value: Any = None
         if counts is not None:
             if counts.shape != logits.shape:
                 raise ValueError(f"counts have shape {tuple(counts.shape)}, the logits {tuple(logits.shape)}.")
-            # forward passes may be in 16 bits; sums over draws, and differences of their logarithms, may not
+            # forward passes may be in 16 bits, but sums over draws and differences of their logarithms may not
             exact = torch.promote_types(logits.dtype, torch.float32)
             rows, targets = logits.to(exact).flatten(0, -2), counts.to(exact).flatten(0, -2)
-            if loss in OF_FREQUENCIES:
-                found = OF_FREQUENCIES[loss](rows, targets / targets.sum(-1, keepdim=True))
+            if loss in FREQUENCY_LOSSES:
+                loss_value = FREQUENCY_LOSSES[loss](rows, targets / targets.sum(-1, keepdim=True))
             else:
-                found = logistic_normal(rows, targets, log_spread.to(exact).flatten())
-        output = CountPredictionOutput(loss=found, logits=logits, probabilities=logits.softmax(-1))
+                loss_value = logistic_normal(rows, targets, log_spread.to(exact).flatten())
+        output = CountPredictionOutput(loss=loss_value, logits=logits, probabilities=logits.softmax(-1))
         return output if return_dict is not False else output.to_tuple()
 
 
-_SLACK = 1e-6
-"""Noise levels come in float32; and a variance this small is none."""
+_EPSILON = 1e-6
+"""Tolerance of noise levels, which come in float32, and the variance of a single token."""
 
 
 __all__ = ["CountPredictionOutput", "MixedNoiseViTForCountPrediction"]

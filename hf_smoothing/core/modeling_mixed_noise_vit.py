@@ -1,7 +1,7 @@
 """The mixed-noise ViT: one classifier for clean and noisy images at every noise level (arXiv 2312.09020).
 
 The encoder is timm's `VisionTransformer`; this file adds what certification needs around it: pixels in `[0, 1]`,
-normalisation inside the model, and norms that do not look at the rest of the batch.
+normalisation inside the model, and norms that do not depend on the rest of the batch.
 """
 
 from functools import partial
@@ -47,8 +47,8 @@ class ResidualBlock(nn.Module):
 
 class ConvTrunk(nn.Module):
     """
-    Convolutional stem: a 3x3 convolution, then one residual block for each halving until a token covers `patch_size`
-    pixels a side. Widths double up to `hidden_size`.
+    Convolutional stem: a 3x3 convolution, then residual blocks that halve the image until a token covers `patch_size` pixels
+    a side. Widths double up to `hidden_size`.
     """
 
     def __init__(self, config: MixedNoiseViTConfig):
@@ -74,7 +74,7 @@ def _embed_layer(config: MixedNoiseViTConfig) -> Any:
     grid = config.image_size // config.patch_size
 
     def conv_embed(img_size: int, patch_size: int, **kwargs: Any) -> HybridEmbed:
-        # timm asks for patches of pixels; behind the trunk one position of its output is one token.
+        # timm expects patches of pixels; here each position of the trunk's output is one token.
         return HybridEmbed(ConvTrunk(config), img_size, 1, feature_size=grid, feature_ratio=patch_size, **kwargs)
 
     return conv_embed
@@ -98,11 +98,11 @@ def _build_encoder(config: MixedNoiseViTConfig) -> VisionTransformer:
         no_embed_class=not config.position_embed_prefix_tokens,
         reg_tokens=config.num_register_tokens,
         pre_norm=config.pre_norm,
-        # Normalising before pooling serves both poolings alike, and keeps `last_hidden_state` normalised.
+        # Normalising before pooling works for both poolings and keeps `last_hidden_state` normalised.
         fc_norm=False,
         drop_rate=config.dropout,
         drop_path_rate=config.drop_path_rate,
-        weight_init="skip",  # `_init_weights` below: transformers decides what a checkpoint leaves to initialise
+        weight_init="skip",  # `_init_weights` below: transformers decides which weights to initialise
         embed_layer=_embed_layer(config),
         norm_layer=partial(TokenBatchNorm if config.norm_layer == "batchnorm" else LayerNorm, eps=config.norm_eps),
     )
@@ -145,14 +145,14 @@ class MixedNoiseViTPreTrainedModel(PreTrainedModel):
                 elif name.endswith(".gamma"):  # layer scale
                     init.constant_(parameter, self.config.layer_scale_init)
         elif hasattr(module, "image_mean"):
-            # Not part of the checkpoint (the config holds them), so loading leaves them to us. Not told by its class: as
-            # remote code this file may be run twice, and a class is then not the one that it was.
+            # The config holds these buffers, not the checkpoint, so they are set here. No `isinstance` check: as remote
+            # code this file may run twice, and its classes then differ.
             shape = (1, -1, 1, 1)
             init.copy_(module.image_mean, torch.tensor(self.config.image_mean).view(shape))
             init.copy_(module.image_std, torch.tensor(self.config.image_std).view(shape))
 
     def _set_gradient_checkpointing(self, enable: bool = True, **options: Any) -> None:
-        # timm checkpoints its own blocks, all of them and non-reentrant, as transformers does by default
+        # timm checkpoints all of its blocks, non-reentrant, as transformers does by default
         if options.get("every_n_layers", 1) != 1:
             raise ValueError("every_n_layers must be 1: timm checkpoints every block or none.")
         for module in self.modules():
@@ -185,15 +185,15 @@ class MixedNoiseViTModel(MixedNoiseViTPreTrainedModel):
         """
         Args:
             pixel_values: `(batch, channels, height, width)`, in `[0, 1]` before noise.
-            output_hidden_states: whether the output is to hold `hidden_states` too.
+            output_hidden_states: whether to return `hidden_states` too.
             return_dict: `False` for a plain tuple.
 
         Returns:
             `last_hidden_state` of shape `(batch, tokens, hidden_size)`, `pooler_output` `(batch, hidden_size)` and
-            `hidden_states`, what comes out of each block: the patches' tokens alone, before the last norm.
+            `hidden_states`, the output of each block: patch tokens only, before the last norm.
 
         Raises:
-            ValueError: where the pixels' shape is not the one of the config.
+            ValueError: if the pixels do not have the shape of the config.
         """
         config = self.config
         expected = (config.num_channels, config.image_size, config.image_size)
@@ -203,15 +203,15 @@ class MixedNoiseViTModel(MixedNoiseViTPreTrainedModel):
                 "Resize with its image processor."
             )
         pixel_values = (pixel_values.to(self.image_mean.dtype) - self.image_mean) / self.image_std
-        of_blocks = None
+        block_outputs = None
         if output_hidden_states:
-            last, of_blocks = self.encoder.forward_intermediates(pixel_values, output_fmt="NLC")
+            last, block_outputs = self.encoder.forward_intermediates(pixel_values, output_fmt="NLC")
         else:
             last = self.encoder.forward_features(pixel_values)
         output = BaseModelOutputWithPooling(
             last_hidden_state=last,
             pooler_output=self.encoder.forward_head(last),
-            hidden_states=None if of_blocks is None else tuple(of_blocks),
+            hidden_states=None if block_outputs is None else tuple(block_outputs),
         )
         return output if return_dict is not False else output.to_tuple()
 

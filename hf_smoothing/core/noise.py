@@ -1,22 +1,22 @@
-"""Smoothing distributions: which probability certifies which radius, how draws are made, and the training mixture.
+"""Smoothing distributions: which probability certifies which radius, and how noisy copies are drawn.
 
-Every image draws from a counter-based generator of its own, keyed by the seed and the image's pixels. Its noise is
-therefore the same whatever the batch size, the order of the images or the number of processes. (CPUs and GPUs have different
-generators: it is the same on the same kind of device.)
+Every image has its own counter-based generator, keyed by the seed and the image's pixels. Its noise is therefore the same
+whatever the batch size, the order of the images or the number of processes. (CPUs and GPUs have different generators, so
+this holds on the same kind of device.)
 
-**The lattice.** In floating point, `x + noise` is not quite smoothing: which sums can occur depends on the bits of x, and
+**The lattice.** In floating point, `x + noise` is not quite smoothing: the sums that can occur depend on the bits of x, and
 a base classifier can read x off them (Voracek and Hein, arXiv 2207.07209). 8-bit pictures lie on the grid k/255. For them
 the noise is rounded to a finer grid of step h = 1/(255 * 16) and added as integers, which float32 holds exactly. The
-rounding of x + noise then *is* x + the rounded noise, for every picture on the grid: what is smoothed is the base
-classifier behind a rounding, and the theorem holds for it as stated.
+rounding of x + noise then *is* x + the rounded noise, for every picture on the grid. So the classifier that is smoothed is a
+rounding followed by the base classifier, and the theorem holds for it as stated.
 
-What is left is that the noise itself is only nearly distributed as it should be, since it comes from float64 arithmetic
-on 52 or 53 random bits. The probability of any event `noise <= b`, at the boundary b of a lattice cell, is then off by at
-most 2^-50: 2^-52 for the granularity of the uniforms, as much for the rounding of the transformed value (its density times
-its size is below 1), and a margin of two. A cell has two boundaries, and all but 2^-50 of the mass lies within 40 standard
-deviations on either side. The total-variation distance of one rounded coordinate is therefore at most
-2^-50 (80 sigma/h + 2), and that of d coordinates at most d times as much. No probability under the sampler differs by more
-from the one the theorem speaks of, so [`NoisyImage`] takes it off every lower bound (about 2e-7 at 3x32x32 and sigma 0.25).
+One error remains: the noise comes from float64 arithmetic on 52 or 53 random bits, so its distribution is not exact. The
+probability of any event `noise <= b`, at the boundary b of a lattice cell, is off by at most 2^-50: 2^-52 for the
+granularity of the uniforms, as much for the rounding of the transformed value (its density times its size is below 1), and
+a margin of two. A cell has two boundaries, and all but 2^-50 of the mass lies within 40 standard deviations on either side.
+The total-variation distance of one rounded coordinate is therefore at most 2^-50 (80 sigma/h + 2), and that of d coordinates
+at most d times as much. No probability under the sampler differs by more from that of the theorem, so [`NoisyImage`]
+subtracts it from every lower bound (about 2e-7 at 3x32x32 and sigma 0.25).
 """
 
 import hashlib
@@ -40,7 +40,7 @@ Sampling = Literal["lattice", "float"]
 
 
 def snap_to_8_bits(image: torch.Tensor) -> torch.Tensor:
-    """`image` (float32 in `[0, 1]`) on the exact grid k/255 if float32 rounding is all that keeps it off, else as it is."""
+    """Move `image` (float32 in `[0, 1]`) to the exact grid k/255 if only float32 rounding keeps it off; else keep it."""
     exact = (image * 255).round() / 255
     return exact if bool(((image - exact).abs() <= 2**-23).all()) else image
 
@@ -59,7 +59,7 @@ class SmoothingNoise(ABC):
 
     Args:
         sigma: standard deviation.
-        lattice: draw 8-bit images on the exact lattice (see the top of this file). Others are drawn in plain floats.
+        lattice: draw 8-bit images on the exact lattice (see the top of this file). Other images are drawn in plain floats.
 
     Raises:
         ValueError: for a sigma that is not positive and finite.
@@ -104,12 +104,12 @@ class SmoothingNoise(ABC):
         """Draws of standard deviation 1 on the generator's device."""
 
     def total_variation(self, coordinates: int) -> float:
-        """Most that a probability under the lattice sampler can differ from the one under this distribution."""
+        """The largest difference of a probability under the lattice sampler from that under this distribution."""
         return coordinates * 2.0**-50 * (80 * self.sigma * 255 * LATTICE_STEPS + 2)
 
-    def around(self, image: torch.Tensor, key: int) -> "NoisyImage":
+    def noisy_copies(self, image: torch.Tensor, key: int) -> "NoisyImage":
         """
-        The noisy copies of one image, made on its device where that is the CPU or CUDA.
+        The noisy copies of one image, drawn on its device if that is the CPU or CUDA.
 
         Args:
             image: `(channels, height, width)`, float32 in `[0, 1]`.
@@ -120,16 +120,16 @@ class SmoothingNoise(ABC):
 
 class NoisyImage:
     """
-    The noisy copies of one image in a fixed order, and what their counts certify.
+    The noisy copies of one image in a fixed order, and the radii that probabilities under them certify.
 
     Attributes:
         sampling: `"lattice"` where sums are exact, `"float"` where they are not (pixels between the 8-bit levels).
-        slack: what is taken off lower bounds for the sampler's distance from its distribution; 0 for `"float"`, where no
+        slack: subtracted from lower bounds for the distance of the sampler from its distribution; 0 for `"float"`, where no
             bound holds.
     """
 
     block = 32
-    """Draws in one call of torch's generator, whose output depends on the size of the call."""
+    """Draws per call of torch's generator, whose output depends on the size of the call."""
 
     def __init__(self, noise: SmoothingNoise, image: torch.Tensor, key: int):
         self.noise = noise
@@ -140,7 +140,7 @@ class NoisyImage:
         self.slack = noise.total_variation(image.numel()) if exact else 0.0
         self.steps = levels * LATTICE_STEPS
         self.on_cuda = image.device.type == "cuda"
-        if not self.on_cuda:  # nor any other device: some know no float64
+        if not self.on_cuda:  # other devices draw on the CPU too: some have no float64
             self.numpy_generator = np.random.Generator(np.random.Philox(key=key))
         else:
             self.torch_generator = torch.Generator(image.device).manual_seed(key & (2**63 - 1))
@@ -148,15 +148,15 @@ class NoisyImage:
 
     @property
     def sigma(self) -> float:
-        """The distribution's."""
+        """Standard deviation of the noise, in `[0, 1]` pixels."""
         return self.noise.sigma
 
     def radius(self, p_a: float, p_b: float | None = None) -> float:
-        """As the distribution's, for bounds of the probabilities under the sampler."""
+        """As that of the distribution, for bounds of the probabilities under the sampler."""
         return self.noise.radius(p_a - self.slack, (1 - p_a if p_b is None else p_b) + self.slack)
 
     def probability_needed(self, radius: float, p_b: float | None = None) -> float:
-        """As the distribution's, for probabilities under the sampler."""
+        """As that of the distribution, for probabilities under the sampler."""
         return self.noise.probability_needed(radius, None if p_b is None else p_b + self.slack) + self.slack
 
     def draw(self, count: int) -> torch.Tensor:
@@ -181,7 +181,7 @@ class NoisyImage:
         device = self.image.device
         if self.sampling == "float":
             return standard.mul_(self.noise.sigma).to(device).add_(self.image)
-        # whole numbers below 2^24: their sum is exact in float32, and the scaling sees nothing but the sum
+        # integers below 2^24: their sum is exact in float32, and the scaling depends on the sum only
         steps = standard.mul_(self.noise.sigma * 255 * LATTICE_STEPS).round_().to(device, torch.float32)
         return steps.add_(self.steps).mul_(1 / (255 * LATTICE_STEPS))
 

@@ -155,7 +155,7 @@ class Sampler:
     def _prepare(self, position: int, pixels: torch.Tensor) -> ActiveImage:
         key = image_key(pixels, self.seed)
         pixels = pixels.to(self.base_classifier.device)
-        image = ActiveImage(position, self.noise.around(pixels, key))
+        image = ActiveImage(position, self.noise.noisy_copies(pixels, key))
         if position == 0:
             self.rule.check(image.noisy)  # again: the sampler's error grows with the size of the images
         if not self.rule.uses_clean_pass:
@@ -167,7 +167,7 @@ class Sampler:
         """Start images with the class frequencies that the count head predicts."""
         if not images:
             return
-        clean = torch.cat([self.base_classifier.at_input(image.noisy.image[None], 0.0) for image in images])
+        clean = torch.cat([self.base_classifier.denoise_and_resize(image.noisy.image[None], 0.0) for image in images])
         frequencies = count_head(clean, self.noise.sigma).double().cpu().numpy()
         one_row_per_image = frequencies.shape[:1] == (len(images),)
         if not one_row_per_image or not (np.abs(frequencies.sum(1) - 1) < 1e-3).all() or not (frequencies >= 0).all():

@@ -130,7 +130,7 @@ def radii_in_reach(radii: Sequence[float], noise: NoiseDistribution, n: int, alp
     return [radius for radius in radii if noise.probability_needed(radius) < alpha ** (1 / n)]
 
 
-def probabilities_showing(radii: Sequence[float], noise: NoiseDistribution) -> list[float]:
+def probabilities_proving(radii: Sequence[float], noise: NoiseDistribution) -> list[float]:
     """The smallest probabilities that prove the radii, in floating point too; ascending."""
     probabilities = []
     for radius in sorted(radii):

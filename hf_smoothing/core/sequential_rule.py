@@ -155,7 +155,7 @@ class SequentialRule:
             radii = ((1 - self.tolerance) * noise.radius(min(float(special.expit(log_odds)), most)),)
         nulls = [noise.probability_needed(radius) for radius in radii]
         distances = [log_odds - float(special.logit(null)) for null in nulls]
-        return prior.expecting(distances, _PRIOR_SPREAD, _PRIOR_FLOOR)
+        return prior.reweight(distances, _PRIOR_SPREAD, _PRIOR_FLOOR)
 
 
 def class_weights(scores: NDArray[np.float64], floor: float) -> NDArray[np.float64]:

@@ -83,7 +83,9 @@ class SmoothedClassifier:
         self.noise = noise
         self.batch_size = batch_size
         self.image_processor = image_processor
-        self.preprocessing = None if image_processor is None else Preprocessing.of(image_processor, noise_resolution)
+        self.preprocessing = (
+            None if image_processor is None else Preprocessing.from_image_processor(image_processor, noise_resolution)
+        )
         self.base_classifier = BaseClassifier(base_classifier, self.preprocessing, denoiser, device, autocast, compile)
         self.device = self.base_classifier.device
         if self.preprocessing is None and noise_resolution != "input":

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from .calibration import Calibration, estimated_lower_bound
+from .calibration import Calibration, estimate_lower_bound
 from .certificates import Guarantee
 from .sampling_rule import (
     ABSTENTION,
@@ -15,7 +15,7 @@ from .sampling_rule import (
     NoiseDistribution,
     Outcome,
     check_reach,
-    probabilities_showing,
+    probabilities_proving,
 )
 from .validation import check_count, check_radii, check_share
 
@@ -96,7 +96,7 @@ class SurrogateRule:
         """How far the predicted log-odds of p_A are lowered (below 0: raised), see [`Calibration.shift`]; needs `delta`."""
         assert self.calibration is not None
         assert self.delta is not None
-        needed = None if self.radii is None else probabilities_showing(self.radii, noise)
+        needed = None if self.radii is None else probabilities_proving(self.radii, noise)
         return self.calibration.shift(noise.sigma, self.delta, needed)
 
     def start(self, noise: NoiseDistribution, clean: CleanPass) -> "_SurrogateRun":
@@ -111,19 +111,19 @@ class _SurrogateRun:
         top = int(frequencies.argmax())
         calibration, claims_a_radius = rule.calibration, False
         if rule.delta is None or calibration is None:
-            p_lower = float(estimated_lower_bound(frequencies[top], rule.n, rule.alpha))
+            p_lower = float(estimate_lower_bound(frequencies[top], rule.n, rule.alpha))
         elif rule.radii is None:
-            p_lower = float(calibration.shifted(frequencies[top], rule.shift(noise)))
+            p_lower = float(calibration.shifted_lower_bound(frequencies[top], rule.shift(noise)))
         else:
-            needed = probabilities_showing(rule.radii, noise)
-            claimed = int(calibration.claimed(frequencies[top], rule.shift(noise), needed))
+            needed = probabilities_proving(rule.radii, noise)
+            claimed = int(calibration.count_claimed_radii(frequencies[top], rule.shift(noise), needed))
             p_lower, claims_a_radius = (
                 [0.0, *needed][claimed],
                 claimed > 0,
             )  # a radius of 0, if asked for, is a claim too
         claims = claims_a_radius or noise.radius(p_lower) > 0
         outcome = Outcome(top, p_lower, 1 - p_lower) if claims else ABSTENTION
-        source = None if rule.delta is None or calibration is None else calibration.words
+        source = None if rule.delta is None or calibration is None else calibration.description
         self._outcome = replace(outcome, delta=rule.delta, calibration=source)
 
     def next_draws(self) -> int:

@@ -3,9 +3,13 @@
 import math
 from collections.abc import Sequence
 from numbers import Integral, Real
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
+
+NoiseResolution = Literal["input", "native"] | int
+"""Where noise is added: at the network's input, at the picture's own size, or at a square of so many pixels a side."""
 
 
 def check_probability(name: str, value: ArrayLike) -> None:
@@ -22,19 +26,35 @@ def check_count(name: str, value: int) -> None:
 
 
 def check_share(name: str, value: float) -> None:
+    """Raise a `ValueError` that names the value unless it is a single number strictly between 0 and 1."""
     if not isinstance(value, Real) or isinstance(value, bool):
         raise ValueError(f"{name}={value!r} must be a number strictly between 0 and 1.")
     check_probability(name, value)
 
 
 def check_radius(radius: float) -> None:
+    """Raise a `ValueError` unless it is a finite number, 0 or above."""
     if not isinstance(radius, Real) or isinstance(radius, bool) or not 0 <= radius < math.inf:
         raise ValueError(f"radius={radius!r} must be a finite number, 0 or above.")
 
 
 def check_radii(radii: Sequence[float]) -> None:
-    """Raise a `ValueError` unless these are radii to decide."""
+    """Raise a `ValueError` unless these are one or more valid radii."""
     if not radii:
         raise ValueError("radii=() asks for nothing: give one or more radii, or None to find the radius.")
     for radius in radii:
         check_radius(radius)
+
+
+def check_noise_resolution(value: NoiseResolution) -> None:
+    """Raise a `ValueError` unless it is `input`, `native` or a whole number above 0."""
+    if value not in ("input", "native") and not (isinstance(value, int) and value > 0):
+        raise ValueError(
+            f"noise_resolution={value!r} must be 'input' (the network's), 'native' (the picture's own) or a number of "
+            "pixels a side."
+        )
+
+
+def parse_noise_resolution(text: str) -> NoiseResolution:
+    """Convert text from the command line; [`check_noise_resolution`] checks the result."""
+    return int(text) if text.isdecimal() else text  # type: ignore[return-value]

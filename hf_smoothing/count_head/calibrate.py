@@ -8,7 +8,7 @@ from ..core.calibration import CALIBRATION_FILE, Calibration
 from ..core.count_predictor import CountPredictor
 from ..core.loading import weights_digest
 from ..core.noise import GaussianNoise
-from ..core.sampling_rule import probabilities_showing, radii_in_reach
+from ..core.sampling_rule import probabilities_proving, radii_in_reach
 from ..metrics.certified_accuracy import DEFAULT_THRESHOLDS
 from .comparison import compare_with_certificates, predict_counts
 from .measured_counts import read_counts
@@ -69,7 +69,7 @@ def claim_rows(calibration: Calibration) -> list[dict[str, str]]:
         decided = radii_in_reach(DEFAULT_THRESHOLDS[1:], noise, calibration.n, calibration.alpha)
         together = [decided] if len(decided) > 1 else []
         for radii in (None, *together, *([radius] for radius in decided)):
-            needed = None if radii is None else probabilities_showing(radii, noise)
+            needed = None if radii is None else probabilities_proving(radii, noise)
             claims = "each image's own" if radii is None else f"r = {', '.join(f'{radius:g}' for radius in radii)}"
             row = {"sigma": f"{sigma:g}", "claimed": claims, "images": str(images)}
             row["too large as they are"] = f"{100 * (calibration.scores(sigma, needed) > 0).mean():.1f} %"

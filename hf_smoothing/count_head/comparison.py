@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from transformers import AutoImageProcessor
 
 from ..core.bounds import FloatArray
-from ..core.calibration import compared, estimated_lower_bound
+from ..core.calibration import compare_estimates, estimate_lower_bound
 from ..core.certificates import ABSTAIN
 from ..core.count_predictor import CountPredictor
 from ..core.noise import GaussianNoise
@@ -68,7 +68,7 @@ class Comparison:
 
     def estimate_radii(self, n: int) -> FloatArray:
         """Radii of the estimates with `n` nominal draws."""
-        return self.compute_radii(estimated_lower_bound(self.probabilities.max(1), n, self.alpha))
+        return self.compute_radii(estimate_lower_bound(self.probabilities.max(1), n, self.alpha))
 
     def compute_radii(self, p_lower: FloatArray) -> FloatArray:
         """Radii that follow from lower bounds of p_A; 0 where none follows."""
@@ -81,8 +81,8 @@ class Comparison:
         return replace(self, **{name: getattr(self, name)[images] for name in columns})
 
     def to_calibration(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """What is predicted and what is allowed of each image, see [`core.calibration.compared`]."""
-        return compared(self.probabilities, self.predictions, self.p_lower, self.n, self.alpha)
+        """What is predicted and what is allowed of each image, see [`core.calibration.compare_estimates`]."""
+        return compare_estimates(self.probabilities, self.predictions, self.p_lower, self.n, self.alpha)
 
 
 def predict_counts(
@@ -103,7 +103,7 @@ def predict_counts(
     Raises:
         ValueError: for images that were changed since they were counted.
     """
-    preprocessing = Preprocessing.of(AutoImageProcessor.from_pretrained(folder))
+    preprocessing = Preprocessing.from_image_processor(AutoImageProcessor.from_pretrained(folder))
     inputs = measured.open_images().bind(predictor.class_names, preprocessing)
     indices, rows = np.unique(measured.indices, return_inverse=True)
     probabilities = np.empty((len(rows), len(predictor.class_names)))

@@ -11,7 +11,7 @@ from scipy import stats
 from ..core.bounds import FloatArray, clopper_pearson_lower
 from ..core.calibration import Calibration
 from ..core.noise import GaussianNoise
-from ..core.sampling_rule import probabilities_showing
+from ..core.sampling_rule import probabilities_proving
 from .comparison import Comparison
 
 
@@ -189,12 +189,12 @@ def evaluate_calibration(
     top_probabilities, agrees = comparison.probabilities.max(1), comparison.agrees
     if decided is None:
         shift = calibration.shift(comparison.sigma, delta)
-        claimed = comparison.compute_radii(calibration.shifted(top_probabilities, shift))
+        claimed = comparison.compute_radii(calibration.shifted_lower_bound(top_probabilities, shift))
         answered = claimed > 0
     else:
-        p_needed = probabilities_showing(decided, GaussianNoise(comparison.sigma))
+        p_needed = probabilities_proving(decided, GaussianNoise(comparison.sigma))
         shift = calibration.shift(comparison.sigma, delta, p_needed)
-        num_claimed = calibration.claimed(top_probabilities, shift, p_needed)
+        num_claimed = calibration.count_claimed_radii(top_probabilities, shift, p_needed)
         claimed, answered = np.append(0.0, sorted(decided))[num_claimed], num_claimed > 0
     certified = comparison.certified_radii
     # an answer with radius 0 claims only that Monte-Carlo predicts the same class

@@ -15,8 +15,13 @@ from transformers import AutoConfig, AutoImageProcessor
 from transformers.hf_argparser import HfArg
 
 from ..core.configuration_mixed_noise_vit import MixedNoiseViTConfig
-from ..core.loading import loading, refuse_other_weights
-from ..core.modeling_count_prediction import DRAWS, LOSSES, OF_FREQUENCIES, MixedNoiseViTForCountPrediction
+from ..core.loading import check_loaded_weights, loading
+from ..core.modeling_count_prediction import (
+    FREQUENCY_LOSSES,
+    LOGISTIC_NORMAL_DRAWS,
+    LOSSES,
+    MixedNoiseViTForCountPrediction,
+)
 from ..core.preprocessing import Preprocessing
 from ..training.training_loop import TrainingLoop, TrainingSettings
 from ..utils.files import write_json
@@ -89,7 +94,7 @@ def build_count_model(head: CountHeadSettings, counts: MeasuredCounts) -> MixedN
             label2id={class_name: index for index, class_name in enumerate(counted_classes)},
             ignore_mismatched_sizes=True,
         )
-    refuse_other_weights(name, loading_info, ("classifier", "count_head"))
+    check_loaded_weights(name, loading_info, ("classifier", "count_head"))
     if class_names != counted_classes:
         model.classifier = nn.Linear(config.hidden_size, len(counted_classes))
         model._init_weights(model.classifier)
@@ -134,7 +139,7 @@ def compute_prediction_errors(
     top = counts.argmax(1)
     top_errors = logits.softmax(1).gather(1, top[:, None]) - frequencies.gather(1, top[:, None])
     return {
-        "jensen_shannon": float(OF_FREQUENCIES["jensen_shannon"](logits, frequencies)),
+        "jensen_shannon": float(FREQUENCY_LOSSES["jensen_shannon"](logits, frequencies)),
         "top1_disagreement": float((logits.argmax(1) != top).float().mean()),
         "top_frequency_error": float(top_errors.mean()),
     }
@@ -174,8 +179,10 @@ def train_count_head(
     """
     started = time.perf_counter()
     draws = int(counts.counts.sum(1).min())
-    if head.loss == "logistic_normal" and draws < DRAWS[0]:
-        raise ValueError(f"loss='logistic_normal' takes {DRAWS[0]} draws per image or more; the counts have {draws}.")
+    if head.loss == "logistic_normal" and draws < LOGISTIC_NORMAL_DRAWS[0]:
+        raise ValueError(
+            f"loss='logistic_normal' takes {LOGISTIC_NORMAL_DRAWS[0]} draws per image or more; the counts have {draws}."
+        )
     processor = AutoImageProcessor.from_pretrained(head.model_name_or_path)
     inputs, targets = _read_images(counts, processor, show_progress=accelerator.is_main_process)
     model.to(accelerator.device)
@@ -193,7 +200,7 @@ def train_count_head(
         settings.seed,
         accelerator.process_index,
         accelerator.num_processes,
-        DRAWS[-1] if head.loss == "logistic_normal" else None,
+        LOGISTIC_NORMAL_DRAWS[-1] if head.loss == "logistic_normal" else None,
     )
     preprocessing_seconds = time.perf_counter() - started
 
@@ -247,7 +254,7 @@ def _create_loss(head: CountHeadSettings) -> Callable[[Any, torch.Tensor, torch.
 
 def _read_images(counts: MeasuredCounts, processor: Any, show_progress: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Pixels (uint8) and targets of the images that were counted."""
-    inputs = counts.open_images().bind(counts.settings["label_names"], Preprocessing.of(processor))
+    inputs = counts.open_images().bind(counts.settings["label_names"], Preprocessing.from_image_processor(processor))
     indices, targets = group_counts_by_image(counts)
     progress = tqdm(indices.tolist(), "reading images", disable=not show_progress)
     pixels = torch.stack([(inputs[index][0] * 255).round().byte() for index in progress])

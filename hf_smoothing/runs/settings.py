@@ -106,9 +106,9 @@ class RunSettings:
     @property
     def resolution(self) -> "NoiseResolution":
         """Where noise is added, as the engine takes it."""
-        from ..core.preprocessing import read_resolution
+        from ..core.validation import parse_noise_resolution
 
-        return read_resolution(str(self.noise_resolution))
+        return parse_noise_resolution(str(self.noise_resolution))
 
     def rule(self, sigma: float) -> "tuple[Rule, tuple[float, ...] | None]":
         """

@@ -54,8 +54,8 @@ def train_classifier(
         ValueError: see [`TrainingLoop`] and [`TrainingBatches`].
     """
     processor = processor or create_image_processor(model.config.image_size)
-    preprocessing = Preprocessing.of(processor)
-    height, width = preprocessing.before(Image.new("RGB", (64, 64))).shape[1:]
+    preprocessing = Preprocessing.from_image_processor(processor)
+    height, width = preprocessing.picture_to_pixels(Image.new("RGB", (64, 64))).shape[1:]
     if height != width:
         raise ValueError(f"The model takes {height}x{width} pixels: training needs square images.")
     class_names = [model.config.id2label[index] for index in range(model.config.num_labels)]

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessor
 
 from ..core.configuration_mixed_noise_vit import MixedNoiseViTConfig
-from ..core.loading import check_weights, loading, refuse_other_weights
+from ..core.loading import check_loaded_weights, check_weights, loading
 from ..core.modeling_mixed_noise_vit import MixedNoiseViTForImageClassification
 from .from_timm import from_timm
 
@@ -76,7 +76,7 @@ def load_for_finetuning(
     _warn_of_batch_norm(model, model_name_or_path)
     head = find_head(model)
     head_names = tuple(name for name, module in model.named_modules() if module is head)
-    refuse_other_weights(model_name_or_path, loading_info, (*head_names, "count_head"))
+    check_loaded_weights(model_name_or_path, loading_info, (*head_names, "count_head"))
     check_weights(model)
     if not same_classes:
         nn.init.trunc_normal_(head.weight, std=0.02)

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from hf_smoothing.core.count_predictor import CountPredictor
-from hf_smoothing.core.modeling_count_prediction import LOSSES, OF_FREQUENCIES
+from hf_smoothing.core.modeling_count_prediction import FREQUENCY_LOSSES, LOSSES
 from hf_smoothing.count_head.calibrate import refuse_shared_images
 from hf_smoothing.count_head.comparison import Comparison, compare_with_certificates, predict_counts
 from hf_smoothing.count_head.evaluation import compute_errors
@@ -132,7 +132,7 @@ def summarize(comparison: Comparison) -> dict[str, Any]:
     logits = torch.from_numpy(np.log(np.maximum(comparison.probabilities, 1e-300)))
     return {
         "sigma": comparison.sigma,
-        "jensen_shannon": float(OF_FREQUENCIES["jensen_shannon"](logits, targets)),
+        "jensen_shannon": float(FREQUENCY_LOSSES["jensen_shannon"](logits, targets)),
         "accuracy_gap": float(np.abs(np.subtract(certified, estimated)).max()),
         **{name: errors[name] for name in ("disagreement", "overestimated", "mean_excess")},
     }

@@ -200,12 +200,12 @@ def evaluate_own_calibration(comparison: Comparison, predictor: CountPredictor) 
     calibration = predictor.calibration
     if calibration is None or (calibration.n, calibration.alpha) != (comparison.n, comparison.alpha):
         return []  # it is for other certificates
-    if shared := calibration.shared_images(comparison.sigma, comparison.probabilities):
+    if shared := calibration.count_shared_images(comparison.sigma, comparison.probabilities):
         raise ValueError(f"The head was calibrated on {shared} of the images of this very run: use a run on others.")
     return [
         {
             "sigma": comparison.sigma,
-            "calibrated_on": calibration.words,
+            "calibrated_on": calibration.description,
             **evaluate_calibration(comparison, calibration, delta, RADII, decided=decided),
         }
         for delta in DELTAS

@@ -336,7 +336,9 @@ def study(settings: StudySettings) -> None:
 def images_to_evaluate(settings: StudySettings, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """Pixels and labels of some images, spread over the split at random."""
     images = LabelledImages(settings.dataset_name, split=settings.eval_split)
-    inputs = images.bind(find_class_names(images), Preprocessing.of(AutoImageProcessor.from_pretrained(folder)))
+    inputs = images.bind(
+        find_class_names(images), Preprocessing.from_image_processor(AutoImageProcessor.from_pretrained(folder))
+    )
     chosen = np.random.default_rng(settings.seed).permutation(len(images.source))[: settings.eval_samples].tolist()
     pixels, labels = zip(*(inputs[index] for index in chosen))
     return torch.stack(pixels), torch.tensor(labels)

@@ -18,7 +18,7 @@ probabilities = st.floats(0.001, 0.999)
 beta_priors = st.tuples(st.floats(0.1, 50), st.floats(0.1, 50))
 odds_priors = st.lists(st.floats(0.01, 10), min_size=1, max_size=12).map(lambda steps: OddsPrior(tuple(steps)))
 headed_priors = st.builds(
-    lambda prior, distances, spread, floor: prior.expecting(distances, spread, floor),
+    lambda prior, distances, spread, floor: prior.reweight(distances, spread, floor),
     odds_priors,
     st.lists(st.floats(-60, 60), min_size=1, max_size=3),
     st.floats(0.05, 3),

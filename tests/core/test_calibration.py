@@ -7,9 +7,9 @@ import torch
 from scipy import optimize, special
 
 from hf_smoothing import GaussianNoise, clopper_pearson_lower
-from hf_smoothing.core.calibration import Calibration, compared, estimated_lower_bound
+from hf_smoothing.core.calibration import Calibration, compare_estimates, estimate_lower_bound
 from hf_smoothing.core.rules import make_rule
-from hf_smoothing.core.sampling_rule import CleanPass, probabilities_showing
+from hf_smoothing.core.sampling_rule import CleanPass, probabilities_proving
 from hf_smoothing.core.surrogate_rule import SurrogateRule
 
 NOISE = GaussianNoise(0.5)
@@ -40,7 +40,9 @@ def test_claims_exceed_what_monte_carlo_proves_about_delta_of_the_time(delta, bi
     missed, claimed, shifts = [], [], []
     for _ in range(100):
         probabilities, predictions, p_lower = simulate(generator, 150, bias)
-        calibration = calibrated(*compared(probabilities[:100], predictions[:100], p_lower[:100], 1000, 0.001))
+        calibration = calibrated(
+            *compare_estimates(probabilities[:100], predictions[:100], p_lower[:100], 1000, 0.001)
+        )
         rule = SurrogateRule(1000, 0.001, delta, calibration, radii)
         shifts.append(rule.shift(NOISE))
         for frequencies, prediction, proved in zip(probabilities[100:], predictions[100:], p_lower[100:]):
@@ -63,15 +65,17 @@ def test_scores():
     predictions, p_lower = np.array([0, 0, -1, 0, 0]), np.array([0.8, 0.8, 0.0, 0.8, 0.99])
     for image, (predicted, proved) in enumerate(((0.9, 0.8), (0.9, 0.5), (0.9, 0.5), (0.5, 0.8), (0.9, 0.99))):
         one = slice(image, image + 1)
-        (score,) = calibrated(*compared(probabilities[one], predictions[one], p_lower[one], 1000, 0.001)).scores(0.5)
+        (score,) = calibrated(
+            *compare_estimates(probabilities[one], predictions[one], p_lower[one], 1000, 0.001)
+        ).scores(0.5)
         # another answer, and none: every claim is too much
         shifted = special.expit(special.logit(predicted) - score)
-        assert estimated_lower_bound(shifted, 1000, 0.001) == pytest.approx(proved, rel=1e-9)
+        assert estimate_lower_bound(shifted, 1000, 0.001) == pytest.approx(proved, rel=1e-9)
         assert (score > 0) == (proved < predicted)
     # Monte-Carlo proves as much as its draws can show: no estimate exceeds it
     for hits, low, high in ((1000, -np.inf, -np.inf), (999, 15, 25)):
         most = clopper_pearson_lower([hits], 1000, 0.001)
-        sure = calibrated(*compared(np.array([[1.0, 0.0]]), np.array([0]), most, 1000, 0.001))
+        sure = calibrated(*compare_estimates(np.array([[1.0, 0.0]]), np.array([0]), most, 1000, 0.001))
         assert low <= sure.scores(0.5)[0] <= high
 
 
@@ -83,26 +87,26 @@ def test_scores_of_radii_to_decide():
     p_lower = np.array([0.75, 0.75, 0.0, 0.505, 0.95])  # prove 0.25, 0.25, nothing, 0, 0.5
     for image, (claims, proves) in enumerate(((2, 2), (3, 2), (3, 0), (1, 1), (3, 3))):
         one = slice(image, image + 1)
-        calibration = calibrated(*compared(probabilities[one], predictions[one], p_lower[one], 1000, 0.001))
-        assert calibration.claimed(estimates[image], 0.0, needed) == claims
+        calibration = calibrated(*compare_estimates(probabilities[one], predictions[one], p_lower[one], 1000, 0.001))
+        assert calibration.count_claimed_radii(estimates[image], 0.0, needed) == claims
         (score,) = calibration.scores(0.5, needed[::-1])  # in any order
         if proves == len(needed):
             assert score == -np.inf
             continue
         # lowered by just the score the first radius too many is no longer claimed, by less it is
-        assert calibration.claimed(estimates[image], score, needed) == proves
-        assert calibration.claimed(estimates[image], score - 1e-9, needed) == proves + 1
+        assert calibration.count_claimed_radii(estimates[image], score, needed) == proves
+        assert calibration.count_claimed_radii(estimates[image], score - 1e-9, needed) == proves + 1
 
 
 def noises():
     """The distribution, and pictures that take a little, or much, off its bounds."""
     small, large = torch.zeros(3, 8, 8), torch.zeros(3, 2000, 2000)
-    return [NOISE, NOISE.around(small, 0), NOISE.around(large, 0)]
+    return [NOISE, NOISE.noisy_copies(small, 0), NOISE.noisy_copies(large, 0)]
 
 
 def unshifted():
     """A calibration whose shift is 0, up to a picture's slack: all but claimed, where Monte-Carlo proves nothing."""
-    just = optimize.brentq(lambda p: float(estimated_lower_bound(p, 1000, 0.001)) - 0.5, 0.5, 0.6)
+    just = optimize.brentq(lambda p: float(estimate_lower_bound(p, 1000, 0.001)) - 0.5, 0.5, 0.6)
     return calibrated([special.logit(just)] * 9, [0.0] * 9)
 
 
@@ -125,10 +129,10 @@ def test_a_cautious_head_is_raised_to_what_it_can_claim():
     guess = special.expit(special.logit(p) - 1)
     half, rest = slice(0, 1000), slice(1000, 2000)
     probabilities = np.column_stack([guess, *[(1 - guess) / 9] * 9])
-    calibration = calibrated(*compared(probabilities[half], predictions[half], p_lower[half], 1000, 0.001))
-    (needed,) = probabilities_showing((0.5,), NOISE)
+    calibration = calibrated(*compare_estimates(probabilities[half], predictions[half], p_lower[half], 1000, 0.001))
+    (needed,) = probabilities_proving((0.5,), NOISE)
     assert -1.2 < calibration.shift(0.5, 0.05, [needed]) < -0.8
-    proved, estimated = p_lower[rest] >= needed, estimated_lower_bound(guess[rest], 1000, 0.001) >= needed
+    proved, estimated = p_lower[rest] >= needed, estimate_lower_bound(guess[rest], 1000, 0.001) >= needed
     rule = SurrogateRule(1000, 0.001, 0.05, calibration, (0.5,))
     claims = [rule.start(NOISE, CleanPass(one, frequencies=True)).outcome() for one in probabilities[rest]]
     claimed = np.array([claim.prediction == 0 for claim in claims])
@@ -151,21 +155,23 @@ def test_a_radius_that_is_always_proved_is_always_claimed():
 
 def test_a_radius_that_no_probability_shows_does_not_undo_the_lowering():
     """A large picture's slack can ask for a probability above 1: that radius is never claimed, and never allowed."""
-    noise = NOISE.around(torch.zeros(3, 2000, 2000), 0)
+    noise = NOISE.noisy_copies(torch.zeros(3, 2000, 2000), 0)
     radii = (0.25, 1.5)
-    needed = probabilities_showing(radii, noise)
+    needed = probabilities_proving(radii, noise)
     assert needed[1] > 1
     calibration = calibrated([2.0] * 19, [0.5] * 19)
     assert calibration.shift(0.5, 0.1, needed) == calibration.shift(0.5, 0.1, needed[:1]) > 0.5
-    assert calibration.claimed(1.0, 0.0, needed) == calibration.claimed(1.0, -64.0, needed) == 1
+    assert (
+        calibration.count_claimed_radii(1.0, 0.0, needed) == calibration.count_claimed_radii(1.0, -64.0, needed) == 1
+    )
 
 
 def test_the_estimate_is_what_the_paper_says():
-    whole = estimated_lower_bound([0.987, 0.988, 1.0], 1000, 0.01)
+    whole = estimate_lower_bound([0.987, 0.988, 1.0], 1000, 0.01)
     assert whole == pytest.approx(clopper_pearson_lower([987, 988, 1000], 1000, 0.01), rel=1e-9)
-    assert whole[0] < estimated_lower_bound(0.9875, 1000, 0.01) < whole[1]
-    assert whole[2] > estimated_lower_bound(0.9999, 1000, 0.01) > clopper_pearson_lower(999, 1000, 0.01)
-    assert estimated_lower_bound(0.0, 1000, 0.01) < 1e-9
+    assert whole[0] < estimate_lower_bound(0.9875, 1000, 0.01) < whole[1]
+    assert whole[2] > estimate_lower_bound(0.9999, 1000, 0.01) > clopper_pearson_lower(999, 1000, 0.01)
+    assert estimate_lower_bound(0.0, 1000, 0.01) < 1e-9
 
 
 def test_the_quantile_is_that_of_split_conformal_prediction(tmp_path):
@@ -181,9 +187,11 @@ def test_the_quantile_is_that_of_split_conformal_prediction(tmp_path):
     assert calibration.shift(0.25, 0.1) == 18  # the 18th of 19: ceil(20 * 0.9)
     assert calibration.shift(0.25, 0.05) == 19
     assert calibration.shift(0.5, 0.1) == -1  # too cautious: it may be raised
-    assert calibration.shifted(0.9, 0) == pytest.approx(float(estimated_lower_bound(0.9, 1000, 0.001)))
-    assert calibration.shifted(0.9, 18) < 1e-3
-    assert calibration.shifted(1.0, 18) == pytest.approx(float(estimated_lower_bound(1.0, 1000, 0.001)), rel=1e-3)
+    assert calibration.shifted_lower_bound(0.9, 0) == pytest.approx(float(estimate_lower_bound(0.9, 1000, 0.001)))
+    assert calibration.shifted_lower_bound(0.9, 18) < 1e-3
+    assert calibration.shifted_lower_bound(1.0, 18) == pytest.approx(
+        float(estimate_lower_bound(1.0, 1000, 0.001)), rel=1e-3
+    )
     with pytest.raises(ValueError, match="takes at least 99 images"):
         calibration.shift(0.25, 0.01)
     with pytest.raises(ValueError, match=r"sigma=1 was not calibrated, only 0\.25, 0\.5 was"):

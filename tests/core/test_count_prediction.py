@@ -8,7 +8,7 @@ from scipy.stats import entropy
 
 from hf_smoothing import MixedNoiseViTConfig, MixedNoiseViTForImageClassification
 from hf_smoothing.core.modeling_count_prediction import (
-    OF_FREQUENCIES,
+    FREQUENCY_LOSSES,
     MixedNoiseViTForCountPrediction,
     logistic_normal,
     soft_cross_entropy,
@@ -23,7 +23,7 @@ def model(tiny_model_dir):
 
 def test_a_share_that_underflows_leaves_a_gradient():
     logits = torch.tensor([[120.0, 0.0, 0.0]], requires_grad=True)
-    loss = OF_FREQUENCIES["jensen_shannon"](logits, torch.tensor([[0.5, 0.5, 0.0]]))
+    loss = FREQUENCY_LOSSES["jensen_shannon"](logits, torch.tensor([[0.5, 0.5, 0.0]]))
     loss.backward()
     assert loss.isfinite()
     assert logits.grad.isfinite().all()
@@ -39,8 +39,8 @@ def test_losses_are_what_scipy_says():
         "kl": np.mean([entropy(truth, guess) for truth, guess in zip(measured, predicted)]),
         "cross_entropy": np.mean([-(truth * np.log(guess)).sum() for truth, guess in zip(measured, predicted)]),
     }
-    assert expected.keys() == OF_FREQUENCIES.keys()
-    for name, loss in OF_FREQUENCIES.items():
+    assert expected.keys() == FREQUENCY_LOSSES.keys()
+    for name, loss in FREQUENCY_LOSSES.items():
         assert float(loss(logits, targets)) == pytest.approx(expected[name])
         leaf = logits.clone().requires_grad_()
         loss(leaf, targets).backward()
@@ -132,7 +132,7 @@ def test_the_noise_level_counts_and_each_image_may_have_its_own(model):
     assert not torch.allclose(model(images[1:], sigma=0.25).logits[0], together[1])
 
 
-@pytest.mark.parametrize("loss", OF_FREQUENCIES)
+@pytest.mark.parametrize("loss", FREQUENCY_LOSSES)
 def test_an_image_may_have_several_noise_levels_of_one_pass(model, loss):
     images, counts = torch.rand(2, 3, 8, 8), torch.randint(1, 9, (2, 2, 3))
     with torch.no_grad():

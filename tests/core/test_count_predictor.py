@@ -15,7 +15,7 @@ from hf_smoothing import GaussianNoise, MixedNoiseViTForCountPrediction, Smoothe
 from hf_smoothing.cli.app import app
 from hf_smoothing.core.calibration import CALIBRATION_FILE, Calibration
 from hf_smoothing.core.count_predictor import CountPredictor
-from hf_smoothing.core.sampling_rule import probabilities_showing
+from hf_smoothing.core.sampling_rule import probabilities_proving
 from hf_smoothing.count_head.measured_counts import read_counts
 from hf_smoothing.count_head.training import CountHeadSettings, build_count_model
 from hf_smoothing.reporting.report import render_notes, summarize
@@ -73,7 +73,7 @@ def test_from_head_to_claims_about_most_images(head, model, fixed_run, certify, 
     certify(tmp_path / "marginal", sigmas=(0.25,), delta=0.1, **estimated)
     claims = rows(tmp_path / "marginal")
     assert {row["guarantee"] for row in claims} == {"marginal"}
-    assert {(row["delta"], row["calibration"]) for row in claims} == {(0.1, calibration.words)}
+    assert {(row["delta"], row["calibration"]) for row in claims} == {(0.1, calibration.description)}
     settings = json.loads((tmp_path / "marginal" / "run.json").read_text())["settings"]
     assert settings["calibration"]["shifts"] == {"0.25": calibration.shift(0.25, 0.1)}
     assert settings["count_head_weights"] != settings["model_weights"]
@@ -83,7 +83,7 @@ def test_from_head_to_claims_about_most_images(head, model, fixed_run, certify, 
     assert all(radius == pytest.approx(0) or radius == pytest.approx(0.1) for radius in radii)
     settings = json.loads((tmp_path / "decided" / "run.json").read_text())["settings"]
     assert settings["radii_decided"] == {"0.25": [0.0, 0.1]}
-    needed = probabilities_showing((0.0, 0.1), GaussianNoise(0.25))
+    needed = probabilities_proving((0.0, 0.1), GaussianNoise(0.25))
     assert (
         settings["calibration"]["shifts"]["0.25"]
         == calibration.shift(0.25, 0.1, needed)

@@ -81,7 +81,7 @@ def test_noise_has_its_distribution_around_the_image(make, sampling, kind):
 @pytest.mark.parametrize("kind", NOISES)
 def test_on_the_lattice_a_noisy_picture_tells_nothing_of_the_picture_it_came_from(kind):
     """Every value is a multiple of the step, in exactly the float32 that the multiple has for any picture."""
-    drawn = kind(0.5).around(IMAGES["lattice"], 3).draw(50)
+    drawn = kind(0.5).noisy_copies(IMAGES["lattice"], 3).draw(50)
     steps = (drawn.double() * 255 * LATTICE_STEPS).round()
     torch.testing.assert_close(steps.float() * (1 / (255 * LATTICE_STEPS)), drawn, rtol=0, atol=0)
 
@@ -115,13 +115,13 @@ def test_the_rounding_attack_breaks_plain_floats_and_not_the_lattice():
 
 
 def test_what_the_sampler_is_off_by_is_taken_off_the_bound():
-    noisy = GaussianNoise(0.25).around(IMAGES["lattice"], 0)
+    noisy = GaussianNoise(0.25).noisy_copies(IMAGES["lattice"], 0)
     assert 0 < noisy.slack < 1e-6
     assert noisy.radius(0.9) < GaussianNoise(0.25).radius(0.9)
     assert noisy.radius(noisy.probability_needed(0.3)) == pytest.approx(0.3, abs=1e-15)
-    assert GaussianNoise(0.25).around(IMAGES["float"], 0).slack == 0
-    assert GaussianNoise(0.25, lattice=False).around(IMAGES["lattice"], 0).sampling == "float"
-    assert GaussianNoise(100.0).around(IMAGES["lattice"], 0).sampling == "float"
+    assert GaussianNoise(0.25).noisy_copies(IMAGES["float"], 0).slack == 0
+    assert GaussianNoise(0.25, lattice=False).noisy_copies(IMAGES["lattice"], 0).sampling == "float"
+    assert GaussianNoise(100.0).noisy_copies(IMAGES["lattice"], 0).sampling == "float"
 
 
 def test_eight_bit_pictures_are_found_on_their_grid():

@@ -109,7 +109,7 @@ def test_logits_without_noise_are_those_of_the_models_own_pipeline(folder, pictu
         native = SmoothedClassifier.from_pretrained(folder, GaussianNoise(0.25), noise_resolution="native")
         whole = to_pixels(picture, native.preprocessing)
         assert whole.shape == (3, 50, 60)
-        resized = native.base_classifier.at_input(whole[None], 0.0)
+        resized = native.base_classifier.denoise_and_resize(whole[None], 0.0)
         assert resized.shape == (1, 3, SIDE, SIDE)
         assert float((resized[0] - pixels).abs().max()) < 0.06
         assert float((resized[0] - pixels).abs().mean()) < 0.004
@@ -151,7 +151,7 @@ def test_sigma_is_in_pixels_whatever_the_processor_does(resolution):
         size={"height": 8, "width": 8}, image_mean=[0.3] * 3, image_std=[0.1] * 3, do_resize=resolution == "input"
     )
     picture = Image.fromarray(np.random.default_rng(1).integers(100, 150, (8, 8, 3), np.uint8))
-    pixels = to_pixels(picture, Preprocessing.of(processor))
+    pixels = to_pixels(picture, Preprocessing.from_image_processor(processor))
     # (x - 0.3) / 0.1 is what it sees; its plane lies at a distance of 0.3 from the picture
     behind = LinearClassifier(direction, 0.0)
     behind.offset = float(3.0 - behind.margin((pixels[None] - 0.3) / 0.1))
@@ -203,13 +203,13 @@ def test_processors_whose_steps_cannot_be_parted_are_refused_with_the_reason():
         (ViTImageProcessor(size=SQUARE), {"noise_resolution": -3}, "noise_resolution=-3"),
     ):
         with pytest.raises(ValueError, match=message):
-            Preprocessing.of(processor, **settings)
+            Preprocessing.from_image_processor(processor, **settings)
 
 
 def test_offsets_and_scales_of_processors_are_kept(picture):
     """EfficientNet's takes pixels to [-1, 1] before it normalises."""
     processor = EfficientNetImageProcessor(size=SQUARE, rescale_offset=True, rescale_factor=1 / 127.5)
-    preprocessing = Preprocessing.of(processor)
+    preprocessing = Preprocessing.from_image_processor(processor)
     expected = processor(picture, return_tensors="pt")["pixel_values"]
     found = preprocessing.normalize(to_pixels(picture, preprocessing)[None])
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)

@@ -270,7 +270,7 @@ def test_processors_of_other_units_give_pixels_and_their_units_behind_the_noise(
     picture = Image.new("RGB", (4, 4), (255, 128, 0))
     for settings, units in (({"do_rescale": False}, 255.0), ({"rescale_factor": 0.01}, 2.55)):
         processor = ViTImageProcessor(size={"height": 4, "width": 4}, do_normalize=False, **settings)
-        preprocessing = Preprocessing.of(processor)
+        preprocessing = Preprocessing.from_image_processor(processor)
         pixels = to_pixels(picture, preprocessing)
         assert pixels[:, 0, 0].tolist() == pytest.approx([1, 128 / 255, 0])
         assert preprocessing.normalize(pixels)[:, 0, 0].tolist() == pytest.approx([units, units * 128 / 255, 0])

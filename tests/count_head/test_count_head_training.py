@@ -110,7 +110,7 @@ def test_an_own_backbone_may_see_images_mirrored(counts_dir, tmp_path, hflip):
     settings = TrainingSettings(str(tmp_path / "out"), max_train_steps=1, per_device_train_batch_size=4)
     found = train_count_head(model, counts, head, settings, settings.create_accelerator())
     assert found["settings"]["hflip"] == hflip
-    preprocessing = Preprocessing.of(AutoImageProcessor.from_pretrained(base))
+    preprocessing = Preprocessing.from_image_processor(AutoImageProcessor.from_pretrained(base))
     inputs = counts.open_images().bind(counts.settings["label_names"], preprocessing)
     pixels = torch.stack([inputs[index][0] for index in group_counts_by_image(counts)[0]])
     shown = pixels.flip(-1) if hflip else pixels

@@ -100,7 +100,7 @@ def test_a_head_that_knows_p_saves_draws_and_a_wrong_one_costs_few():
 
 def test_the_prior_moves_to_where_p_is_expected():
     prior = OddsPrior.for_budget(10_000, 0.001)
-    moved = prior.expecting([1.0], 0.5, 0.1)
+    moved = prior.reweight([1.0], 0.5, 0.1)
     assert moved.steps == prior.steps
     assert moved.weights is not None
     assert sum(moved.weights) == pytest.approx(1)
@@ -112,12 +112,12 @@ def test_the_prior_moves_to_where_p_is_expected():
         believed = np.random.default_rng(0).normal(guess, 0.5, 400_000)
         believed = believed[believed > 0]
         expected = [np.mean((low < believed) & (believed < high)) for high, low in pairwise(edges)]
-        found = prior.expecting([guess], 0.5, 0.1).weights
+        found = prior.reweight([guess], 0.5, 0.1).weights
         np.testing.assert_allclose(found, 0.9 * np.array(expected) + 0.1 / len(prior.steps), atol=0.01)
-    shuffled = OddsPrior(prior.steps[::-1]).expecting([1.0], 0.5, 0.1)
+    shuffled = OddsPrior(prior.steps[::-1]).reweight([1.0], 0.5, 0.1)
     assert shuffled.weights == pytest.approx(moved.weights[::-1])
     for guess, place in ((50.0, 0), (-50.0, -1)):  # far outside of the steps: the nearest has the weight
-        far = prior.expecting([guess], 0.5, 0.1)
+        far = prior.reweight([guess], 0.5, 0.1)
         assert far.weights is not None
         assert far.weights[place] > 0.9
     # never more than log(1/floor) behind, wherever p is

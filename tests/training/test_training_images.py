@@ -14,7 +14,7 @@ from hf_smoothing.training.training_images import ImageSettings, TrainingBatches
 def opened(path, size=8, **kwargs):
     images = LabelledImages(str(path), split="train", **kwargs)
     processor = ViTImageProcessor(size={"height": size, "width": size})
-    return images.bind(find_class_names(images), Preprocessing.of(processor))
+    return images.bind(find_class_names(images), Preprocessing.from_image_processor(processor))
 
 
 @pytest.fixture(scope="module")
