@@ -51,7 +51,7 @@ def check(
         typer.Option(help="Labelled pictures to look at. Without it, those that ship with the package."),
     ] = None,
     split: Annotated[str, typer.Option(help="Split of the dataset.")] = "test",
-    n: Annotated[int, typer.Option(help="Draws an image, for the largest radius and the time.")] = 100_000,
+    n: Annotated[int, typer.Option(help="Draws per image, for the largest radius.")] = 100_000,
     alpha: Alpha = 0.001,
     device: Annotated[str | None, typer.Option(help="Where to compute, such as `cuda`.")] = None,
     batch_size: BatchSize = 64,
@@ -93,14 +93,9 @@ def check(
         for level in found.levels
     ]
     console = Console()
-    many = 500 if images is None or images.total is None else images.total
     norms = ", ".join(f"{count} {kind}" for kind, count in found.norm_layers.items()) or "none"
     print_table(console, f"Noisy copies of {found.images} pictures", rows)
-    console.print(
-        f"Norms: {norms}. {found.draws_per_second:.0f} draws/s on {found.device} in batches of {found.batch_size}: "
-        f"{many:,} images take {found.seconds(many) / 3600:,.1f} h with {n:,} draws each (`sequential` takes far fewer).",
-        highlight=False,
-    )
+    console.print(f"Normalization layers: {norms}.", highlight=False)
     for advice in found.advice():
         console.print(advice, highlight=False)
 

@@ -1,7 +1,7 @@
-"""Try to break the certificates of a finished run: none may fall to a change smaller than its radius."""
+"""Auditing a run: attacking its certificates. No change smaller than a certified radius may change the prediction."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,42 +23,44 @@ from ..utils.files import write_json
 from ..utils.provenance import command_line, package_versions
 from .attacks import AttackSettings, Attempt, Success, attack
 
-_NEIGHBOURS = 200
-"""Images among which the nearest of another class is looked for."""
+_MAX_NEIGHBOURS = 200
+"""Images among which the nearest image of another class is searched."""
+
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class AuditSummary:
     """
-    How an audit ended.
+    The result of an audit.
 
     Attributes:
-        path: where everything is.
-        rows: one dict a certificate, as in `audit.jsonl`.
-        alpha: probability with which each certificate may be wrong, by chance.
+        path: folder of the audit.
+        rows: one dict per certificate, as in `audit.jsonl`.
+        alpha: probability that a certificate is wrong.
     """
 
     path: Path
-    rows: list[dict[str, Any]]
+    rows: list[Row]
     alpha: float
 
     @property
-    def violations(self) -> list[dict[str, Any]]:
+    def violations(self) -> list[Row]:
         return [row for row in self.rows if row["violation"] is not None]
 
     def __str__(self) -> str:
-        beyond = _beyond(self.rows)
+        ratios = _relative_norms(self.rows)
         text = (
             f"{len(self.rows)} certificates attacked with {sum(row['steps'] for row in self.rows):,} gradient steps and "
-            f"{sum(row['tried'] for row in self.rows):,} candidates: {len(self.violations)} violations (certificates "
-            f"wrong by chance, at alpha = {self.alpha:g}: {len(self.rows) * self.alpha:.2g} at the most, on average)."
+            f"{sum(row['tried'] for row in self.rows):,} candidates: {len(self.violations)} violations. At alpha = "
+            f"{self.alpha:g}, at most {len(self.rows) * self.alpha:.2g} certificates are wrong on average."
         )
-        if beyond:
+        if ratios:
             text += (
-                f" {len(beyond)} answers changed beyond their radius, at {np.median(beyond):.2f} times it in the median "
-                f"({min(beyond):.2f} at the least)."
+                f" Beyond the radius, {len(ratios)} of {len(self.rows)} predictions changed, at {np.median(ratios):.2f} "
+                f"times the radius in the median and {min(ratios):.2f} times at least."
             )
-        return f"{text} All of it is in {self.path}."
+        return f"{text} Details are in {self.path}."
 
 
 def audit(
@@ -72,112 +74,108 @@ def audit(
     batch_size: int = 128,
 ) -> AuditSummary:
     """
-    Attack certificates of a run, chosen at random among those with a radius above 0; go on with an audit cut short.
+    Attack random certificates of a run with a radius above 0; resumes an interrupted audit.
 
     Args:
-        run_dir: a finished run.
-        output_dir: for `audit.jsonl`, `audit.json` and, should there be any, `violations`.
-        settings: how hard to try.
-        images: certificates to attack at each noise level.
-        sigmas: these noise levels; by default, those of the run.
-        device: where to compute.
-        batch_size: draws in one forward pass.
+        run_dir: finished run.
+        output_dir: folder for `audit.jsonl`, `audit.json` and, if there are any, `violations`.
+        settings: effort of the attacks.
+        images: certificates to attack per noise level.
+        sigmas: noise levels; by default all of the run.
+        device: device to compute on.
+        batch_size: draws per forward pass.
 
     Raises:
-        ValueError: for a run that is not finished, guarantees nothing or was made with another model or other images, or an
-            audit with other settings in the folder.
-        OSError: for a folder that cannot be written to.
+        ValueError: for a run that is unfinished, guarantees nothing, or was made with another model or other images; for a
+            folder that holds an audit with other settings.
+        OSError: if the folder cannot be written to.
     """
     check_count("images", images)
     folder = RunFolder(run_dir)
     run = folder.read_settings()
     if "model_weights" not in run:
         raise ValueError(f"{run_dir} does not say which weights were certified: audit a run of certify-dataset.")
-    rows = [row for row in folder.read_records() if row["error"] is None]
-    certified = [row for row in rows if row["prediction"] >= 0 and row["radius"] > 0]
-    if kinds := {row["guarantee"] for row in certified} - {"per_input"}:
-        raise ValueError(
-            f"{run_dir} holds certificates of guarantee {', '.join(kinds)}: only per_input can be broken."
-        )
-    chosen = [row for sigma in sigmas or run["sigmas"] for row in _sample(certified, sigma, images, settings.seed)]
-    if unknown := set(sigmas) - set(run["sigmas"]):
-        raise ValueError(f"{run_dir} holds nothing at sigma {', '.join(f'{one:g}' for one in sorted(unknown))}.")
-    if not chosen:
-        raise ValueError(f"{run_dir} holds no certificate with a radius above 0.")
-    smoothed = _load(run, device, batch_size)
+    records = [record for record in folder.read_records() if record["error"] is None]
+    sample = _sample_certificates(run_dir, run, records, images, sigmas, settings.seed)
+    smoothed = _load_classifier(run, device, batch_size)
     inputs = open_images(run).bind(run["label_names"], smoothed.preprocessing)
-    certificates = folder.table_digest()
-    identity = {
+    audit_settings = {
         **asdict(settings),
         "images": images,
         "sigmas": list(sigmas),
         "model_weights": run["model_weights"],
-        "certificates": certificates,
+        "certificates": folder.table_digest(),
     }
-    found = list(_finished(output_dir, identity))
-    done = {(row["sigma"], row["index"]) for row in found}
-    neighbours = list(_neighbours(rows, inputs, settings.seed))
+    rows = _start(output_dir, audit_settings)
+    finished = {(row["sigma"], row["index"]) for row in rows}
+    neighbours = _read_neighbours(records, inputs, settings.seed)
     with (output_dir / "audit.jsonl").open("a") as lines:
-        for row in tqdm(chosen, "attacking"):
-            if (row["sigma"], row["index"]) in done:
+        for record in tqdm(sample, "attacking"):
+            if (record["sigma"], record["index"]) in finished:
                 continue
-            pixels, _ = inputs[row["index"]]
+            pixels, _ = inputs[record["index"]]
             others = [
-                _as_large(one, pixels)
-                for index, label, one in neighbours
-                if label != row["prediction"] and index != row["index"]
+                _resize(neighbour, pixels)
+                for index, label, neighbour in neighbours
+                if label != record["prediction"] and index != record["index"]
             ]
             attempt = attack(
-                smoothed.with_noise(GaussianNoise(row["sigma"])),
+                smoothed.with_noise(GaussianNoise(record["sigma"])),
                 pixels,
-                row["prediction"],
-                row["radius"],
+                record["prediction"],
+                record["radius"],
                 settings,
                 torch.stack(others) if others else None,
             )
             if attempt.violation is not None:
-                _keep_violation(output_dir, row, pixels, attempt.violation, {"run": run, "attack": asdict(settings)})
-            found.append({name: row[name] for name in ("index", "sigma", "prediction", "radius")} | _plain(attempt))
-            lines.write(json.dumps(found[-1]) + "\n")
+                all_settings = {"run": run, "attack": asdict(settings)}
+                _save_violation(output_dir, record, pixels, attempt.violation, all_settings)
+            rows.append({name: record[name] for name in ("index", "sigma", "prediction", "radius")} | _to_row(attempt))
+            lines.write(json.dumps(rows[-1]) + "\n")
             lines.flush()
-    summary = AuditSummary(output_dir, found, run["alpha"])
-    write_json(
-        {
-            "command": command_line(),
-            "settings": identity,
-            "alpha": run["alpha"],
-            "certificates": len(found),
-            "violations": len(summary.violations),
-            "by_sigma": [_by_sigma(found, sigma) for sigma in sorted({row["sigma"] for row in found})],
-            "versions": package_versions(),
-        },
-        output_dir / "audit.json",
-    )
+    summary = AuditSummary(output_dir, rows, run["alpha"])
+    _write_results(summary, audit_settings)
     return summary
 
 
-def _sample(rows: list[dict[str, Any]], sigma: float, images: int, seed: int) -> list[dict[str, Any]]:
-    there = [row for row in rows if row["sigma"] == sigma]
-    order = np.random.default_rng(seed).permutation(len(there))[:images]
-    return [there[index] for index in sorted(order)]
+def _sample_certificates(
+    run_dir: Path, run: Row, records: list[Row], images: int, sigmas: Sequence[float], seed: int
+) -> list[Row]:
+    """A random choice of certificates at each noise level, in order of their index."""
+    certified = [record for record in records if record["prediction"] >= 0 and record["radius"] > 0]
+    if guarantees := {record["guarantee"] for record in certified} - {"per_input"}:
+        raise ValueError(
+            f"{run_dir} holds certificates of guarantee {', '.join(guarantees)}: only per_input can be broken."
+        )
+    if unknown := set(sigmas) - set(run["sigmas"]):
+        raise ValueError(f"{run_dir} holds nothing at sigma {', '.join(f'{sigma:g}' for sigma in sorted(unknown))}.")
+    sample = []
+    for sigma in sigmas or run["sigmas"]:
+        candidates = [record for record in certified if record["sigma"] == sigma]
+        order = np.random.default_rng(seed).permutation(len(candidates))[:images]
+        sample += [candidates[position] for position in sorted(order)]
+    if not sample:
+        raise ValueError(f"{run_dir} holds no certificate with a radius above 0.")
+    return sample
 
 
-def _neighbours(rows: list[dict[str, Any]], inputs: ModelInputs, seed: int) -> Iterator[tuple[int, int, torch.Tensor]]:
-    """Index, true class and pixels of some images of the run, whatever came of them."""
-    labels = {row["index"]: row["label"] for row in rows}
-    for index in np.random.default_rng(seed).permutation(sorted(labels))[:_NEIGHBOURS]:
-        yield int(index), labels[index], inputs[index][0]
+def _read_neighbours(records: list[Row], inputs: ModelInputs, seed: int) -> list[tuple[int, int, torch.Tensor]]:
+    """Index, true class and pixels of some random images of the run, certified or not."""
+    labels = {record["index"]: record["label"] for record in records}
+    indices = np.random.default_rng(seed).permutation(sorted(labels))[:_MAX_NEIGHBOURS]
+    return [(int(index), labels[index], inputs[index][0]) for index in indices]
 
 
-def _as_large(pixels: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    if pixels.shape == other.shape:
+def _resize(pixels: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    if pixels.shape == target.shape:
         return pixels
-    return nn.functional.interpolate(pixels[None], other.shape[1:], mode="bilinear", antialias=True)[0]
+    return nn.functional.interpolate(pixels[None], target.shape[1:], mode="bilinear", antialias=True)[0]
 
 
-def _load(run: dict[str, Any], device: str, batch_size: int) -> SmoothedClassifier:
+def _load_classifier(run: Row, device: str, batch_size: int) -> SmoothedClassifier:
+    """The classifier of a run, checked to be the one that was certified."""
     name = run["model_name_or_path"]
-    at = {name: run[name] for name in ("revision", "attn_implementation") if run.get(name) is not None}
+    kwargs = {option: run[option] for option in ("revision", "attn_implementation") if run.get(option) is not None}
     with loading(name):
         smoothed = SmoothedClassifier.from_pretrained(
             name,
@@ -187,34 +185,34 @@ def _load(run: dict[str, Any], device: str, batch_size: int) -> SmoothedClassifi
             autocast=DTYPES[run["dtype"]],
             noise_resolution=run.get("noise_resolution", "input"),
             denoiser=run.get("denoiser"),
-            **at,
+            **kwargs,
         )
-    now = json.loads(json.dumps(describe_classifier(smoothed)))
-    if other := sorted(one for one, value in now.items() if one in run and run[one] != value):
-        raise ValueError(f"The model {name!r} is not the one that was certified: it has another {', '.join(other)}.")
+    description = json.loads(json.dumps(describe_classifier(smoothed)))
+    if differing := sorted(key for key, value in description.items() if key in run and run[key] != value):
+        raise ValueError(
+            f"The model {name!r} is not the one that was certified: it has another {', '.join(differing)}."
+        )
     return smoothed
 
 
-def _finished(output_dir: Path, identity: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """What an audit cut short has found already; begins a new one where there is none."""
+def _start(output_dir: Path, settings: Row) -> list[Row]:
+    """Start an audit in a folder, or resume the one there. Returns the finished rows."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    settings, lines = output_dir / "audit_settings.json", output_dir / "audit.jsonl"
-    if settings.exists():
-        if json.loads(settings.read_text()) != identity:
-            raise ValueError(
-                f"{output_dir} holds an audit with other settings, see {settings}: choose another folder."
-            )
-    else:
-        write_json(identity, settings)
-    whole = [
-        line for line in (lines.read_text() if lines.exists() else "").splitlines(keepends=True) if line.endswith("\n")
-    ]
-    lines.write_text("".join(whole))  # a line that a kill cut off is done again
-    yield from map(json.loads, whole)
+    settings_path, lines_path = output_dir / "audit_settings.json", output_dir / "audit.jsonl"
+    if not settings_path.exists():
+        write_json(settings, settings_path)
+    elif json.loads(settings_path.read_text()) != settings:
+        raise ValueError(
+            f"{output_dir} holds an audit with other settings, see {settings_path}: choose another folder."
+        )
+    text = lines_path.read_text() if lines_path.exists() else ""
+    complete_lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    lines_path.write_text("".join(complete_lines))  # without a line that a kill cut off
+    return [json.loads(line) for line in complete_lines]
 
 
-def _plain(attempt: Attempt) -> dict[str, Any]:
-    def plain(success: Success | None) -> dict[str, Any] | None:
+def _to_row(attempt: Attempt) -> Row:
+    def describe(success: Success | None) -> Row | None:
         if success is None:
             return None
         return {"attack": success.attack, "norm": success.norm, "prediction": success.prediction}
@@ -222,25 +220,23 @@ def _plain(attempt: Attempt) -> dict[str, Any]:
     return {
         "tried": attempt.tried,
         "steps": attempt.steps,
-        "violation": plain(attempt.violation),
-        "smallest": plain(attempt.smallest),
+        "violation": describe(attempt.violation),
+        "smallest": describe(attempt.smallest),
     }
 
 
-def _keep_violation(
-    output_dir: Path, row: dict[str, Any], pixels: torch.Tensor, found: Success, settings: dict[str, Any]
-) -> None:
-    """Everything needed to see it again: the picture, the change, the certificate, and what was certified and how judged."""
+def _save_violation(output_dir: Path, record: Row, pixels: torch.Tensor, violation: Success, settings: Row) -> None:
+    """Save everything that reproduces a violation: image, change, certificate, and all settings."""
     folder = output_dir / "violations"
     folder.mkdir(exist_ok=True)
-    name = f"{row['index']}-sigma{row['sigma']:g}"
-    np.savez(folder / f"{name}.npz", pixels=pixels.numpy(), change=found.change.numpy())
+    name = f"{record['index']}-sigma{record['sigma']:g}"
+    np.savez(folder / f"{name}.npz", pixels=pixels.numpy(), change=violation.change.numpy())
     write_json(
         {
-            "certificate": row,
-            "norm": found.norm,
-            "prediction": found.prediction,
-            "attack": found.attack,
+            "certificate": record,
+            "norm": violation.norm,
+            "prediction": violation.prediction,
+            "attack": violation.attack,
             "settings": settings,
             "command": command_line(),
             "versions": package_versions(),
@@ -249,25 +245,41 @@ def _keep_violation(
     )
 
 
-def _beyond(rows: list[dict[str, Any]]) -> list[float]:
-    """How far off the answers change, in radii, where no certificate speaks any more."""
-    return [
-        row["smallest"]["norm"] / row["radius"]
-        for row in rows
-        if row["smallest"] is not None and row["violation"] is None
-    ]
+def _write_results(summary: AuditSummary, settings: Row) -> None:
+    sigmas = sorted({row["sigma"] for row in summary.rows})
+    write_json(
+        {
+            "command": command_line(),
+            "settings": settings,
+            "alpha": summary.alpha,
+            "certificates": len(summary.rows),
+            "violations": len(summary.violations),
+            "by_sigma": [_summarize(summary.rows, sigma) for sigma in sigmas],
+            "versions": package_versions(),
+        },
+        summary.path / "audit.json",
+    )
 
 
-def _by_sigma(found: list[dict[str, Any]], sigma: float) -> dict[str, Any]:
-    rows = [row for row in found if row["sigma"] == sigma]
-    beyond = _beyond(rows)
+def _summarize(rows: list[Row], sigma: float) -> Row:
+    rows = [row for row in rows if row["sigma"] == sigma]
+    ratios = _relative_norms(rows)
     return {
         "sigma": sigma,
         "certificates": len(rows),
         "gradient_steps": sum(row["steps"] for row in rows),
         "candidates": sum(row["tried"] for row in rows),
         "violations": sum(row["violation"] is not None for row in rows),
-        "changed_beyond": len(beyond),
-        "least_norm_over_radius": min(beyond, default=None),
-        "median_norm_over_radius": float(np.median(beyond)) if beyond else None,
+        "changed_beyond": len(ratios),
+        "least_norm_over_radius": min(ratios, default=None),
+        "median_norm_over_radius": float(np.median(ratios)) if ratios else None,
     }
+
+
+def _relative_norms(rows: list[Row]) -> list[float]:
+    """Norms of the successes beyond the radius, where certificates guarantee nothing, as multiples of the radius."""
+    return [
+        row["smallest"]["norm"] / row["radius"]
+        for row in rows
+        if row["smallest"] is not None and row["violation"] is None
+    ]

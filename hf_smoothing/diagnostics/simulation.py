@@ -1,4 +1,4 @@
-"""Rules at work on draws of known class probabilities: what they cost, and how often they are wrong."""
+"""Simulated draws from known class probabilities: how many a rule needs, and how often it is wrong."""
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -16,28 +16,28 @@ def simulate(
     Args:
         rule: the rule.
         noise: the smoothing distribution, for the radii.
-        probabilities: `(classes,)`, of the classes under noise, of sum 1.
-        clean: what the clean pass said.
-        generator: of the draws.
+        probabilities: `(classes,)`, the class probabilities under noise; they sum to 1.
+        clean: result of the clean pass.
+        generator: random generator of the draws.
 
     Returns:
-        What was proved, and the draws that it took; the clean pass is none of them.
+        What was proved, and the number of draws, without the clean pass.
     """
-    run, spent = rule.start(noise, clean), 0
-    while wanted := run.next_draws():
-        run.update(generator.multinomial(wanted, np.asarray(probabilities)))
-        spent += wanted
-    return run.outcome(), spent
+    run, total_draws = rule.start(noise, clean), 0
+    while draws := run.next_draws():
+        run.update(generator.multinomial(draws, np.asarray(probabilities)))
+        total_draws += draws
+    return run.outcome(), total_draws
 
 
 def wald_draws(p: float, p0: float, alpha: float) -> float:
     """
-    Draws below which no sound test of `p > p0` at level alpha can stay on average, if it sees only hits and misses.
+    The least mean number of draws of any valid test of `p > p0` at level alpha that sees only hits and misses.
 
     Args:
         p: the true probability, above `p0`.
         p0: the threshold.
-        alpha: level.
+        alpha: level of the test.
 
     Source: Wald, Annals of Mathematical Statistics 16 (1945): ln(1/alpha) / KL(p || p0).
     """

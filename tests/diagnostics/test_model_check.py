@@ -36,7 +36,6 @@ def test_the_shipped_model_is_worth_smoothing():
         GaussianNoise(0.25).radius(clopper_pearson_lower(100_000, 100_000, 0.001))
     )
     assert "worth smoothing there" in " ".join(found.advice())
-    assert found.seconds(10) == pytest.approx(10 * 100_000 / found.draws_per_second)
 
 
 def test_batch_statistics_are_warned_of(resnet):
@@ -46,7 +45,6 @@ def test_batch_statistics_are_warned_of(resnet):
     assert "BatchNorm" in said
     assert "Prefer a model with LayerNorm" in said
     assert "unknown" in said  # three classes of its own: nobody knows what is right
-    assert "draws/s" in said
     assert "is it trained?" in said  # chance weights answer everything alike, which is no robustness
     assert "worth smoothing there" not in said
 
@@ -56,7 +54,7 @@ def test_answers_that_guessing_may_give_are_not_worth_smoothing(resnet):
     found = check_model(smoothed, sigmas=(0.0, 0.25), count=20, draws=1, seconds=5)
     levels = [{**level, "accuracy": 0.2, "same_answer": 1.0} for level in found.levels]
     said = " ".join(replace(found, levels=levels, images=20).advice())
-    assert "about 20% of 20 clean pictures, which guessing might be too" in said
+    assert "about 20% of 20 clean images, which guessing could be too" in said
     assert "worth smoothing there" not in said
     # answers kept that are wrong are worth nothing either
     levels[0]["accuracy"] = 0.8
