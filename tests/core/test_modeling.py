@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -45,7 +43,7 @@ def test_save_and_load_give_the_same_logits(kwargs, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_new_process_loads_the_same_logits(dtype, tmp_path):
+def test_a_new_process_loads_the_same_logits(processes, dtype, tmp_path):
     model = build(drop_path_rate=0.1).to(getattr(torch, dtype))
     pixel_values = torch.linspace(0, 1, 2 * 3 * 16 * 16).view(2, 3, 16, 16)
     model.save_pretrained(tmp_path)
@@ -57,8 +55,9 @@ assert model.dtype == torch.{dtype}, model.dtype
 pixel_values = torch.linspace(0, 1, 2 * 3 * 16 * 16).view(2, 3, 16, 16)
 print(json.dumps(model(pixel_values).logits.float().tolist()))
 """
-    printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    logits = torch.tensor(json.loads(printed.splitlines()[-1]))
+    done = processes.run("-c", code)
+    assert done.returncode == 0, done.stderr
+    logits = torch.tensor(json.loads(done.stdout.splitlines()[-1]))
     torch.testing.assert_close(logits, model(pixel_values).logits.float(), rtol=0, atol=0)
 
 

@@ -2,13 +2,10 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from helpers.finished_runs import rows
-from helpers.paths import ROOT
 
 from hf_smoothing.count_head.calibrate import (
     calibrate_count_head,
@@ -24,7 +21,7 @@ SIGMAS = (0.25, 0.5, 1.0)
 
 
 @pytest.fixture(scope="module")
-def folder(model, parquet, tmp_path_factory):
+def folder(processes, model, parquet, tmp_path_factory):
     """Two runs of counts, a head trained on one of them, and Monte-Carlo certificates."""
     folder = tmp_path_factory.mktemp("studies")
     for name, chosen in {  # the head learns from one split, and is calibrated and judged on the other
@@ -37,11 +34,11 @@ def folder(model, parquet, tmp_path_factory):
         split = "train" if chosen.get("method") == "counts" else "test"
         settings = RunSettings(model, parquet, SIGMAS, **{"split": split, **chosen})
         certify_dataset(settings, folder / name, accelerator=start_processes())
-    train = (
-        sys.executable, ROOT / "scripts" / "train_count_head.py", "--model_name_or_path", model, "--counts",
-        folder / "counts", "--num_train_epochs", 20, "--per_device_train_batch_size", 13, "--output_dir", folder / "head",
+    done = processes.run(
+        "scripts/train_count_head.py", "--model_name_or_path", model, "--counts", folder / "counts",
+        "--num_train_epochs", 20, "--per_device_train_batch_size", 13, "--output_dir", folder / "head",
     )  # fmt: skip
-    subprocess.run([str(word) for word in train], check=True)
+    assert done.returncode == 0, done.stderr
     calibrate_count_head(folder / "head", folder / "others")
     certify_dataset(
         RunSettings(model, parquet, SIGMAS, split="test", max_draws=100, every=5, count_head=str(folder / "head")),
@@ -51,20 +48,24 @@ def folder(model, parquet, tmp_path_factory):
     return folder
 
 
-def run(script, model, folder, *more):
-    command = [sys.executable, f"scripts/studies/{script}.py", "--model", model, "--run", folder / "fixed", *more]
-    done = subprocess.run(
-        [*map(str, command), "--output_dir", str(folder / "found")], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def run(processes, model, folder, tmp_path):
+    """Run the script of a study to the end; its results go to `tmp_path`."""
+
+    def run_study(script, *options):
+        command = ("--model", model, "--run", folder / "fixed", *options, "--output_dir", tmp_path)
+        done = processes.run(f"scripts/studies/{script}.py", *command)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run_study
 
 
 def test_a_head_just_trained_has_a_card(folder):
     assert "held out: Jensen-Shannon divergence" in (folder / "head" / "README.md").read_text()
 
 
-def test_a_study_of_a_head(model, folder):
+def test_a_study_of_a_head(run, folder, tmp_path):
     beside = ("--sequential", folder / "sequential", folder / "steered", "--counts", folder / "counts")
     more = (
         "--count_head",
@@ -77,8 +78,8 @@ def test_a_study_of_a_head(model, folder):
         "25000",
         *beside,
     )
-    out = run("count_head_study", model, folder, *more)
-    found = json.loads((folder / "found" / "study.json").read_text())
+    out = run("count_head_study", *more)
+    found = json.loads((tmp_path / "study.json").read_text())
     assert [row["sigma"] for row in found["errors"]] == list(SIGMAS)
     assert all(row["images"] == 40 and row["n"] == 60 for row in found["errors"])
     each = [[0.25], [0.5], [0.75], [1.0]]
@@ -119,7 +120,7 @@ def test_a_study_of_a_head(model, folder):
     shares = found["errors"][0]["accuracy"]
     gap = shares["estimate"][1]["share"] - shares["monte_carlo"][1]["share"]
     assert (f"sigma 0.25, r = 0.25 ({gap * 100:+.1f})" in text) == (abs(gap) > 0.015)
-    assert (folder / "found" / "count-head.png").stat().st_size > 10_000
+    assert (tmp_path / "count-head.png").stat().st_size > 10_000
 
 
 def test_heads_are_not_judged_on_their_training_images(folder):
@@ -136,18 +137,11 @@ def test_heads_are_not_judged_on_their_training_images(folder):
     refuse_shared_images({**counted, "dataset_name": "someone/else"}, {**fixed, "split": "train"})
 
 
-def test_what_cannot_be_studied(model, folder, tmp_path):
-    def refused(script, *more, code=1):
-        command = [
-            sys.executable,
-            f"scripts/studies/{script}.py",
-            "--model",
-            model,
-            "--output_dir",
-            tmp_path / "found",
-            *more,
-        ]
-        done = subprocess.run([str(word) for word in command], cwd=ROOT, capture_output=True, text=True)
+def test_what_cannot_be_studied(processes, model, folder, tmp_path):
+    def refused(script, *options, code=1):
+        done = processes.run(
+            f"scripts/studies/{script}.py", "--model", model, "--output_dir", tmp_path / "found", *options
+        )
         assert done.returncode == code
         return done.stderr
 
@@ -168,10 +162,10 @@ def test_what_cannot_be_studied(model, folder, tmp_path):
     assert "--splits must be 1 or more" in done
 
 
-def test_the_arms_of_training(model, folder):
+def test_the_arms_of_training(run, folder, tmp_path):
     sizes = ("--steps", "10", "--own_backbone_steps", "2", "--batch_size", "50")
-    run("count_head_arms", model, folder, "--counts", folder / "counts", "--same_cost", folder / "few", *sizes)
-    found = json.loads((folder / "found" / "arms.json").read_text())
+    run("count_head_arms", "--counts", folder / "counts", "--same_cost", folder / "few", *sizes)
+    found = json.loads((tmp_path / "arms.json").read_text())
     judged = {arm["arm"]: [row["sigma"] for row in arm["errors"]] for arm in found["arms"]}
     assert judged["jensen_shannon"] == list(SIGMAS)
     assert judged["without sigma 1"] == judged["for sigma 1 alone"] == [1.0]
@@ -180,10 +174,10 @@ def test_the_arms_of_training(model, folder):
     assert [(arm["images"], arm["draws_an_image"]) for arm in few] == [(20, 20), (10, 40)]
     assert all(0 <= row["accuracy_gap"] <= 1 for arm in found["arms"] for row in arm["errors"])
     cut_short = {**found, "arms": found["arms"][:-1]}
-    (folder / "found" / "arms.json").write_text(json.dumps(cut_short))
+    (tmp_path / "arms.json").write_text(json.dumps(cut_short))
     command = ("--counts", folder / "counts", "--same_cost", folder / "few", *sizes)
-    assert run("count_head_arms", model, folder, *command).count("Arm ") == 1
-    again = json.loads((folder / "found" / "arms.json").read_text())
+    assert run("count_head_arms", *command).count("Arm ") == 1
+    again = json.loads((tmp_path / "arms.json").read_text())
     assert again["arms"][-1]["errors"] == found["arms"][-1]["errors"]
     text = KINDS["count_head_arms"](found)
     assert text.count("\n| ") == 1 + sum(len(arm["errors"]) for arm in found["arms"])

@@ -1,12 +1,8 @@
 import csv
 import io
 import json
-import os
 import re
 import runpy
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import evaluate
@@ -14,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.finished_runs import LOG
+from helpers.paths import ROOT
 from huggingface_hub import metadata_load
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -225,7 +222,7 @@ def test_combine(tmp_path):
     assert found["a_guarantee"] == "per_input"
 
 
-def test_two_processes_gather(tmp_path):
+def test_two_processes_gather(processes, tmp_path):
     generator = np.random.default_rng(0)
     predictions = generator.integers(-1, 3, 37)
     columns = {
@@ -234,22 +231,10 @@ def test_two_processes_gather(tmp_path):
         "radii": np.where(predictions < 0, 0, generator.random(37)).tolist(),
     }
     (tmp_path / "columns.json").write_text(json.dumps(columns))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # what torchrun sets, without the seconds that torchrun takes to start
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    script = str(Path(__file__).parents[1] / "helpers" / "gather_certificates.py")
-    command = [sys.executable, script, FOLDER, str(tmp_path / "columns.json"), str(tmp_path / "found.json")]
-    processes = [
-        subprocess.Popen(
-            command, env={**os.environ, **group, "RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True
-        )
-        for rank in "01"
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
+    script = ROOT / "tests" / "helpers" / "gather_certificates.py"
+    ranks = processes.start_ranks(2, script, FOLDER, tmp_path / "columns.json", tmp_path / "found.json")
+    for done in [process.finish() for process in ranks]:
+        assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "found.json").read_text())
     assert found.pop("processes") == 2
     assert found == certified_accuracy(**columns, thresholds=[0, 0.25, 0.5])

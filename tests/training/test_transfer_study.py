@@ -1,30 +1,27 @@
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
 DEMO = "hf_smoothing/data/cifar10_demo.parquet"
 
 
-def study(folder, *more):
-    return subprocess.run(
-        [sys.executable, "scripts/studies/transfer_study.py", "--pretrain_dataset_name", DEMO, "--dataset_name", DEMO]
-        + ["--eval_split", "train", "--pretrain_steps", "2", "--finetune_steps", "2", "--batch_size", "32"]
-        + ["--hidden_size", "16", "--num_hidden_layers", "1", "--num_attention_heads", "2", "--eval_samples", "20"]
-        + ["--certify_samples", "5", "--max_draws", "50", "--output_dir", str(folder), *more],
-        cwd=ROOT,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-    )
+@pytest.fixture
+def study(processes):
+    """Run the study with models and budgets as small as possible."""
+
+    def run(folder, *options):
+        return processes.run(
+            "scripts/studies/transfer_study.py", "--pretrain_dataset_name", DEMO, "--dataset_name", DEMO,
+            "--eval_split", "train", "--pretrain_steps", "2", "--finetune_steps", "2", "--batch_size", "32",
+            "--hidden_size", "16", "--num_hidden_layers", "1", "--num_attention_heads", "2", "--eval_samples", "20",
+            "--certify_samples", "5", "--max_draws", "50", "--output_dir", folder, *options,
+        )  # fmt: skip
+
+    return run
 
 
 @pytest.mark.slow
-def test_all_arms_are_trained_evaluated_and_not_trained_again(tmp_path):
+def test_all_arms_are_trained_evaluated_and_not_trained_again(study, tmp_path):
     for part in ("1/2", "2/2"):
         done = study(tmp_path, "--part", part)
         assert done.returncode == 0, done.stderr[-2000:]
@@ -51,9 +48,9 @@ def test_all_arms_are_trained_evaluated_and_not_trained_again(tmp_path):
     assert "other settings" in other.stderr
 
 
-def test_a_budget_that_proves_nothing_is_refused_before_any_training(tmp_path):
+def test_a_budget_that_proves_nothing_is_refused_before_any_training(study, tmp_path):
     refused = study(tmp_path / "study", "--max_draws", "3")
     assert refused.returncode == 1
     assert refused.stderr.splitlines()[-1].startswith("error: ")
-    assert "max_samples=3" in refused.stderr
+    assert "max_draws=3" in refused.stderr
     assert not (tmp_path / "study").exists()
