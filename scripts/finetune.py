@@ -18,7 +18,7 @@ import torch
 from transformers.hf_argparser import HfArg
 
 from hf_smoothing.core.modeling_mixed_noise_vit import MixedNoiseViTForImageClassification
-from hf_smoothing.hub.model_cards import begin as begin_card
+from hf_smoothing.hub.model_cards import create_card
 from hf_smoothing.hub.push import HubSettings
 from hf_smoothing.training.classifier_training import train_classifier
 from hf_smoothing.training.evaluation import EvaluationSettings
@@ -65,7 +65,7 @@ def main() -> None:
             model, images, image_settings, settings, evaluation, accelerator, base.model_name_or_path, processor
         )
         if accelerator.is_main_process:
-            begin_card(
+            create_card(
                 Path(settings.output_dir),
                 summary=f"A {model.config.model_type.replace('_', '-')} model, finetuned.",
                 dataset=image_settings.dataset_name,

@@ -1,11 +1,9 @@
-"""Complete the folders in model_cards/, such that uploading one as it is publishes it.
-
-The code that loads a model where this package is not installed lies in there as links to the package's files, and
-`config.json` names its classes.
+"""Complete the folders in model_cards/: what loads a model where this package is not installed is linked into them.
 
     python scripts/link_remote_code.py
 
-For a model that lies elsewhere `hf-smoothing push` adds the same files on the way.
+Afterwards `hf upload` of a folder publishes the model as `hf-smoothing push` would. The files are links to those of
+hf_smoothing/core, and `config.json` names the classes in them.
 """
 
 from pathlib import Path

@@ -18,7 +18,7 @@ from transformers.hf_argparser import HfArg
 
 from hf_smoothing import MixedNoiseViTConfig, MixedNoiseViTForImageClassification
 from hf_smoothing.data.labelled_images import LabelledImages
-from hf_smoothing.hub.model_cards import begin as begin_card
+from hf_smoothing.hub.model_cards import create_card
 from hf_smoothing.hub.push import HubSettings
 from hf_smoothing.training.classifier_training import train_classifier
 from hf_smoothing.training.evaluation import EvaluationSettings
@@ -80,10 +80,11 @@ def main() -> None:
         model = MixedNoiseViTForImageClassification(config)
         train_classifier(model, images, image_settings, settings, evaluation, accelerator)
         if accelerator.is_main_process:
-            begin_card(
+            create_card(
                 Path(settings.output_dir),
                 summary="A mixed-noise vision transformer, pretrained on a mixture of noise levels.",
                 dataset=image_settings.dataset_name,
+                finetune_first=True,
             )
         hub.publish(settings.output_dir, accelerator)
     accelerator.end_training()

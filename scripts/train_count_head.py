@@ -18,7 +18,7 @@ from transformers.hf_argparser import HfArg
 
 from hf_smoothing.count_head.measured_counts import read_counts
 from hf_smoothing.count_head.training import CountHeadSettings, build_count_model, train_count_head
-from hf_smoothing.hub.model_cards import begin as begin_card
+from hf_smoothing.hub.model_cards import create_card
 from hf_smoothing.hub.push import HubSettings
 from hf_smoothing.training.training_loop import TrainingSettings
 from hf_smoothing.utils.argument_parser import argument_parser, exit_on_error
@@ -43,12 +43,12 @@ def main() -> None:
         model = build_count_model(head, counts)
         train_count_head(model, counts, head, settings, accelerator)
         if accelerator.is_main_process:
-            begin_card(
+            create_card(
                 Path(settings.output_dir),
                 summary="A count head: it predicts from one clean pass how often each class is the answer under noise.",
                 dataset=counts.settings["dataset_name"],
                 base_model=head.model_name_or_path,
-                sources=["Accelerated Smoothing (arXiv 2402.07498)"],
+                sources=["[Accelerated Smoothing](https://arxiv.org/abs/2402.07498)"],
             )
         hub.publish(settings.output_dir, accelerator)
     accelerator.end_training()

@@ -61,21 +61,21 @@ def report(
 def card(
     models: Annotated[list[Path], typer.Argument(help="Folders of models, each with `card.yaml` and `results`.")],
     check: Annotated[
-        bool, typer.Option("--check", help="Change nothing; fail where a figure has no results file behind it.")
+        bool, typer.Option("--check", help="Change nothing; fail where a card differs from its results files.")
     ] = False,
 ) -> None:
     """
-    Write model cards from `card.yaml` (words) and results files (figures): `README.md` and `.eval_results`.
+    Write model cards from `card.yaml` (words) and results files (figures): `README.md`, pages of results, `.eval_results`.
 
     Example: `hf-smoothing card my-model`
     """
-    from ..hub import model_cards
+    from ..hub.model_cards import check_card, write_card
 
     problems = []
     for folder in models:
         if check:
-            problems += model_cards.check(folder)
-        for path in [] if check else model_cards.write(folder):
+            problems += check_card(folder)
+        for path in [] if check else write_card(folder):
             typer.echo(f"{'Wrote' if path.exists() else 'Removed'} {path}.")
     for problem in problems:
         typer.echo(problem, err=True)

@@ -1,5 +1,6 @@
 """Text from Jinja templates: the environment and the filters that format figures."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,9 @@ from ..core.certificates import format_radius
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-def format_number(value: float | None, spec: str = "g") -> str:
-    """A number by a format specification; `unknown` for None."""
-    return "unknown" if value is None else format(value, spec)
+def format_number(value: float | None, spec: str = "g", missing: str = "unknown") -> str:
+    """A number by a format specification, and what to show for None."""
+    return missing if value is None else format(value, spec)
 
 
 def format_percent(share: float | None, digits: int = 1) -> str:
@@ -27,9 +28,9 @@ def format_interval(interval: Sequence[float]) -> str:
     return f"{low:.1%} to {high:.1%}"
 
 
-def format_points(difference: float) -> str:
-    """A difference of shares in percentage points, with its sign."""
-    return f"{100 * difference:+.1f}"
+def format_points(difference: float | None) -> str:
+    """A difference of shares in percentage points, with its sign; `-` for None."""
+    return "-" if difference is None else f"{100 * difference:+.1f}"
 
 
 def format_radii(radii: Sequence[float]) -> str:
@@ -82,7 +83,7 @@ def template_environment(*folders: Path) -> Environment:
 
 def render(template: str, folders: Sequence[Path] = (), **data: Any) -> str:
     """
-    A template filled with data.
+    A template filled with data, without trailing spaces and runs of empty lines.
 
     Args:
         template: its name without the ending `.md.jinja`.
@@ -92,4 +93,6 @@ def render(template: str, folders: Sequence[Path] = (), **data: Any) -> str:
     Raises:
         jinja2.UndefinedError: where the data lack something that the template names.
     """
-    return template_environment(*folders).get_template(f"{template}.md.jinja").render(data)
+    text = template_environment(*folders).get_template(f"{template}.md.jinja").render(data)
+    text = re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"

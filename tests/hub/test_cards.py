@@ -1,6 +1,7 @@
 """Cards hold what results files say, and nothing else."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -10,7 +11,7 @@ from huggingface_hub import ModelCard
 from typer.testing import CliRunner
 
 from hf_smoothing.cli.app import app
-from hf_smoothing.hub.model_cards import begin
+from hf_smoothing.hub.model_cards import create_card
 
 CARDS = sorted(path.parent for path in ROOT.glob("model_cards/*/card.yaml"))
 
@@ -68,9 +69,8 @@ def folder(tmp_path):
         "summary": "A model.",
         "datasets": ["uoft-cs/cifar10"],
         "base_model": "someone/foundation",
-        "example": "frog.png",
         "sources": ["A paper"],
-        "sections": [{"title": "Results", "figure": "report", "results": "results/report.json"}],
+        "accuracy": {"CIFAR-10": "results/report.json"},
     }
     (folder / "card.yaml").write_text(yaml.safe_dump(description))
     return folder
@@ -80,32 +80,62 @@ def call(*arguments):
     return CliRunner().invoke(app, ["card", *map(str, arguments)])
 
 
+def body(folder):
+    """The text of a card without its front matter."""
+    return (folder / "README.md").read_text().split("---\n", 2)[2]
+
+
 @pytest.mark.parametrize("card", CARDS, ids=lambda folder: folder.name)
-def test_shipped_cards_say_what_their_results_say_and_fail_with_a_digit_changed(card, tmp_path):
+def test_shipped_cards_are_what_their_results_give_and_fail_with_a_digit_changed(card, tmp_path):
     assert call("--check", card).exit_code == 0
     copy = tmp_path / card.name
     shutil.copytree(card, copy, ignore=shutil.ignore_patterns("*.safetensors"))
     text = (copy / "README.md").read_text()
-    position = text.index("final training loss") + len("final training loss ")
+    position = text.index("final training loss | ") + len("final training loss | ")
     (copy / "README.md").write_text(text[:position] + str((int(text[position]) + 1) % 10) + text[position + 1 :])
     done = call("--check", copy)
     assert done.exit_code == 1
-    assert "no results file has this behind it" in done.stderr
-    assert f"line {text[:position].count(chr(10)) + 1}:" in done.stderr
-    # what the Hub reads of it
-    data = ModelCard(text).data
-    assert data.license == "apache-2.0"
-    assert data.pipeline_tag == "image-classification"
+    assert f"line {text[:position].count(chr(10)) + 1}: not what card.yaml and the results files give" in done.stderr
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda folder: folder.name)
+def test_shipped_cards_are_short_and_their_links_lead_somewhere(card):
+    assert len(body(card).splitlines()) <= 150
+    pages = [card / "README.md", *card.glob("results/**/*.md")]
+    links = {(page, link) for page in pages for link in re.findall(r"\]\(([^)#]+)", page.read_text())}
+    assert [
+        link for page, link in links if not link.startswith("https://") and not (page.parent / link).is_file()
+    ] == []
+    assert len({link for page, link in links if link.endswith(".png")}) >= 1
+    unlinked = set(pages[1:]) - {(page.parent / link).resolve() for page, link in links}
+    assert not unlinked
+    data = ModelCard((card / "README.md").read_text()).data
+    assert (data.license, data.pipeline_tag) == ("apache-2.0", "image-classification")
+    assert "](https://arxiv.org/abs/1902.02918)" in body(card)  # the Hub lists the model on the paper's page
+
+
+def test_the_metadata_of_the_shipped_classifier_name_the_best_noise_level_at_few_radii():
+    (card,) = [folder for folder in CARDS if folder.name == "mixed-noise-vit-nano-cifar10"]
+    report = json.loads((card / "results" / "cifar10" / "report" / "report.json").read_text())
+    best = {}
+    for entry in report["results"]:
+        for share in entry["certified_accuracy"]:
+            best[share["radius"]] = max(best.get(share["radius"], (0, 0)), (share["share"], entry["sigma"]))
+    results = ModelCard((card / "README.md").read_text()).data.eval_results
+    found = {result.metric_args["radius"]: (result.metric_value, result.metric_args["sigma"]) for result in results}
+    assert found == {radius: best[radius] for radius in (0.0, 0.25, 0.5, 1.0)}
+    entries = yaml.safe_load((card / ".eval_results" / "certified-accuracy.yaml").read_text())
+    assert [entry["value"] for entry in entries] == [result.metric_value for result in results]
 
 
 def test_a_card_is_written_from_its_results(folder):
     assert "README.md" in call(folder).output
     assert call("--check", folder).exit_code == 0
     text = (folder / "README.md").read_text()
-    assert "61.2%" in text
+    assert "| 0.5 | 61.2% | 56.8% to 65.5% | 0.25 |" in text
     assert "torchrun --nproc_per_node 2 scripts/finetune.py" in text
     assert 'pipeline("certified-image-classification", model="my-model"' in text
-    (result,) = ModelCard(text).data.eval_results  # nothing of radii that were out of reach
+    (result,) = ModelCard(text).data.eval_results  # radii out of reach are left out
     assert result.metric_value == 0.612
     expected = {"radius": 0.5, "sigma": 0.25, "alpha": 0.001, "n": 500, "dtype": "float32", "guarantee": "per_input"}
     assert expected.items() <= result.metric_args.items()
@@ -117,7 +147,25 @@ def test_a_card_is_written_from_its_results(folder):
     assert call(folder).output == ""  # nothing to change
 
 
-def test_estimates_are_no_certificates_in_the_metadata(folder):
+def test_a_page_of_results_is_written_and_linked(folder):
+    path = folder / "card.yaml"
+    page = {"title": "How it was trained", "file": "results/more/training.md", "template": "training"}
+    words = yaml.safe_load(path.read_text()) | {"pages": [{**page, "results": "results/training.json"}]}
+    path.write_text(yaml.safe_dump(words))
+    call(folder)
+    assert "- [How it was trained](results/more/training.md)" in body(folder)
+    text = (folder / "results" / "more" / "training.md").read_text()
+    assert "| 1.250 |" in text
+    assert "[../training.json](../training.json) of [my-model](../../README.md)" in text
+    training = json.loads((folder / "results" / "training.json").read_text())
+    (folder / "results" / "training.json").write_text(json.dumps({**training, "final_loss": 1.5}))
+    assert "results/more/training.md, line" in "".join(call("--check", folder).stderr.split("\n"))
+    del training["steps"]
+    (folder / "results" / "training.json").write_text(json.dumps(training))
+    assert "steps" in call("--check", folder).stderr
+
+
+def test_estimates_are_not_certificates_in_the_metadata(folder):
     call(folder)
     entries = folder / ".eval_results" / "certified-accuracy.yaml"
     assert entries.is_file()
@@ -125,12 +173,13 @@ def test_estimates_are_no_certificates_in_the_metadata(folder):
     report = json.loads(path.read_text())
     report["results"][0]["guarantee"] = report["guarantee"] = "none"
     path.write_text(json.dumps(report))
-    assert "no certificate is behind any of it" in call("--check", folder).stderr
+    assert "there are no certificates behind it" in call("--check", folder).stderr
     call(folder)
     assert not entries.exists()
     text = (folder / "README.md").read_text()
     assert ModelCard(text).data.eval_results is None
-    assert "Estimated accuracy (not certified)" in text
+    assert "estimated accuracy (not certified)" in text
+    assert "## Certified accuracy" not in text
 
 
 @pytest.mark.parametrize("digit", ["61.2%", "0.612"])
@@ -156,14 +205,13 @@ def test_a_card_without_its_results_fails(folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"summary": "It reaches 61.2 % at r = 0."}, "the figure '61.2 %' has no results file behind it"),
-        ({"summary": "It reaches 61 percent."}, "the figure '61 percent' has no"),
-        ({"summary": "An accuracy of 0.91."}, "the figure '0.91' has no"),
-        ({"summary": "It takes 158 s."}, "the figure '158 s' has no"),
         ({"unknown": 1}, "unknown"),
-        ({"sections": [{"title": "A", "figure": "report"}]}, "takes both figure and results"),
-        ({"sections": [{"title": "A", "figure": "guess", "results": "a.json"}]}, "figure='guess' is none of"),
-        ({"sections": [{"title": "A", "pictures": {"what": "not/there.png"}}]}, "'not/there.png' is not there"),
+        ({"pages": [{"title": "A", "template": "training"}]}, "missing 2 required positional arguments"),
+        (
+            {"pages": [{"title": "A", "file": "a.md", "template": "guess", "results": "results/report.json"}]},
+            "'guess' is unknown",
+        ),
+        ({"picture": {"file": "not/there.png", "caption": "what"}}, "there is no picture 'not/there.png'"),
     ],
 )
 def test_words_that_make_no_card(folder, change, message):
@@ -174,20 +222,19 @@ def test_words_that_make_no_card(folder, change, message):
     assert "".join(message.split()) in "".join(done.stderr.split())
 
 
-def test_a_model_just_trained_gets_a_card_to_go_on_from(folder):
+def test_a_trained_model_gets_a_first_card(folder):
     (folder / "card.yaml").unlink()
-    begin(folder, summary="A model.", dataset="uoft-cs/cifar10", base_model="someone/foundation")
+    create_card(folder, summary="A model.", dataset="uoft-cs/cifar10", base_model="someone/foundation")
     data = ModelCard((folder / "README.md").read_text()).data
     assert (data.datasets, data.base_model, data.eval_results) == (["uoft-cs/cifar10"], "someone/foundation", None)
     (folder / "card.yaml").write_text((folder / "card.yaml").read_text().replace("A model.", "My model."))
-    begin(folder, summary="A model.", dataset=str(folder), base_model=str(folder))  # trained on
+    create_card(folder, summary="A model.", dataset=str(folder), base_model=str(folder))  # trained on
     assert "My model." in (folder / "README.md").read_text()
     (folder / "card.yaml").unlink()
-    begin(
-        folder, summary="A model.", dataset=str(folder), base_model=str(folder)
-    )  # names of folders mean nothing elsewhere
+    create_card(folder, summary="A model.", dataset=str(folder), base_model=str(folder), finetune_first=True)
     data = ModelCard((folder / "README.md").read_text()).data
-    assert data.datasets is data.base_model is None
+    assert data.datasets is data.base_model is None  # names of folders mean nothing elsewhere
+    assert "scripts/finetune.py --model_name_or_path my-model" in body(folder)
 
 
 def test_a_folder_without_words(folder):

@@ -77,11 +77,11 @@ def test_the_definition_of_the_literature_on_the_format_of_its_logs():
         ({"radii": [0.6]}, "6 predictions, 6 references, 1 radii"),
         ({"predictions": [0.5, 0, 1, -1, 1, None]}, r"predictions\[0\]=0.5"),
         ({"predictions": [0, 0, 1, -2, 1, None]}, r"predictions\[3\]=-2"),
-        ({"predictions": ["cat"] * 6}, "predictions must hold one number an image"),
+        ({"predictions": ["cat"] * 6}, "predictions must hold one number per image"),
         ({"references": [0, 0, 0, -1, 1, 2]}, r"references\[3\]=-1 .* need labels"),
         ({"guarantees": ["per_input"] * 4 + ["none", None]}, r"none, per_input\) do not make one figure"),
         ({"guarantees": ["per_input"] * 4 + [None, None]}, r"per_input, unknown\) do not make one figure"),
-        ({"guarantees": ["surely"] * 6}, "'surely'; there are per_input, marginal, none"),
+        ({"guarantees": ["surely"] * 6}, "'surely'; choose from per_input, marginal, none"),
         ({"p_lower": [1.1] * 6}, r"p_lower\[0\]=1.1"),
         ({"num_samples": [-5] * 6}, r"num_samples\[0\]=-5"),
         ({"thresholds": [0.5, -0.25]}, r"thresholds=\[0.5, -0.25\]"),
@@ -172,7 +172,7 @@ def test_the_folder_is_a_space(monkeypatch):
     compute = runpy.run_path(str(Path(FOLDER) / facts["app_file"]))["compute"]
     rows = [["0", "0", "0.6"], [0, 0, 0.25], [-1, 1, 0.0], ["", "", ""]]
     assert compute(rows, "0, 0.5") == certified_accuracy([0, 0, -1], [0, 0, 1], [0.6, 0.25, 0.0], [0, 0.5])
-    with pytest.raises(ValueError, match="whole number"):
+    with pytest.raises(ValueError, match="integer"):
         compute([[0.5, 0, 0.1]], "0")
 
 

@@ -5,6 +5,13 @@ from .certified_accuracy import (
     CertifiedAccuracy,
     certified_accuracy,
     certified_accuracy_curve,
+    exact_interval,
 )
 
-__all__ = ["DEFAULT_THRESHOLDS", "CertifiedAccuracy", "certified_accuracy", "certified_accuracy_curve"]
+__all__ = [
+    "DEFAULT_THRESHOLDS",
+    "CertifiedAccuracy",
+    "certified_accuracy",
+    "certified_accuracy_curve",
+    "exact_interval",
+]

@@ -1,6 +1,6 @@
 """Certified accuracy of a smoothed classifier: the only place in the package that computes it.
 
-`evaluate.load` copies this file alone and reads its imports line by line: one import a line, none of `hf_smoothing`.
+`evaluate.load` copies this file alone and reads its imports line by line: one import per line, none of `hf_smoothing`.
 """
 
 import math
@@ -19,12 +19,12 @@ GUARANTEES = ("per_input", "marginal", "none")
 DEFAULT_THRESHOLDS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 Column = Iterable[Any]
-"""A list, array or tensor on the CPU with one value an image."""
+"""A list, array or tensor on the CPU with one value per image."""
 
 
 @dataclass(frozen=True)
 class _Columns:
-    """Checked input, one value an image."""
+    """Checked input, one value per image."""
 
     right: NDArray[np.bool_]
     abstains: NDArray[np.bool_]
@@ -54,8 +54,8 @@ def certified_accuracy(
         references: the true classes, 0 or above.
         radii: certified radii, 0 or above and at full precision (float64); 0 on abstention, None where the image failed.
         thresholds: radii at which to count, 0 or above. Radius 0 counts every right prediction that does not abstain.
-        guarantees: `per_input`, `marginal` or `none` for each image; different ones are refused, since they do not make one
-            figure. None where unknown. With `none` the figures are estimates: do not call them certified.
+        guarantees: `per_input`, `marginal` or `none` for each image, None where unknown. Different ones are refused: they do
+            not make one figure. With `none` the figures are estimates, not certified.
         p_lower: lower bounds, in [0, 1], of the probability of the predicted class under noise.
         num_samples: forward passes spent on each image, 0 or above; None where unknown.
 
@@ -66,8 +66,8 @@ def certified_accuracy(
         - `certified_accuracy`: for each threshold `radius`, `right` (images), `share`, `interval_95` (low, high);
         - `clean_accuracy`: the share at radius 0;
         - `abstention_rate`: share of all images;
-        - `mean_certified_radius`: wrong images count 0. A weak measure: a useless classifier can make it as large as it
-          likes, and it rewards easy images (arXiv 2410.06895). Compare the shares, or the distribution of p_A, instead;
+        - `mean_certified_radius`: wrong images count 0. It is a weak measure: a useless classifier can make it as large as
+          it likes, and it rewards easy images (arXiv 2410.06895). Compare the shares or the distribution of p_A instead;
         - `guarantee`: of all images; None where unknown;
         - `p_lower_quartiles`: of the bound on the *true* class, which is 0 where the prediction is wrong; None without
           `p_lower`;
@@ -76,8 +76,8 @@ def certified_accuracy(
     Raises:
         ValueError: for no images, unequal numbers, mixed guarantees, or a value out of its range; the message names it.
 
-    >>> found = certified_accuracy([0, 1, -1], [0, 0, 0], [0.3, 0.9, 0.0], thresholds=[0, 0.25, 0.5])
-    >>> [row["right"] for row in found["certified_accuracy"]], round(found["abstention_rate"], 3)
+    >>> figures = certified_accuracy([0, 1, -1], [0, 0, 0], [0.3, 0.9, 0.0], thresholds=[0, 0.25, 0.5])
+    >>> [row["right"] for row in figures["certified_accuracy"]], round(figures["abstention_rate"], 3)
     ([1, 1, 0], 0.333)
     """
     columns = _validate(predictions, references, radii, guarantees, p_lower, num_samples)
@@ -111,7 +111,7 @@ def certified_accuracy_curve(
     predictions: Column, references: Column, radii: Column
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """
-    Certified accuracy at *every* radius: a step function, exactly.
+    Certified accuracy at *every* radius, as an exact step function.
 
     Args: as for [`certified_accuracy`].
 
@@ -130,13 +130,18 @@ def certified_accuracy_curve(
 
 def _share(columns: _Columns, level: float) -> dict[str, Any]:
     right = int((columns.right & (columns.radii >= level)).sum())
-    interval = stats.binomtest(right, len(columns.right)).proportion_ci(0.95, method="exact")
     return {
         "radius": level,
         "right": right,
         "share": right / len(columns.right),
-        "interval_95": [float(interval.low), float(interval.high)],
+        "interval_95": exact_interval(right, len(columns.right)),
     }
+
+
+def exact_interval(right: int, images: int) -> list[float]:
+    """The exact (Clopper-Pearson) 95 % interval of a share: its low and its high end."""
+    interval = stats.binomtest(right, images).proportion_ci(0.95, method="exact")
+    return [float(interval.low), float(interval.high)]
 
 
 def _validate(
@@ -147,9 +152,9 @@ def _validate(
     p_lower: Column | None = None,
     num_samples: Column | None = None,
 ) -> _Columns:
-    found: dict[str, Column | None] = {"predictions": predictions, "references": references, "radii": radii}
-    found |= {"guarantees": guarantees, "p_lower": p_lower, "num_samples": num_samples}
-    given = {name: list(column) for name, column in found.items() if column is not None}
+    columns: dict[str, Column | None] = {"predictions": predictions, "references": references, "radii": radii}
+    columns |= {"guarantees": guarantees, "p_lower": p_lower, "num_samples": num_samples}
+    given = {name: list(column) for name, column in columns.items() if column is not None}
     if len({len(column) for column in given.values()}) > 1:
         sizes = ", ".join(f"{len(column)} {name}" for name, column in given.items())
         raise ValueError(f"Unequal numbers ({sizes}): give one of each for every image.")
@@ -159,12 +164,18 @@ def _validate(
         _numbers(name, [0 if skip else value for skip, value in zip(failed, given[name])])
         for name in ("references", "radii")
     )
-    whole = "must be a whole number"
+    integer = "must be an integer"
     _check(
-        "predictions", classes, (classes >= ABSTAIN) & _whole(classes), f"{whole}: a class, or -1 for an abstention."
+        "predictions",
+        classes,
+        (classes >= ABSTAIN) & _is_integer(classes),
+        f"{integer}: a class, or -1 for an abstention.",
     )
     _check(
-        "references", labels, (labels >= 0) & _whole(labels), f"{whole}, 0 or above: images need labels to be counted."
+        "references",
+        labels,
+        (labels >= 0) & _is_integer(labels),
+        f"{integer}, 0 or above: images need labels to be counted.",
     )
     _check("radii", distances, (distances >= 0) & (distances < math.inf), "must be a finite radius, 0 or above.")
     abstains = (classes == ABSTAIN) & ~failed
@@ -176,7 +187,7 @@ def _validate(
     if "num_samples" in given:
         known = np.array([value is not None for value in given["num_samples"]], bool)
         draws = _numbers("num_samples", given["num_samples"], missing=0)
-        _check("num_samples", draws, (draws >= 0) & _whole(draws), f"{whole}, 0 or above.")
+        _check("num_samples", draws, (draws >= 0) & _is_integer(draws), f"{integer}, 0 or above.")
         draws = np.where(known, draws, np.nan)
     return _Columns(
         right=(classes == labels) & ~abstains & ~failed,
@@ -192,8 +203,10 @@ def _validate(
 def _guarantee(guarantees: list[Any], failed: NDArray[np.bool_]) -> str | None:
     # a failed image has no certificate; "" stands for None in evaluate's string columns
     kinds = {name or "unknown" for name, skip in zip(guarantees, failed) if not skip}
-    if unheard := sorted(str(kind) for kind in kinds.difference(GUARANTEES, ["unknown"])):
-        raise ValueError(f"guarantees has {unheard[0]!r}; there are {', '.join(GUARANTEES)}, and None where unknown.")
+    if unknown := sorted(str(kind) for kind in kinds.difference(GUARANTEES, ["unknown"])):
+        raise ValueError(
+            f"guarantees has {unknown[0]!r}; choose from {', '.join(GUARANTEES)}, and None where unknown."
+        )
     if len(kinds) > 1:
         raise ValueError(
             f"Different guarantees ({', '.join(sorted(kinds))}) do not make one figure: compute each alone."
@@ -206,10 +219,10 @@ def _numbers(name: str, values: list[Any], missing: float | None = None) -> NDAr
     try:
         return np.array([missing if value is None else float(value) for value in values], np.float64)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} must hold one number an image: {error}.") from None
+        raise ValueError(f"{name} must hold one number per image: {error}.") from None
 
 
-def _whole(values: NDArray[np.float64]) -> NDArray[np.bool_]:
+def _is_integer(values: NDArray[np.float64]) -> NDArray[np.bool_]:
     return np.isfinite(values) & (np.floor(values) == values)
 
 
@@ -234,8 +247,8 @@ class CertifiedAccuracy(evaluate.Metric):
     """
     [`certified_accuracy`] as a metric of `evaluate`: `CertifiedAccuracy()`, or `evaluate.load` with this folder.
 
-    `predictions`, `references` and `radii` are required; `guarantees`, `p_lower` and `num_samples` may come along, the same
-    ones in every batch. `evaluate.combine` hands only the three required columns to `add_batch`, and all to `compute`.
+    `predictions`, `references` and `radii` are required; `guarantees`, `p_lower` and `num_samples` are optional, the same
+    ones in every batch. `evaluate.combine` passes only the three required columns to `add_batch`, and all to `compute`.
 
     >>> metric = CertifiedAccuracy()
     >>> metric.add_batch(predictions=[0, 1], references=[0, 0], radii=[0.3, 0.9], guarantees=["per_input"] * 2)
@@ -274,7 +287,7 @@ class CertifiedAccuracy(evaluate.Metric):
         super().add_batch(**batch)
 
     def compute(self, *, predictions: Any = None, references: Any = None, **columns: Any) -> dict[str, Any] | None:
-        """Compute over everything added, or over the columns given; None in all processes of `num_process` but the first."""
+        """Compute over what was added, or over given columns; None in all processes of `num_process` but the first."""
         if self.writer is None and (predictions is not None or references is not None):
             self._expect({"predictions": predictions, "references": references, **columns})
         return super().compute(predictions=predictions, references=references, **columns)
@@ -283,7 +296,7 @@ class CertifiedAccuracy(evaluate.Metric):
         return certified_accuracy(**columns)
 
     def _expect(self, batch: dict[str, Any]) -> None:
-        """Fix the columns of everything that is added until `compute`."""
+        """Set the columns of all batches until `compute`."""
         given = [name for name, column in batch.items() if column is not None and name != "thresholds"]
         if unknown := [name for name in given if name not in _FEATURES]:
             raise ValueError(f"There is no column {unknown[0]!r}; there are {', '.join(_FEATURES)}.")

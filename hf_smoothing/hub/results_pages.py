@@ -1,0 +1,158 @@
+"""Markdown from results files: each kind of results has a template, and some need figures derived from those in the file."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..reporting.rendering import format_count, render
+from ..reporting.report import best_shares, render_report
+from ..reporting.results import name_of_figure
+from .count_head_results import count_head_data, count_head_summary
+
+Json = dict[str, Any]
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+_BOOKKEEPING = {"output_dir", "resume_from_checkpoint", "checkpointing_steps", "logging_steps", "report_to", "base"}
+"""Settings of a training that change nothing in the model."""
+
+
+def render_results(template: str, results: Json) -> str:
+    """
+    Results as Markdown.
+
+    Args:
+        template: the kind of results, a template of `hub/templates`, or `report` for a `report.json`.
+        results: the content of the results file.
+
+    Raises:
+        ValueError: for an unknown template.
+        jinja2.UndefinedError: for results that lack something that the template shows.
+    """
+    if template == "report":
+        return render_report(results)
+    if not (TEMPLATES / f"{template}.md.jinja").is_file():
+        known = ", ".join(sorted(path.name.removesuffix(".md.jinja") for path in TEMPLATES.glob("*.jinja")))
+        raise ValueError(f"template={template!r} is unknown: use report, {known}.")
+    derive = _DERIVE.get(template)
+    return render(template, [TEMPLATES], results=results, **(derive(results) if derive else {}))
+
+
+def best_by_radius(report: Json) -> list[Json]:
+    """
+    The certified accuracy at each radius, at the noise level with the largest share.
+
+    Returns:
+        One dict per radius that any noise level counted: radius, share, interval_95, standing, sigma, and the `entry` of the
+        report that it is from.
+    """
+    return [
+        {**share, "sigma": entry["sigma"], "entry": entry}
+        for entry, share in best_shares(report["results"])
+        if share["any_counted"]
+    ]
+
+
+def render_accuracy(reports: dict[str, Json]) -> str:
+    """
+    The table of a card: certified accuracy at each radius, from the content of `report.json` files by label.
+
+    Raises:
+        ValueError: for reports of different guarantees or alphas, which do not belong in one table.
+    """
+    tables = [{"label": label, **_accuracy_table(report)} for label, report in reports.items()]
+    if len({(table["guarantee"], table["alpha"]) for table in tables}) > 1:
+        kinds = "; ".join(f"{table['label']}: {table['guarantee']}, alpha = {table['alpha']}" for table in tables)
+        raise ValueError(f"Reports of different guarantees or alphas do not make one table. {kinds}.")
+    return render("certified_accuracy", [TEMPLATES], tables=tables)
+
+
+def _accuracy_table(report: Json) -> Json:
+    entry = report["results"][0]
+    settings = entry["made_by"].get("settings", {})
+    return {
+        "figure": name_of_figure(report["guarantee"]),
+        "rows": best_by_radius(report),
+        "images": entry["num_images"],
+        "alpha": entry["alpha"],
+        "guarantee": report["guarantee"],
+        "max_draws": settings.get("n") or settings.get("max_draws"),
+        **{name: settings.get(name) for name in ("dataset_name", "split", "every", "dtype")},
+    }
+
+
+def training_data(results: Json) -> Json:
+    """
+    The stages of a training, first to last.
+
+    Returns:
+        `stages`: the results of each stage, with its `workers` and the `launcher` of its command; `rows`: a table of the
+        settings in which the stages differ, and of the results; `evaluated`: the first stage with accuracies, or None;
+        `held_out`: the share of the images that a count head was evaluated on, or None.
+    """
+    stages = [results]
+    while "continues" in stages[0]:
+        stages.insert(0, stages[0]["continues"])
+    names = [f"{number}. {Path(stage['command'].split()[0]).stem}" for number, stage in enumerate(stages, 1)]
+    table = {name: [_format_setting(stage["settings"].get(name)) for stage in stages] for name in _differing(stages)}
+    table |= {
+        "steps": [f"{stage['steps']:,}" for stage in stages],
+        "images seen": [f"{stage['images_seen']:,}" for stage in stages],
+        "minutes": [f"{stage['seconds'] / 60:.0f}" for stage in stages],
+        "final training loss": [f"{stage['final_loss']:.3f}" for stage in stages],
+    }
+    evaluations = [stage.get("evaluation") or {} for stage in stages]
+    for key in dict.fromkeys(key for evaluation in evaluations for key in evaluation):
+        if key in _MEASURES or key.startswith(_ACCURACY):
+            label, spec = _MEASURES.get(key, (f"accuracy at sigma {key.removeprefix(_ACCURACY)}", ".1%"))
+            table[label] = [format(found[key], spec) if key in found else "-" for found in evaluations]
+    return {
+        "stages": [{**stage, "launcher": _launcher(stage), "workers": _workers(stage)} for stage in stages],
+        "rows": [{" ": label, **dict(zip(names, cells))} for label, cells in table.items()],
+        "evaluated": next((stage for stage in stages if (stage.get("evaluation") or {}).keys() - _MEASURES), None),
+        "held_out": results["settings"]["eval_share"] if evaluations[-1].keys() & _MEASURES else None,
+    }
+
+
+_ACCURACY = "majority_accuracy_sigma_"
+_MEASURES = {
+    "jensen_shannon": ("Jensen-Shannon divergence, nats", ".4f"),
+    "top1_disagreement": ("another most frequent class", ".1%"),
+    "top_frequency_error": ("error of the top frequency", "+.4f"),
+}
+"""What a count head is evaluated by on images that were held out."""
+
+
+def _differing(stages: Sequence[Json]) -> list[str]:
+    names = dict.fromkeys(name for stage in stages for name in stage["settings"] if name not in _BOOKKEEPING)
+    values = {name: [stage["settings"].get(name) for stage in stages] for name in names}
+    return [name for name in names if any(value != values[name][0] for value in values[name])]
+
+
+def _format_setting(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, list):
+        return " ".join(f"{item:g}" if isinstance(item, float) else str(item) for item in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _launcher(training: Json) -> str:
+    processes = training.get("num_processes", 1)
+    # `accelerate launch --cpu` starts one process only
+    on_cpus = processes > 1 and training["device"].startswith("cpu")
+    return f"torchrun --nproc_per_node {processes}" if on_cpus else "accelerate launch"
+
+
+def _workers(training: Json) -> str:
+    processes, threads = training.get("num_processes", 1), format_count(training["num_threads"], "thread")
+    return threads if processes == 1 else f"{processes} processes of {threads}"
+
+
+_DERIVE: dict[str, Callable[[Json], Json]] = {
+    "training": training_data,
+    "training_summary": training_data,
+    "count_head": count_head_data,
+    "count_head_accuracy": count_head_summary,
+}
+"""By template: what it shows besides the results as they are."""

@@ -1,0 +1,72 @@
+"""Pages of results show the figures of their results files."""
+
+import json
+
+import pytest
+from helpers.paths import ROOT, SHIPPED_MODEL
+
+from hf_smoothing.hub.results_pages import render_results, training_data
+
+STUDY = json.loads(
+    (ROOT / "model_cards" / "mixed-noise-vit-nano-cifar10-counts" / "results" / "study.json").read_text()
+)
+
+
+def table_rows(text, *start):
+    """The cells of the rows of a page's tables that begin with some cells."""
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    return [row for row in rows if row[: len(start)] == list(start)]
+
+
+def test_accuracy_of_a_count_head_with_every_kind_of_claim():
+    text = render_results("count_head", STUDY)
+    (row,) = table_rows(text, "0.25", "Monte-Carlo, n = 10,000")
+    assert row[2:] == [f"{share['share']:.1%}" for share in STUDY["errors"][0]["accuracy"]["monte_carlo"]]
+    (row,) = table_rows(text, "0.5", "each radius alone, random halves, delta = 0.05")
+    shares = [
+        f"{share['share']:.1%}"
+        for claim in STUDY["conformal"]
+        if (claim["sigma"], claim["delta"]) == (0.5, 0.05) and claim["decided"] and len(claim["decided"]) == 1
+        for share in claim["accuracy"]
+        if [share["radius"]] == claim["decided"]
+    ]
+    assert row[2:] == ["-", *shares]
+    assert f"{STUDY['seconds_an_image']['ratio']:,.0f} times as long" in text
+
+
+def test_differences_of_a_count_head_to_monte_carlo():
+    text = render_results("count_head", STUDY)
+    (row,) = table_rows(text, "0.5", "estimate, n = 10,000")
+    shares = STUDY["errors"][1]["accuracy"]
+    gaps = [estimate["share"] - proved["share"] for estimate, proved in zip(shares["estimate"], shares["monte_carlo"])]
+    assert row[2:] == [f"{100 * gap:+.1f}" for gap in gaps]
+    (row,) = table_rows(text, "0.25", "estimate, n = 10,000")
+    assert row[-1] == "-"  # Monte-Carlo proves nothing there
+
+
+def test_a_claim_stands_beside_that_of_the_own_calibration():
+    wanted = {"sigma": 1.0, "delta": 0.1, "decided": None}
+    claims = [claim for claim in STUDY["calibrated"] if wanted.items() <= claim.items()]
+    (row,) = table_rows(render_results("count_head", STUDY), "1", "own radius", "0.1")
+    assert row[-1].startswith(f"{claims[0]['miss_rate']:.1%} (")
+    without = {**STUDY, "calibrated": []}
+    (row,) = table_rows(render_results("count_head", without), "1", "own radius", "0.1")
+    assert row[-1] == "-"
+    assert "calibrated (" not in render_results("count_head_accuracy", without)
+
+
+def test_a_training_shows_what_differs_between_its_stages():
+    results = json.loads((SHIPPED_MODEL / "results" / "training.json").read_text())
+    data = training_data(results)
+    names = [row[" "] for row in data["rows"]]
+    assert {"dataset_name", "num_train_epochs", "consistency_weight", "steps"} <= set(names)
+    assert not {"output_dir", "weight_decay", "resume_from_checkpoint"} & set(names)
+    assert data["rows"][names.index("learning_rate")]["3. finetune"] == "0.001"
+    text = render_results("training", results)
+    for stage in data["stages"]:
+        assert f"torchrun --nproc_per_node 2 {stage['command']}" in text
+
+
+def test_an_unknown_template_is_refused():
+    with pytest.raises(ValueError, match=r"'guess' is unknown: use report, .*benchmark"):
+        render_results("guess", {})
