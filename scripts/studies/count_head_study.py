@@ -51,11 +51,8 @@ from hf_smoothing.utils.provenance import command_line, package_versions
 RADII = (0.0, 0.25, 0.5, 0.75, 1.0)
 DELTAS = (0.1, 0.05)
 BUDGET = 100_000
-USUAL = 100 + BUDGET
-"""Draws per image of the usual protocol."""
-
-_MIN_REPEATS = 4
-"""Simulations per image, at least."""
+USUAL = 100 + BUDGET  # draws per image of the usual protocol
+MIN_REPEATS = 4  # simulations per image
 
 
 def clean_passes(frequencies: np.ndarray, predicted: np.ndarray, logits: np.ndarray) -> dict[str, CleanPass]:
@@ -103,7 +100,7 @@ def simulate_draws_to_decide(
         passes = clean_passes(frequencies[image], comparison.probabilities[image], logits[image])
         for name, clean_pass in passes.items():
             draws, claims = [], []
-            for repeat in range(max(_MIN_REPEATS, math.ceil(bounds[image] / draws_a_repeat))):
+            for repeat in range(max(MIN_REPEATS, math.ceil(bounds[image] / draws_a_repeat))):
                 generator = np.random.default_rng([seed, int(image), repeat])
                 outcome, num_draws = simulate(rule, noise, frequencies[image], clean_pass, generator)
                 draws.append(1 + num_draws)  # the clean pass counts
@@ -273,37 +270,30 @@ def read_seconds(run: Path) -> float:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="base classifier")
-    parser.add_argument("--count_head", required=True, help="count head")
-    parser.add_argument("--run", required=True, help="finished run of --method fixed, on images not trained on")
-    parser.add_argument(
-        "--sequential",
-        nargs="*",
-        default=[],
-        help="finished runs of --method sequential on the same images, without and with the head, to compare with",
-    )
+    required = {
+        "--model": "base classifier",
+        "--count_head": "count head",
+        "--run": "finished run of --method fixed, on images not trained on",
+        "--output_dir": "folder for study.json and the picture",
+    }
+    for flag, text in required.items():
+        parser.add_argument(flag, required=True, help=text)
+    sequential = "finished runs of --method sequential on the same images, without and with the head, to compare with"
+    parser.add_argument("--sequential", nargs="*", default=[], help=sequential)
     parser.add_argument("--counts", help="the run that the head was trained on, for its cost")
-    parser.add_argument("--output_dir", required=True, help="folder for study.json and the picture")
-    parser.add_argument("--batch_size", type=int, default=256, help="images per forward pass (default: 256)")
-    parser.add_argument("--timed_draws", type=int, default=2048, help="draws that measure the rate (default: 2048)")
-    parser.add_argument("--splits", type=int, default=200, help="random calibration halves (default: 200)")
-    parser.add_argument(
-        "--expected_n",
-        type=int,
-        default=10_000,
-        help="draws for which to compute the expected Monte-Carlo accuracy too (default: 10000)",
-    )
-    parser.add_argument(
-        "--draws_a_repeat",
-        type=int,
-        default=50,
-        help="simulate the sequential rule once for every so many draws of Wald's bound, and at least 4 times per image "
-        "(default: 50; less takes longer and is more exact)",
-    )
+    numbers = {
+        "batch_size": (256, "images per forward pass"),
+        "timed_draws": (2048, "draws that measure the rate"),
+        "splits": (200, "random calibration halves"),
+        "expected_n": (10_000, "draws for which the expected Monte-Carlo accuracy is computed too"),
+        "draws_a_repeat": (50, "simulate each image once for so many draws of Wald's bound, and at least 4 times"),
+    }
+    for name, (default, text) in numbers.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default: {default})")
     parser.add_argument("--device", default="cpu", help="device to compute on (default: cpu)")
     parser.add_argument("--seed", type=int, default=0, help="seed of splits and simulated draws (default: 0)")
     args = parser.parse_args()
-    for name in ("batch_size", "timed_draws", "splits", "expected_n", "draws_a_repeat"):
+    for name in numbers:
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be 1 or more")
     return args
@@ -401,11 +391,6 @@ def show(results: dict[str, Any]) -> None:
     )
 
 
-def main() -> None:
-    args = parse_args()
-    with exit_on_error():
-        study(args)
-
-
 if __name__ == "__main__":
-    main()
+    with exit_on_error():
+        study(parse_args())

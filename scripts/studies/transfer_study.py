@@ -1,18 +1,19 @@
-"""Does robustness to noise survive finetuning on clean images (arXiv 2312.09020)? All arms of that question at one budget.
+"""Does robustness to noise survive finetuning on clean images (arXiv 2312.09020)? Compares all arms at the same budget.
 
+Example:
     python scripts/studies/transfer_study.py --pretrain_dataset_name zh-plus/tiny-imagenet --dataset_name uoft-cs/cifar10 \\
         --output_dir study
 
 Pretraining {mixture of clean and noisy images, clean, one sigma} x norm {LayerNorm, BatchNorm} x finetuning {clean,
 mixture}: six trainings from scratch, twelve finetunings, each evaluated under noise and certified. The default sizes fit two
-CPU cores; for a GPU raise the steps and the model. Run again, it goes on; two starts with `--part 1/2` and `2/2` share the
-arms, and a third without it puts them together. Writes OUTPUT_DIR/results.json and a picture.
+CPU cores; for a GPU, raise the steps and the size of the model. To resume an interrupted study, run its command again. Two
+processes share the arms with `--part 1/2` and `--part 2/2`; afterwards a run without --part collects the results. Writes
+OUTPUT_DIR/results.json and a picture.
 """
 
 import json
 import math
 import re
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from rich.console import Console
 from scipy.stats import binomtest
 from transformers import AutoImageProcessor
 from transformers.hf_argparser import HfArg
@@ -35,13 +37,14 @@ from hf_smoothing import (
 from hf_smoothing.core.certificates import Certificate
 from hf_smoothing.core.preprocessing import Preprocessing
 from hf_smoothing.data.labelled_images import LabelledImages
+from hf_smoothing.reporting.tables import print_table
 from hf_smoothing.training.checkpoints import LATEST
 from hf_smoothing.training.classifier_training import train_classifier
 from hf_smoothing.training.evaluation import EvaluationSettings, predict_majority
 from hf_smoothing.training.pretrained_classifiers import load_for_finetuning
 from hf_smoothing.training.training_images import ImageSettings, find_class_names
 from hf_smoothing.training.training_loop import TrainingSettings
-from hf_smoothing.utils.argument_parser import argument_parser
+from hf_smoothing.utils.argument_parser import argument_parser, exit_on_error
 from hf_smoothing.utils.files import write_json
 from hf_smoothing.utils.provenance import command_line, package_versions
 
@@ -50,45 +53,45 @@ NORMS = ("layernorm", "batchnorm")
 
 @dataclass
 class StudySettings:
-    """Sizes of the study. All arms of a kind get the same."""
+    """Data and budget of the study; the same for all arms of a kind."""
 
-    pretrain_dataset_name: str = HfArg(help="what to pretrain on: name on the Hub or a local folder")
-    dataset_name: str = HfArg(help="what to finetune and evaluate on")
-    output_dir: str = HfArg(help="a new folder, or that of a study to go on with")
+    pretrain_dataset_name: str = HfArg(help="dataset to pretrain on: name on the Hub or a local folder")
+    dataset_name: str = HfArg(help="dataset to finetune and evaluate on")
+    output_dir: str = HfArg(help="new folder, or that of a study to resume")
     eval_split: str = HfArg(default="test", help="split of --dataset_name to evaluate on")
-    sigmas: list[float] = HfArg(default_factory=lambda: [0.0, 0.25, 0.5, 1.0], help="the mixture of noise levels")
-    single_sigma: float = HfArg(default=0.5, help="the noise level of the arms that are pretrained on one")
-    pretrain_steps: int = HfArg(default=300, help="updates of each pretraining")
-    finetune_steps: int = HfArg(default=120, help="updates of each finetuning")
-    batch_size: int = HfArg(default=128, help="images an update")
+    sigmas: list[float] = HfArg(default_factory=lambda: [0.0, 0.25, 0.5, 1.0], help="noise levels of the mixture")
+    single_sigma: float = HfArg(default=0.5, help="noise level of the arms pretrained on a single one")
+    pretrain_steps: int = HfArg(default=300, help="updates per pretraining")
+    finetune_steps: int = HfArg(default=120, help="updates per finetuning")
+    batch_size: int = HfArg(default=128, help="images per update")
     pretrain_learning_rate: float = HfArg(default=1.5e-3, help="peak learning rate of pretraining")
     finetune_learning_rate: float = HfArg(default=1e-3, help="peak learning rate of finetuning")
-    layer_decay: float = HfArg(default=0.75, help="layer-wise decay of the learning rate in finetuning")
-    hidden_size: int = HfArg(default=128, help="width of the model")
-    num_hidden_layers: int = HfArg(default=2, help="its transformer blocks")
-    num_attention_heads: int = HfArg(default=4, help="its attention heads")
-    patch_size: int = HfArg(default=8, help="pixels a side of a token")
+    layer_decay: float = HfArg(default=0.75, help="layer-wise decay of the learning rate when finetuning")
+    hidden_size: int = HfArg(default=128, help="width of the transformer")
+    num_hidden_layers: int = HfArg(default=2, help="number of transformer blocks")
+    num_attention_heads: int = HfArg(default=4, help="number of attention heads")
+    patch_size: int = HfArg(default=8, help="height and width of a patch (token) in pixels")
     eval_samples: int = HfArg(default=1000, help="images for the accuracy under noise")
-    eval_draws: int = HfArg(default=5, help="noisy copies of each, of which the majority counts")
-    certify_samples: int = HfArg(default=100, help="of them, images that are certified")
-    train_samples: int = HfArg(default=25_000, help="images of each dataset to train on; reading them all takes long")
-    max_draws: int = HfArg(default=100, help="the most draws to certify one image")
+    eval_draws: int = HfArg(default=5, help="noisy copies per image; their majority answer counts")
+    certify_samples: int = HfArg(default=100, help="images of these to certify")
+    train_samples: int = HfArg(default=25_000, help="images of each dataset to train on")
+    max_draws: int = HfArg(default=100, help="most draws per image to certify it")
     alpha: float = HfArg(default=0.001, help="probability that a certificate is wrong")
-    seed: int = HfArg(default=0, help="of everything that is random")
+    seed: int = HfArg(default=0, help="seed of everything random")
     part: str | None = HfArg(
-        default=None, help="`1/2`: only every second pretraining and what follows it, from the first on"
+        default=None, help="`1/2`: only the first of two parts of the arms; by default all arms"
     )
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[1-9]/[1-9]", self.part or "1/1") or self.chosen[0] >= self.chosen[1]:
-            raise ValueError(f"part={self.part!r} must be such as 1/2: the first of two.")
-        for sigma in self.levels[1:]:  # what would otherwise only be refused behind the first training
+        if not re.fullmatch(r"[1-9]/[1-9]", self.part or "1/1") or self.part_of_parts[0] >= self.part_of_parts[1]:
+            raise ValueError(f"part={self.part!r} must have a form such as 1/2: the first of two parts.")
+        for sigma in self.levels[1:]:  # refuse it now, not after the first training
             rule = SequentialRule(self.radii(sigma), alpha=self.alpha, max_draws=self.max_draws)
             rule.check(GaussianNoise(sigma))
 
     @property
-    def chosen(self) -> tuple[int, int]:
-        """Which arms this start works on: those whose number leaves this rest, when divided by how many share them."""
+    def part_of_parts(self) -> tuple[int, int]:
+        """This part, counted from 0, and the number of parts."""
         part, parts = map(int, (self.part or "1/1").split("/"))
         return part - 1, parts
 
@@ -117,13 +120,13 @@ def train_arm(
     base: Path | None,
     norm: str,
 ) -> dict[str, Any]:
-    """Train one arm from scratch, or from `base`; what is finished already is only read."""
+    """Train an arm from scratch, or from `base`; of a finished arm only read the results."""
     finished = folder / "results" / "training.json"
     if finished.exists():
         return json.loads(finished.read_text())
     image_settings = ImageSettings(dataset_name, sigmas=sigmas, max_train_samples=settings.train_samples)
     images = image_settings.open()
-    names = find_class_names(images)
+    class_names = find_class_names(images)
     torch.manual_seed(settings.seed)
     if base is None:
         config = MixedNoiseViTConfig(
@@ -132,12 +135,12 @@ def train_arm(
             num_hidden_layers=settings.num_hidden_layers,
             num_attention_heads=settings.num_attention_heads,
             norm_layer=norm,
-            id2label=dict(enumerate(names)),
-            label2id={name: index for index, name in enumerate(names)},
+            id2label=dict(enumerate(class_names)),
+            label2id={name: index for index, name in enumerate(class_names)},
         )
         model = MixedNoiseViTForImageClassification(config)
     else:
-        model, _ = load_for_finetuning(str(base), names)
+        model, _ = load_for_finetuning(str(base), class_names)
     training = TrainingSettings(
         str(folder),
         max_train_steps=steps,
@@ -148,16 +151,16 @@ def train_arm(
         checkpointing_steps="100",
         resume_from_checkpoint=LATEST,
     )
-    found = train_classifier(
+    results = train_classifier(
         model, images, image_settings, training, EvaluationSettings(), training.create_accelerator()
     )
-    for checkpoint in folder.glob("step_*/*"):  # the model is saved: eighteen checkpoints would only fill the disk
+    for checkpoint in folder.glob("step_*/*"):  # the model is saved: its checkpoint only fills the disk
         checkpoint.unlink()
-    return found
+    return results
 
 
 def evaluate_arm(settings: StudySettings, folder: Path, pixels: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
-    """Which images an arm gets right at each noise level, and which it certifies at which radius."""
+    """Which images an arm predicts correctly at each noise level, and the radii that it certifies."""
     path = folder / "results" / "evaluation.json"
     if path.exists():
         return json.loads(path.read_text())
@@ -171,72 +174,74 @@ def evaluate_arm(settings: StudySettings, folder: Path, pixels: torch.Tensor, la
     certified: dict[str, list[float]] = {}
     for sigma in settings.levels[1:]:
         smoothed = SmoothedClassifier(model, GaussianNoise(sigma))
-        found: list[Certificate] = smoothed.certify(
+        certificates: list[Certificate] = smoothed.certify(
             list(pixels[: settings.certify_samples]),
             alpha=settings.alpha,
             radii=settings.radii(sigma),
             max_draws=settings.max_draws,
             seed=settings.seed,
         )
-        # of a wrong answer nothing is certified, not even radius 0
+        # a wrong prediction is not even certified at radius 0
         certified[f"{sigma:g}"] = [
-            one.radius if one.prediction == label else -1.0 for one, label in zip(found, labels.tolist())
+            certificate.radius if certificate.prediction == label else -1.0
+            for certificate, label in zip(certificates, labels.tolist())
         ]
     write_json({"right": right, "certified_radius": certified}, path)
     return json.loads(path.read_text())
 
 
-def share(right: list[bool]) -> dict[str, Any]:
+def compute_share(right: list[bool]) -> dict[str, Any]:
+    """The share of right answers, with its exact 95 % interval."""
     low, high = binomtest(sum(right), len(right)).proportion_ci(method="exact")
     return {"share": float(np.mean(right)), "interval_95": [low, high]}
 
 
-def difference(one: list[bool], other: list[bool]) -> dict[str, Any]:
+def compute_difference(first: list[bool], second: list[bool]) -> dict[str, Any]:
     """Difference of two accuracies on the same images, with its 95 % interval (normal, of the paired differences)."""
-    differences = np.subtract(one, other, dtype=float)
+    differences = np.subtract(first, second, dtype=float)
     half = 1.96 * differences.std(ddof=1) / math.sqrt(len(differences))
     mean = float(differences.mean())
     return {"difference": mean, "interval_95": [mean - half, mean + half]}
 
 
-def summarize(settings: StudySettings, found: dict[tuple[str, str, str], dict[str, Any]]) -> dict[str, Any]:
+def summarize(settings: StudySettings, evaluations: dict[tuple[str, str, str], dict[str, Any]]) -> dict[str, Any]:
     """The tables of the study, as plain values."""
     rows = []
-    for (pretraining, norm, finetuning), one in found.items():
+    for (pretraining, norm, finetuning), evaluation in evaluations.items():
         rows.append(
             {
                 "pretraining": pretraining,
                 "norm": norm,
                 "finetuning": finetuning,
-                "accuracy": {sigma: share(right) for sigma, right in one["right"].items()},
+                "accuracy": {sigma: compute_share(right) for sigma, right in evaluation["right"].items()},
                 "certified_accuracy": {
                     sigma: {
-                        f"{part * float(sigma):g}": share([radius >= part * float(sigma) for radius in radii])
+                        f"{part * float(sigma):g}": compute_share([radius >= part * float(sigma) for radius in radii])
                         for part in (0, 0.5, 1)
                     }
-                    for sigma, radii in one["certified_radius"].items()
+                    for sigma, radii in evaluation["certified_radius"].items()
                 },
             }
         )
     comparisons = {
-        f"{norm}, mixture minus clean pretraining, both finetuned clean, sigma {sigma:g}": difference(
-            found["mixture", norm, "clean"]["right"][f"{sigma:g}"],
-            found["clean", norm, "clean"]["right"][f"{sigma:g}"],
+        f"{norm}, mixture minus clean pretraining, both finetuned clean, sigma {sigma:g}": compute_difference(
+            evaluations["mixture", norm, "clean"]["right"][f"{sigma:g}"],
+            evaluations["clean", norm, "clean"]["right"][f"{sigma:g}"],
         )
         for norm in NORMS
         for sigma in settings.levels
     } | {
-        f"LayerNorm minus BatchNorm, mixture pretraining, finetuned clean, sigma {sigma:g}": difference(
-            found["mixture", "layernorm", "clean"]["right"][f"{sigma:g}"],
-            found["mixture", "batchnorm", "clean"]["right"][f"{sigma:g}"],
+        f"LayerNorm minus BatchNorm, mixture pretraining, finetuned clean, sigma {sigma:g}": compute_difference(
+            evaluations["mixture", "layernorm", "clean"]["right"][f"{sigma:g}"],
+            evaluations["mixture", "batchnorm", "clean"]["right"][f"{sigma:g}"],
         )
         for sigma in settings.levels
     }
     return {"arms": rows, "comparisons": comparisons}
 
 
-def draw(settings: StudySettings, arms: list[dict[str, Any]], path: Path) -> None:
-    """Accuracy against noise level, one panel for each norm and finetuning."""
+def plot(settings: StudySettings, arms: list[dict[str, Any]], path: Path) -> None:
+    """Accuracy by noise level, one panel per norm and finetuning."""
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots(2, 2, sharex=True, sharey=True)
     for row, norm in enumerate(NORMS):
@@ -245,8 +250,8 @@ def draw(settings: StudySettings, arms: list[dict[str, Any]], path: Path) -> Non
             for arm in arms:
                 if (arm["norm"], arm["finetuning"]) != (norm, finetuning):
                     continue
-                shares = np.array([one["share"] for one in arm["accuracy"].values()])
-                low, high = np.array([one["interval_95"] for one in arm["accuracy"].values()]).T
+                shares = np.array([accuracy["share"] for accuracy in arm["accuracy"].values()])
+                low, high = np.array([accuracy["interval_95"] for accuracy in arm["accuracy"].values()]).T
                 axis.errorbar(
                     settings.levels,
                     shares,
@@ -267,82 +272,88 @@ def draw(settings: StudySettings, arms: list[dict[str, Any]], path: Path) -> Non
     figure.savefig(path, dpi=130)
 
 
-def main() -> None:
-    try:
-        (settings,) = argument_parser((StudySettings,), __doc__).parse_args_into_dataclasses()
-        study(settings)
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
-
-
 def study(settings: StudySettings) -> None:
-    """Work on the arms of this start; with all of them done, put the results together."""
+    """Train and evaluate the arms of this part; without parts, write the results of all arms."""
     output_dir, started = Path(settings.output_dir), time.monotonic()
-    asked = json.loads(
+    fixed_settings = json.loads(
         json.dumps({name: value for name, value in asdict(settings).items() if name not in ("output_dir", "part")})
     )
-    settings_file = output_dir / "settings.json"
-    if settings_file.exists() and json.loads(settings_file.read_text()) != asked:
+    settings_path = output_dir / "settings.json"
+    if settings_path.exists() and json.loads(settings_path.read_text()) != fixed_settings:
         raise ValueError(
-            f"{output_dir} holds a study with other settings, see {settings_file}: choose another folder."
+            f"{output_dir} holds a study with other settings, see {settings_path}: choose another folder."
         )
     output_dir.mkdir(parents=True, exist_ok=True)
-    write_json(asked, settings_file)
-
-    trained: dict[str, dict[str, Any]] = {}
-    found: dict[tuple[str, str, str], dict[str, Any]] = {}
-    arms = [(name, norm) for norm in NORMS for name in settings.mixtures]
-    part, parts = settings.chosen
-    for number, (name, norm) in enumerate(arms, 1):
-        if (number - 1) % parts != part:
-            continue
-        base = output_dir / f"pretrained-{name.replace(' ', '-')}-{norm}"
-        print(f"Pretraining {number} of {len(arms)}: {name}, {norm}", flush=True)
-        sigmas = settings.mixtures[name]
-        trained[base.name] = train_arm(
-            settings, base, settings.pretrain_dataset_name, sigmas, settings.pretrain_steps, None, norm
-        )
-        for finetuning, levels in (("clean", [0.0]), ("mixture", settings.sigmas)):
-            folder = output_dir / f"{base.name.replace('pretrained', 'finetuned')}-{finetuning}"
-            print(f"  Finetuning on {finetuning} images", flush=True)
-            trained[folder.name] = train_arm(
-                settings, folder, settings.dataset_name, levels, settings.finetune_steps, base, norm
-            )
-            if not found:
-                pixels, labels = images_to_evaluate(settings, folder)
-            found[name, norm, finetuning] = evaluate_arm(settings, folder, pixels, labels)
-    if parts > 1:
-        print(f"Part {settings.part} is done; start without --part once all parts are.")
+    write_json(fixed_settings, settings_path)
+    trainings, evaluations = run_arms(settings, output_dir)
+    if settings.part_of_parts[1] > 1:
+        print(f"Part {settings.part} is done. Run the study without --part once all parts are done.")
         return
+    last_training = list(trainings.values())[-1]
     results = {
         "command": command_line(),
-        "settings": asked,
-        **summarize(settings, found),
-        "final_losses": {name: one["final_loss"] for name, one in trained.items()},
-        "parameters": trained[base.name]["parameters"],
-        "training_seconds": sum(one["seconds"] for one in trained.values()),
+        "settings": fixed_settings,
+        **summarize(settings, evaluations),
+        "final_losses": {name: training["final_loss"] for name, training in trainings.items()},
+        "parameters": last_training["parameters"],
+        "training_seconds": sum(training["seconds"] for training in trainings.values()),
         "seconds_of_last_start": time.monotonic() - started,
-        "device": trained[base.name]["device"],
-        "num_threads": trained[base.name]["num_threads"],
+        "device": last_training["device"],
+        "num_threads": last_training["num_threads"],
         "versions": package_versions(),
     }
     write_json(results, output_dir / "results.json")
-    draw(settings, results["arms"], output_dir / "transfer-study.png")
-    for name, one in results["comparisons"].items():
-        low, high = one["interval_95"]
-        print(f"{name}: {one['difference']:+.1%} ({low:+.1%} to {high:+.1%})")
+    plot(settings, results["arms"], output_dir / "transfer-study.png")
+    rows = []
+    for name, comparison in results["comparisons"].items():
+        low, high = comparison["interval_95"]
+        row = {"comparison": name, "difference": f"{comparison['difference']:+.1%}"}
+        rows.append({**row, "95 % interval": f"{low:+.1%} to {high:+.1%}"})
+    print_table(Console(), "Differences of accuracy", rows)
 
 
-def images_to_evaluate(settings: StudySettings, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pixels and labels of some images, spread over the split at random."""
+def run_arms(
+    settings: StudySettings, output_dir: Path
+) -> tuple[dict[str, dict[str, Any]], dict[tuple[str, str, str], dict[str, Any]]]:
+    """Results of the trainings by folder name, and evaluations by pretraining, norm and finetuning."""
+    trainings: dict[str, dict[str, Any]] = {}
+    evaluations: dict[tuple[str, str, str], dict[str, Any]] = {}
+    pretrainings = [(name, norm) for norm in NORMS for name in settings.mixtures]
+    part, parts = settings.part_of_parts
+    for number, (name, norm) in list(enumerate(pretrainings, 1))[part::parts]:
+        base = output_dir / f"pretrained-{name.replace(' ', '-')}-{norm}"
+        print(f"Pretraining {number} of {len(pretrainings)}: {name}, {norm}", flush=True)
+        trainings[base.name] = train_arm(
+            settings,
+            base,
+            settings.pretrain_dataset_name,
+            settings.mixtures[name],
+            settings.pretrain_steps,
+            None,
+            norm,
+        )
+        for finetuning, sigmas in (("clean", [0.0]), ("mixture", settings.sigmas)):
+            folder = output_dir / f"{base.name.replace('pretrained', 'finetuned')}-{finetuning}"
+            print(f"  Finetuning on {finetuning} images", flush=True)
+            trainings[folder.name] = train_arm(
+                settings, folder, settings.dataset_name, sigmas, settings.finetune_steps, base, norm
+            )
+            if not evaluations:
+                pixels, labels = read_eval_images(settings, folder)
+            evaluations[name, norm, finetuning] = evaluate_arm(settings, folder, pixels, labels)
+    return trainings, evaluations
+
+
+def read_eval_images(settings: StudySettings, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pixels and labels of a random sample of the split."""
     images = LabelledImages(settings.dataset_name, split=settings.eval_split)
-    inputs = images.bind(
-        find_class_names(images), Preprocessing.from_image_processor(AutoImageProcessor.from_pretrained(folder))
-    )
-    chosen = np.random.default_rng(settings.seed).permutation(len(images.source))[: settings.eval_samples].tolist()
-    pixels, labels = zip(*(inputs[index] for index in chosen))
+    inputs = images.bind(find_class_names(images), Preprocessing.of(AutoImageProcessor.from_pretrained(folder)))
+    sample = np.random.default_rng(settings.seed).permutation(len(images.source))[: settings.eval_samples].tolist()
+    pixels, labels = zip(*(inputs[index] for index in sample))
     return torch.stack(pixels), torch.tensor(labels)
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_error():
+        (study_settings,) = argument_parser((StudySettings,), __doc__).parse_args_into_dataclasses()
+        study(study_settings)
