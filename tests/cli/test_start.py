@@ -27,6 +27,12 @@ def test_help_imports_neither_torch_nor_transformers():
     assert (done.stdout, done.stderr) == ("True\n", "")
 
 
+def test_the_installed_command_starts():
+    done = subprocess.run([Path(sys.executable).with_name("hf-smoothing"), "--help"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "certify-dataset" in done.stdout
+
+
 def test_public_names_are_those_that_type_checkers_see():
     tree = ast.parse(Path(hf_smoothing.__file__).read_text())
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1]

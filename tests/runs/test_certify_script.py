@@ -4,41 +4,24 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 from helpers.finished_runs import rows
-from helpers.paths import ROOT
 
 from hf_smoothing.runs.dataset_run import RunSettings, certify_dataset
 from hf_smoothing.utils.processes import start_processes
 
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "--")
 
-def script(model, data, output_dir, *arguments, processes=2):
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, "--"] if processes else []
-    )
-    return start(
-        sys.executable, *launcher, ROOT / "scripts" / "certify.py", "--model_name_or_path", model,
-        "--dataset_name", data, "--output_dir", output_dir, "--sigma", 0.25, 0.5, "--max_draws", 200, *arguments,
+
+def command(model, data, output_dir, *options):
+    return (
+        "scripts/certify.py", "--model_name_or_path", model, "--dataset_name", data, "--output_dir", output_dir,
+        "--sigma", 0.25, 0.5, "--max_draws", 200, *options,
     )  # fmt: skip
-
-
-def start(*command):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen(
-        [str(one) for one in command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
-def finish(process):
-    output = process.communicate(timeout=300)[0]
-    assert process.returncode == 0, output
-    return output
 
 
 @pytest.fixture(scope="module")
@@ -55,37 +38,34 @@ def num_lines(folder):
     return sum(shard.read_bytes().count(b"\n") for shard in Path(folder).glob("shards/*.jsonl"))
 
 
-def kill_at_random(process, folder, generator, only_one):
-    """Kill -9 the launcher and its processes, or one of the latter, at some moment after a few more records."""
+def kill_at_random(started, folder, generator, only_one=False):
+    """Kill processes (SIGKILL), or one of those that a launcher started, at a random moment after a few more records."""
     enough = num_lines(folder) + generator.randrange(1, 40)
-    while num_lines(folder) < enough and process.poll() is None:
-        time.sleep(0.002)
+    while num_lines(folder) < enough and started[0].poll(0.002) is None:
+        pass
     time.sleep(generator.random() * 0.05)
-    if process.poll() is None:
-        family = psutil.Process(process.pid).children(recursive=True)
-        for one in family[-1:] if only_one and family else (psutil.Process(process.pid), *family):
-            if one.is_running():
-                one.kill()
-    process.communicate(timeout=120)  # ends by itself where only one was killed: no deadlock
+    for process in started:
+        if process.poll() is None:
+            family = psutil.Process(process.pid).children(recursive=True)
+            for member in family[-1:] if only_one and family else (psutil.Process(process.pid), *family):
+                if member.is_running():
+                    member.kill()
+    for process in started:
+        process.finish(120)  # ends by itself where only one was killed: no deadlock
 
 
-def kill_and_go_on(model, parquet, folder, uninterrupted, kills, seed, *arguments):
-    generator = random.Random(seed)
-    for kill in range(kills):
-        process = script(
-            model, parquet, folder, *arguments, processes=generator.choice((0, 2))
-        )  # 0: without a launcher
-        kill_at_random(process, folder, generator, only_one=kill % 3 == 1)
-    before = num_lines(folder)
-    finish(script(model, parquet, folder, *arguments))
-    assert rows(folder) == uninterrupted
-    assert num_lines(folder) == len(uninterrupted)
-    return before
+def check_resumed(processes, resume, folder, expected):
+    """Resume a run with two processes; it has the records of an uninterrupted run, none lost and none twice."""
+    for done in [process.finish() for process in processes.start_ranks(2, *resume)]:
+        assert done.returncode == 0, done.stderr
+    assert rows(folder) == expected
+    assert num_lines(folder) == len(expected)
 
 
-def test_two_processes_give_the_records_of_one(model, parquet, uninterrupted, tmp_path):
-    output = finish(script(model, parquet, tmp_path))
-    assert "400 records in" in output
+def test_two_processes_give_the_records_of_one(processes, model, parquet, uninterrupted, tmp_path):
+    done = processes.run(*TORCHRUN, *command(model, parquet, tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "400 records in" in done.stdout
     assert rows(tmp_path) == uninterrupted
     shards = sorted(tmp_path.glob("shards/*.jsonl"))
     assert [shard.name for shard in shards] == ["records-rank00000.jsonl", "records-rank00001.jsonl"]
@@ -93,31 +73,33 @@ def test_two_processes_give_the_records_of_one(model, parquet, uninterrupted, tm
     assert json.loads((tmp_path / "run.json").read_text())["sessions"][0]["num_processes"] == 2
 
 
-@pytest.mark.parametrize("command", [True, False])
-def test_ctrl_c_says_how_far_it_is(model, parquet, tmp_path, command):
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # processes inherit it where a shell had it ignored
-    if command:
-        process = start(
-            Path(sys.executable).parent / "hf-smoothing", "certify-dataset", "--model", model, "--dataset", parquet,
-            "--output-dir", tmp_path, "--sigma", 0.25, "--sigma", 0.5, "--max-draws", 200,
-        )  # fmt: skip
-    else:
-        process = script(model, parquet, tmp_path, processes=0)
-    while num_lines(tmp_path) < 3 and process.poll() is None:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGINT)
-    output = process.communicate(timeout=60)[0]
-    assert process.returncode == 130, output
+@pytest.mark.parametrize("start", ["command", "script"])
+def test_ctrl_c_says_how_many_images_are_done(processes, model, parquet, tmp_path, start):
+    options = (
+        "--model", model, "--dataset", parquet, "--output-dir", tmp_path, "--sigma", 0.25, "--sigma", 0.5,
+        "--max-draws", 200,
+    )  # fmt: skip
+    words = ("hf-smoothing", "certify-dataset", *options) if start == "command" else command(model, parquet, tmp_path)
+    process = processes.start(*words)
+    while num_lines(tmp_path) < 3 and process.poll(0.002) is None:
+        pass
+    os.kill(process.pid, signal.SIGINT)
+    done = process.finish(60)
+    assert done.returncode == 130, done.stderr
     assert 3 <= num_lines(tmp_path) < 400
-    assert f"stopped; {num_lines(tmp_path)} of 400 are done; the same command resumes the run" in output
-    assert "Traceback" not in output
+    assert f"stopped; {num_lines(tmp_path)} of 400 are done; the same command resumes the run" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
-def test_killed_processes_lose_nothing(model, parquet, uninterrupted, tmp_path):
-    assert kill_and_go_on(model, parquet, tmp_path, uninterrupted, kills=1, seed=0) < 400
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_killed_processes_lose_nothing(processes, model, parquet, uninterrupted, tmp_path, num_processes):
+    run = command(model, parquet, tmp_path)
+    kill_at_random(processes.start_ranks(num_processes, *run), tmp_path, random.Random(0))
+    assert num_lines(tmp_path) < 400
+    check_resumed(processes, run, tmp_path, uninterrupted)
 
 
-def test_killed_counting_loses_nothing_and_repeats_nothing(model, parquet, tmp_path, capfd):
+def test_killed_counting_loses_nothing_and_repeats_nothing(processes, model, parquet, tmp_path, capfd):
     settings = RunSettings(model, parquet, (0.25, 0.5), every=4, method="counts", n=20)
     certify_dataset(settings, tmp_path / "uninterrupted", accelerator=start_processes())
     shown = capfd.readouterr().err
@@ -126,17 +108,24 @@ def test_killed_counting_loses_nothing_and_repeats_nothing(model, parquet, tmp_p
     assert "certified" not in shown  # counts are no certificates
     counted = rows(tmp_path / "uninterrupted")
     assert {sum(row["counts"]) for row in counted} == {20}
-    arguments = ("--every", 4, "--method", "counts", "--n", 20)
-    assert kill_and_go_on(model, parquet, tmp_path / "killed", counted, 1, 2, *arguments) < 100
+    run = command(model, parquet, tmp_path / "killed", "--every", 4, "--method", "counts", "--n", 20)
+    kill_at_random([processes.start(*run)], tmp_path / "killed", random.Random(2))
+    assert num_lines(tmp_path / "killed") < 100
+    check_resumed(processes, run, tmp_path / "killed", counted)
 
 
 @pytest.mark.slow
-def test_twenty_times_killed_processes_lose_nothing(model, parquet, uninterrupted, tmp_path):
-    kill_and_go_on(model, parquet, tmp_path, uninterrupted, kills=20, seed=1)
+def test_twenty_times_killed_processes_lose_nothing(processes, model, parquet, uninterrupted, tmp_path):
+    run = command(model, parquet, tmp_path)
+    generator = random.Random(1)
+    for kill in range(20):
+        launcher = generator.choice(((), TORCHRUN))
+        kill_at_random([processes.start(*launcher, *run)], tmp_path, generator, only_one=kill % 3 == 1)
+    check_resumed(processes, run, tmp_path, uninterrupted)
 
 
-def test_an_error_in_processes_ends_them_all(model, parquet, tmp_path):
-    process = script(model, parquet, tmp_path, "--image_column", "pic")
-    output = process.communicate(timeout=120)[0]
-    assert process.returncode != 0
-    assert "There is no column 'pic'; the dataset has: image, label." in output
+def test_an_error_ends_all_processes(processes, model, parquet, tmp_path):
+    run = command(model, parquet, tmp_path, "--image_column", "pic")
+    ended = [process.finish(120) for process in processes.start_ranks(2, *run)]
+    assert all(done.returncode != 0 for done in ended)
+    assert any("There is no column 'pic'; the dataset has: image, label." in done.stderr for done in ended)
