@@ -78,9 +78,7 @@ class StudySettings:
     max_draws: int = HfArg(default=100, help="most draws per image to certify it")
     alpha: float = HfArg(default=0.001, help="probability that a certificate is wrong")
     seed: int = HfArg(default=0, help="seed of everything random")
-    part: str | None = HfArg(
-        default=None, help="`1/2`: only the first of two parts of the arms; by default all arms"
-    )
+    part: str | None = HfArg(default=None, help="`1/2`: only the first of two parts of the arms; by default all arms")
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[1-9]/[1-9]", self.part or "1/1") or self.part_of_parts[0] >= self.part_of_parts[1]:
