@@ -1,4 +1,4 @@
-"""What a folder becomes on the Hub: which of its files, and what it takes to load them there."""
+"""A folder as a repository on the Hub: which of its files belong to it, and what is added to load them there."""
 
 import json
 from dataclasses import dataclass
@@ -13,7 +13,9 @@ from ..core.configuration_mixed_noise_vit import MixedNoiseViTConfig
 from ..core.modeling_count_prediction import MixedNoiseViTForCountPrediction
 from ..core.modeling_mixed_noise_vit import MixedNoiseViTForImageClassification, MixedNoiseViTModel
 from ..core.pipeline_certified_image_classification import CertifiedImageClassificationPipeline
+from ..reporting.rendering import render
 from ..runs.run_folder import RunFolder
+from .results_pages import TEMPLATES
 
 Json = dict[str, Any]
 
@@ -25,11 +27,11 @@ _RUN_FILES = (
     "README.md", "LICENSE*", "certificates.parquet", "run.json", "report.md", "report.json", "*.png", "*.svg", "report/*",
 )  # fmt: skip
 _NEVER = ("*.jsonl", "*.lock", "*.part")
-"""What runs and trainings keep for themselves while they go on, wherever it lies."""
+"""Working files of runs and trainings, in whatever folder."""
 
 _CLASSES: dict[str, tuple[type, str]] = {
-    one.__name__: (one, auto)
-    for one, auto in (
+    model_class.__name__: (model_class, auto)
+    for model_class, auto in (
         (MixedNoiseViTForImageClassification, "AutoModelForImageClassification"),
         (MixedNoiseViTForCountPrediction, "AutoModel"),
         (MixedNoiseViTModel, "AutoModel"),
@@ -47,10 +49,10 @@ class Publication:
 
     Attributes:
         folder: a model, a count head, or a finished run.
-        kind: of the repository: a run is a dataset.
-        files: path in the repository and file, of what is taken as it is.
-        left_out: names in the folder of which nothing is taken.
-        facts: what `config.json` or `run.json` says.
+        kind: of the repository; a run becomes a dataset.
+        files: by path in the repository, the files that are published unchanged.
+        left_out: names in the folder that are not published.
+        facts: the content of `config.json` or `run.json`.
     """
 
     folder: Path
@@ -61,8 +63,8 @@ class Publication:
 
     def stage(self, target: Path) -> None:
         """
-        Lay out the repository: links to the folder's files, and what is added to them. A model gets the code that loads it
-        where this package is not installed; a run gets a card by which `load_dataset` finds its table.
+        Lay out the repository: links to the files of the folder, and what is added to them. A model gets the code that loads
+        it where this package is not installed. A run gets a card that names its table for `load_dataset`.
 
         Args:
             target: an empty folder.
@@ -72,16 +74,16 @@ class Publication:
             (target / path).symlink_to(file.absolute())
         written = _add_code(self.facts, target) if self.kind == "model" else _card_of_run(self)
         for name, content in written.items():
-            (target / name).unlink(missing_ok=True)  # the link: what it points to is to stay as it is
+            (target / name).unlink(missing_ok=True)  # a link: the file behind it stays unchanged
             (target / name).write_text(content, encoding="utf-8")
 
 
 def publication_of(folder: str | Path) -> Publication:
     """
-    What a folder becomes.
+    The publication of a folder.
 
     Raises:
-        ValueError: where it is neither a model of ours nor a finished run; the message says what is missing.
+        ValueError: for a folder that is neither a model of this package nor a finished run, or lacks files.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -103,43 +105,43 @@ def publication_of(folder: str | Path) -> Publication:
 def _publication(
     folder: Path, kind: Literal["model", "dataset"], patterns: tuple[str, ...], facts: Json
 ) -> Publication:
-    tops = {pattern.split("/")[0] for pattern in patterns if "/" in pattern}
-    found = [file for file in folder.iterdir() if file.is_file()]
-    found += [file for top in tops for file in (folder / top).rglob("*") if file.is_file()]
+    subfolders = {pattern.split("/")[0] for pattern in patterns if "/" in pattern}
+    candidates = [file for file in folder.iterdir() if file.is_file()]
+    candidates += [file for name in subfolders for file in (folder / name).rglob("*") if file.is_file()]
     files = {}
-    for file in sorted(found):
+    for file in sorted(candidates):
         path = file.relative_to(folder).as_posix()
-        depth = "/" in path
-        taken = any(fnmatch(path, pattern) for pattern in patterns if ("/" in pattern) == depth)
-        if taken and not any(fnmatch(path, pattern) for pattern in _NEVER):
+        nested = "/" in path  # `*` matches slashes too
+        belongs = any(fnmatch(path, pattern) for pattern in patterns if ("/" in pattern) == nested)
+        if belongs and not any(fnmatch(path, pattern) for pattern in _NEVER):
             files[path] = file
-    taken_tops = {path.split("/")[0] for path in files}
-    left_out = sorted(one.name + "/" * one.is_dir() for one in folder.iterdir() if one.name not in taken_tops)
+    published = {path.split("/")[0] for path in files}
+    left_out = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir() if entry.name not in published)
     return Publication(folder, kind, files, left_out, facts)
 
 
 def _read(path: Path) -> Json:
     try:
-        found = json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}.") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds no JSON object.")
-    return found
+        raise ValueError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} does not hold a JSON object.")
+    return content
 
 
 def _check_model(folder: Path, config: Json) -> None:
     name = (config.get("architectures") or [None])[0]
     if config.get("model_type") != MixedNoiseViTConfig.model_type or name not in _CLASSES:
         raise ValueError(
-            f"{folder} holds a {config.get('model_type')} model ({name}); of models only {', '.join(_CLASSES)} are "
-            "published here. Any other: `hf upload`."
+            f"{folder} holds a {config.get('model_type')} model ({name}); only {', '.join(_CLASSES)} are "
+            "published here. Use `hf upload` for any other model."
         )
     index = folder / "model.safetensors.index.json"
     needed = {"model.safetensors"}
     if index.is_file():
         needed = set(_read(index).get("weight_map", {}).values())
-    if missing := sorted(one for one in {*needed, "preprocessor_config.json"} if not (folder / one).is_file()):
+    if missing := sorted(file for file in {*needed, "preprocessor_config.json"} if not (folder / file).is_file()):
         raise ValueError(f"{folder} lacks {', '.join(missing)}: save model and image processor to it first.")
 
 
@@ -147,10 +149,10 @@ def _add_code(config: Json, target: Path) -> dict[str, str]:
     """Copy the code beside a model, and return its config with the names of the classes in there."""
     model, auto = _CLASSES[config["architectures"][0]]
     classes = {"AutoConfig": MixedNoiseViTConfig, auto: model}
-    config = {**config, "auto_map": {name: _reference(one) for name, one in classes.items()}}
+    config = {**config, "auto_map": {name: _reference(class_of_code) for name, class_of_code in classes.items()}}
     config.pop("custom_pipelines", None)
-    for one in classes.values():
-        custom_object_save(one, target)  # the file, and those that it imports
+    for class_of_code in classes.values():
+        custom_object_save(class_of_code, target)  # the file, and those that it imports
     if model is MixedNoiseViTForImageClassification:
         custom_object_save(CertifiedImageClassificationPipeline, target)
         task = {"impl": _reference(CertifiedImageClassificationPipeline), "pt": [auto], "type": "image"}
@@ -158,36 +160,19 @@ def _add_code(config: Json, target: Path) -> dict[str, str]:
     return {"config.json": json.dumps(config, indent=2, sort_keys=True) + "\n"}
 
 
-def _reference(one: type) -> str:
-    return f"{one.__module__.rpartition('.')[2]}.{one.__name__}"
+def _reference(class_of_code: type) -> str:
+    return f"{class_of_code.__module__.rpartition('.')[2]}.{class_of_code.__name__}"
 
 
 def _card_of_run(publication: Publication) -> dict[str, str]:
-    """The run's card; it names the table, since among several kinds of files nobody else says which are the data."""
+    """The card of a run. It names the table: `load_dataset` cannot tell which of several kinds of files are the data."""
     readme = publication.files.get("README.md")
-    text = _text_on_run(publication.facts) if readme is None else readme.read_text(encoding="utf-8")
+    if readme is None:
+        text = render("run_card", [TEMPLATES], settings=publication.facts.get("settings", {}))
+    else:
+        text = readme.read_text(encoding="utf-8")
     card = DatasetCard(text)
     if "configs" not in card.data:
         files = [{"split": "certificates", "path": "certificates.parquet"}]
         card.data["configs"] = [{"config_name": "default", "data_files": files}]
     return {"README.md": str(card)}
-
-
-def _text_on_run(run: Json) -> str:
-    settings = run.get("settings", {})
-    what = ("model_name_or_path", "dataset_name", "split", "sigmas", "method", "alpha", "radii", "seed", "dtype")
-    known = "\n".join(f"| {name} | {settings[name]} |" for name in what if settings.get(name) is not None)
-    return f"""---
-tags: [randomized-smoothing, certified-robustness]
----
-# Certificates
-
-One row an image and noise level, from randomized smoothing with `hf_smoothing`: label, prediction (-1 where it abstains),
-the radius in `[0, 1]` pixels within which no change changes the prediction, the `guarantee` that it carries, the counts that
-it rests on. A row with an `error` is an image that could not be certified, and counts as wrong. `run.json` has the command,
-versions and all settings.
-
-| setting | value |
-|---|---|
-{known}
-"""
