@@ -345,7 +345,9 @@ def run_arms(
 def read_eval_images(settings: StudySettings, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """Pixels and labels of a random sample of the split."""
     images = LabelledImages(settings.dataset_name, split=settings.eval_split)
-    inputs = images.bind(find_class_names(images), Preprocessing.of(AutoImageProcessor.from_pretrained(folder)))
+    inputs = images.bind(
+        find_class_names(images), Preprocessing.from_image_processor(AutoImageProcessor.from_pretrained(folder))
+    )
     sample = np.random.default_rng(settings.seed).permutation(len(images.source))[: settings.eval_samples].tolist()
     pixels, labels = zip(*(inputs[index] for index in sample))
     return torch.stack(pixels), torch.tensor(labels)
