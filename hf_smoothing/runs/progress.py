@@ -7,20 +7,20 @@ from tqdm.auto import tqdm
 from .work_queue import REFRESH_SECONDS, WorkQueue
 
 _WORDS = {"counts": ("counting", None), "surrogate": ("estimating", "claimed")}
-"""What a method does, and what that makes of an image, where it is no certificate."""
+"""By method, where the result is no certificate: what the bar says it does, and what it calls a right image."""
 
 
 class Progress:
     """
-    A bar with images done, draws a second, accuracy so far of what is certified or claimed, and time left.
+    A bar with images done, draws per second, certified or claimed accuracy so far, and time left.
 
     Args:
         queue: the work queue of the run.
-        before: for each sigma, the images that were done before, and how many of them were right.
-        radius: the radius at which an answer is certified to count as right.
-        total: images in all, or the most that there can be, if that is known.
+        before: for each sigma, the images that were done before this start, and how many of them were right.
+        radius: the radius at which a right prediction must be certified to count.
+        total: number of images, or an upper bound, if one is known.
         shown: whether this process shows the bar.
-        method: of the certificates: an estimate is none, and counts claim nothing.
+        method: of the run: `counts` and `surrogate` do not certify.
     """
 
     def __init__(
@@ -35,27 +35,27 @@ class Progress:
         self.queue = queue
         self.before = before
         self.radius = radius
-        doing, self.done = _WORDS.get(method, ("certifying", "certified"))
-        # smoothing 0: images differ in cost, so the mean rate tells the time left best
+        verb, self.participle = _WORDS.get(method, ("certifying", "certified"))
+        # smoothing 0: images differ in cost, so the mean rate predicts the time left best
         self.bar = tqdm(
-            desc=doing,
+            desc=verb,
             total=total,
             initial=sum(images for images, _ in before.values()),
             unit="image",
             smoothing=0,
             disable=not shown,
         )
-        self.started = self.looked = time.monotonic()
+        self.started = self.updated = time.monotonic()
 
     def update(self, sigma: float, at_once: bool = False) -> None:
-        """Show what has been done so far, and the certified accuracy at `sigma`; no more often than there is news."""
+        """Show the progress of all processes and the accuracy at `sigma`; unless `at_once`, only now and then."""
         now = time.monotonic()
-        if self.bar.disable or (now - self.looked < REFRESH_SECONDS and not at_once):
+        if self.bar.disable or (now - self.updated < REFRESH_SECONDS and not at_once):
             return
-        self.looked = now
-        images = {one: self.before[one][0] + self.queue.total(f"images {one}") for one in self.before}
+        self.updated = now
+        images = {level: before + self.queue.total(f"images {level}") for level, (before, _) in self.before.items()}
         right = self.before[sigma][1] + self.queue.total(f"right {sigma}")
         rate = self.queue.total("draws") / (now - self.started)
-        share = f"{right / max(images[sigma], 1):.1%} {self.done} at radius {self.radius:g} (sigma {sigma:g})"
-        self.bar.set_postfix_str(f"{rate:.0f} draws/s{f', {share}' if self.done else ''}", refresh=False)
+        share = f"{right / max(images[sigma], 1):.1%} {self.participle} at radius {self.radius:g} (sigma {sigma:g})"
+        self.bar.set_postfix_str(f"{rate:.0f} draws/s{f', {share}' if self.participle else ''}", refresh=False)
         self.bar.update(sum(images.values()) - self.bar.n)

@@ -1,4 +1,4 @@
-"""Records of certified images: one flushed JSON line an image while a run goes on, one Parquet file at its end."""
+"""Records of certified images: one flushed JSON line per image during a run, one Parquet file at its end."""
 
 import json
 import os
@@ -51,7 +51,7 @@ SCHEMA = pa.schema(
 """Columns of `certificates.parquet`, and keys of the JSON lines. [`record`] and [`error_record`] say what is null when."""
 
 
-def record(index: int, label: int, names: Sequence[str], found: Certificate) -> Record:
+def record(index: int, label: int, names: Sequence[str], certificate: Certificate) -> Record:
     """
     The flat record of a certified image, without the time it took.
 
@@ -59,15 +59,15 @@ def record(index: int, label: int, names: Sequence[str], found: Certificate) -> 
         index: position of the image in its split.
         label: the true class.
         names: the classes' names.
-        found: the certificate; where it abstains, `prediction_name` is null.
+        certificate: its certificate; where it abstains, `prediction_name` is null.
     """
     return {
         **dict.fromkeys(SCHEMA.names),
-        **found.to_dict(),
+        **certificate.to_dict(),
         "index": index,
         "label": label,
         "label_name": names[label],
-        "prediction_name": None if found.abstains else names[found.prediction],
+        "prediction_name": None if certificate.abstains else names[certificate.prediction],
     }
 
 
@@ -75,15 +75,15 @@ def error_record(
     index: int, label: int, names: Sequence[str], smoothed: SmoothedClassifier, rule: Rule, seed: int, error: str
 ) -> Record:
     """
-    The record of an image that could not be certified, and counts as wrong: nothing was drawn (`num_samples` is 0), and what
-    only draws can tell is null.
+    The record of an image that could not be certified, and counts as wrong. It has no draws (`num_samples` is 0), and null
+    for everything that draws would tell.
 
     Args:
         index: position of the image in its split.
         label: the true class.
         names: the classes' names.
         smoothed: the classifier that would have been certified.
-        rule: the rule that would have been followed.
+        rule: the rule that would have sampled it.
         seed: seed of the noise.
         error: what is wrong with the image.
     """
@@ -109,8 +109,8 @@ def error_record(
 
 class ShardWriter:
     """
-    Appends records to a shard, each a JSON line that is in the hands of the system before `write` returns, and on the disk
-    within about a second of the next.
+    Appends records to a shard, one JSON line each. A killed process loses no record that `write` has returned from; a power
+    cut loses about the last second.
 
     Raises:
         ValueError: where another process is writing to the shard.
@@ -123,13 +123,14 @@ class ShardWriter:
         self.file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         self.synced = time.monotonic()
 
-    def write(self, one: Record) -> None:
-        left = memoryview((json.dumps(one) + "\n").encode())
+    def write(self, row: Record) -> None:
+        """Append a record."""
+        left = memoryview((json.dumps(row) + "\n").encode())
         try:
             while left:
                 left = left[os.write(self.file, left) :]
         except OSError as error:
-            what = f"{error.strerror} (what was written before stands: once this is mended, start the run again)"
+            what = f"{error.strerror} (the records written before are kept: once this is fixed, run the same command again)"
             raise OSError(error.errno, what, str(self.path)) from error
         if time.monotonic() - self.synced > 1:  # against power cuts; a killed process loses nothing without
             os.fsync(self.file)
@@ -146,7 +147,7 @@ def _lock(path: Path) -> FileLock:
         lock.acquire()
     except Timeout:
         raise ValueError(
-            f"{path} is being written by another process: wait for it or end it before you go on with this run."
+            f"{path} is being written by another process: wait for it or end it before you resume this run."
         ) from None
     return lock
 
@@ -157,13 +158,16 @@ def shards_in(folder: Path) -> list[Path]:
 
 
 def count_records(folder: Path) -> int:
-    """How many records there are in the shards of a run; a line that is being written does not count."""
+    """How many records the shards of a run hold, without a line that is being written."""
     return sum(shard.read_bytes().count(b"\n") for shard in shards_in(folder))
 
 
 def repair(shard: Path) -> int:
     """
-    Drop what a killed process or a full disk left of a last line; returns the bytes dropped.
+    Drop a last line that a killed process or a full disk cut off.
+
+    Returns:
+        The number of bytes dropped.
 
     Raises:
         ValueError: where another process is writing to the shard.
@@ -171,15 +175,15 @@ def repair(shard: Path) -> int:
     lock = _lock(shard)
     try:
         content = shard.read_bytes()
-        whole = len(content)
-        while whole:
-            start = content.rfind(b"\n", 0, whole - 1) + 1
-            if _is_record(content[start:whole]):
+        end = len(content)
+        while end:
+            start = content.rfind(b"\n", 0, end - 1) + 1
+            if _is_record(content[start:end]):
                 break
-            whole = start
-        if whole < len(content):
-            os.truncate(shard, whole)  # one call of the system: done or not done
-        return len(content) - whole
+            end = start
+        if end < len(content):
+            os.truncate(shard, end)  # atomic
+        return len(content) - end
     finally:
         lock.release()
 
@@ -196,14 +200,14 @@ def read_shards(folder: Path) -> Iterator[Record]:
     The records of all shards.
 
     Raises:
-        ValueError: for a line that is no record; the message names it.
+        ValueError: for a line that is not a record; the message names it.
     """
     for shard in shards_in(folder):
         with shard.open("rb") as file:
             for number, line in enumerate(file, 1):
                 if not _is_record(line):
                     raise ValueError(
-                        f"{shard}, line {number}, is no record: delete the line to certify its image again."
+                        f"{shard}, line {number}, is not a record: delete the line to certify its image again."
                     )
                 yield json.loads(line)
 
@@ -213,9 +217,9 @@ def is_right(row: Record, radius: float) -> bool:
     return row["error"] is None and row["prediction"] == row["label"] and row["radius"] >= radius
 
 
-def write_parquet(found: Iterable[Record], path: Path) -> None:
+def write_parquet(records: Iterable[Record], path: Path) -> None:
     """Write records, by sigma and index, to a file that is either complete or not there."""
-    rows = sorted(found, key=lambda row: (row["sigma"], row["index"]))
+    rows = sorted(records, key=lambda row: (row["sigma"], row["index"]))
     part = path.with_name(f".{path.name}.part")
     pq.write_table(pa.Table.from_pylist(rows, SCHEMA), part)
     put_in_place(part, path)

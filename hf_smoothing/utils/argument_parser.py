@@ -11,7 +11,7 @@ from transformers import HfArgumentParser
 
 
 class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Examples stay as they are written, and defaults are shown where there are any."""
+    """Keeps the layout of the description, and shows defaults where there are any."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or "default" in (action.help or ""):
@@ -24,7 +24,7 @@ def argument_parser(settings: tuple[Any, ...], description: str | None) -> HfArg
     A parser of dataclasses.
 
     Args:
-        settings: the dataclasses, of which each field is a flag.
+        settings: the dataclasses. Each field becomes a flag.
         description: what the script does, with examples; shown as it is.
     """
     return HfArgumentParser(settings, description=description, formatter_class=_Help)  # type: ignore[arg-type]

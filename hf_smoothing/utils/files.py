@@ -14,6 +14,7 @@ def write_json(content: Any, path: Path) -> None:
 
 
 def put_in_place(part: Path, path: Path) -> None:
+    """Rename a written file to its final name, once its content is on the disk."""
     with part.open("rb+") as file:
-        os.fsync(file.fileno())  # or a power cut may leave the new name without the content
+        os.fsync(file.fileno())  # or a power cut could leave the new name without the content
     part.replace(path)

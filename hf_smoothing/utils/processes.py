@@ -8,11 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 
-Item = TypeVar("Item")
-Found = TypeVar("Found")
-
-_REFRESH = 0.5
-"""Seconds between two looks at what the other processes have done."""
+Result = TypeVar("Result")
 
 
 def start_processes(**options: Any) -> Accelerator:
@@ -23,16 +19,21 @@ def start_processes(**options: Any) -> Accelerator:
         options: further ones of `Accelerator`.
     """
     return Accelerator(
-        # untold, accelerate takes each of several processes on CPUs for the only one
+        # without this, accelerate takes each of several processes on CPUs for the only one
         cpu=not torch.accelerator.is_available(),
-        # A process may wait for another as long as one image takes; launchers end the others when one dies
+        # a process may wait for another as long as one image takes; launchers end the others when one dies
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
         **options,
     )
 
 
-def on_main_first(accelerator: Accelerator, call: Callable[[], Found]) -> Found:
-    """What `call` returns on the main process, on all of them; or what it raises (OSError, ValueError), on all of them."""
+def on_main_first(accelerator: Accelerator, call: Callable[[], Result]) -> Result:
+    """
+    Call a function on the main process, and return its result on all processes.
+
+    Raises:
+        OSError, ValueError: on all processes, where the function raises it.
+    """
     box: list[Any] = [None]
     if accelerator.is_main_process:
         try:

@@ -1,4 +1,4 @@
-"""Where results come from: what was typed, and with which versions."""
+"""Where results come from: the command and the versions of the packages."""
 
 import shlex
 import sys
@@ -9,11 +9,11 @@ _PACKAGES = ("torch", "transformers", "timm", "numpy", "scipy", "hf-smoothing")
 
 
 def command_line() -> str:
-    """The command of this process as typed, but for an absolute path of the program: that would be of this machine alone."""
+    """The command of this process as typed, with an absolute path of the program cut to its name."""
     program = Path(sys.argv[0])
     return shlex.join([program.name if program.is_absolute() else sys.argv[0], *sys.argv[1:]])
 
 
 def package_versions(*more: str) -> dict[str, str]:
-    """Versions of the packages that decide what comes out, and of those named besides."""
+    """Versions of the packages that results depend on, and of those named."""
     return {name: version(name) for name in (*_PACKAGES, *more)}

@@ -26,18 +26,18 @@ def pictures(tmp_path):
 
 
 def test_certify_prints_a_table(pictures, tiny_model_dir):
-    found = run("certify", *pictures, "--model", tiny_model_dir, "--max-draws", 50)
-    assert found.exit_code == 0, found.output
+    done = run("certify", *pictures, "--model", tiny_model_dir, "--max-draws", 50)
+    assert done.exit_code == 0, done.output
     for word in ("prediction", "radius", "per_input", "sigma = 0.25"):
-        assert word in found.output
+        assert word in done.output
 
 
 def test_certify_prints_json(pictures, tiny_model_dir):
-    found = run(
+    done = run(
         "certify", *pictures, "--model", tiny_model_dir, "--sigma", 0.5, "--alpha", 0.01, "--radius", 0.1,
         "--max-draws", 200, "--seed", 5, "--json",
     )  # fmt: skip
-    lines = [json.loads(line) for line in found.stdout.splitlines() if line.startswith("{")]
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert [Path(line["image"]).name for line in lines] == ["red.png", "blue.png"]
     assert {(line["sigma"], line["alpha"], line["seed"], line["method"]) for line in lines} == {
         (0.5, 0.01, 5, "sequential")
@@ -55,30 +55,30 @@ def test_certify_prints_json(pictures, tiny_model_dir):
     ],
 )
 def test_errors_are_one_clear_line_and_an_exit_code(pictures, tiny_model_dir, arguments, said):
-    found = run("certify", *pictures, "--model", tiny_model_dir, *arguments)
-    assert found.exit_code == 2
-    assert said in " ".join(found.stderr.split())
-    assert "Traceback" not in found.output
+    done = run("certify", *pictures, "--model", tiny_model_dir, *arguments)
+    assert done.exit_code == 2
+    assert said in " ".join(done.stderr.split())
+    assert "Traceback" not in done.output
 
 
 def test_names_are_not_read_as_markup(tmp_path, tiny_model_dir):
     Image.new("RGB", (8, 8)).save(tmp_path / "cat[bold].png")
-    found = run("certify", tmp_path / "cat[bold].png", "--model", tiny_model_dir, "--max-draws", 50)
-    assert "cat[bold].png" in "".join(found.output.replace("│", "").split())
+    done = run("certify", tmp_path / "cat[bold].png", "--model", tiny_model_dir, "--max-draws", 50)
+    assert "cat[bold].png" in "".join(done.output.replace("│", "").split())
     assert "gone[x].png" in run("certify", "gone[x].png", "--model", tiny_model_dir).stderr
 
 
 def test_a_model_that_is_not_there(pictures):
-    found = run("certify", *pictures, "--model", "no/such-model")
-    assert found.exit_code == 2
-    assert "no/such-model" in found.stderr
+    done = run("certify", *pictures, "--model", "no/such-model")
+    assert done.exit_code == 2
+    assert "no/such-model" in done.stderr
 
 
 def test_demo_on_the_images_that_ship(tiny_model_dir, tmp_path):
-    found = run("demo", "--model", tiny_model_dir, "--output-dir", tmp_path, "--max-draws", 400)
+    done = run("demo", "--model", tiny_model_dir, "--output-dir", tmp_path, "--max-draws", 400)
     # three classes for ten: the demo says so instead of certifying nonsense
-    assert found.exit_code == 2
-    assert "classes" in found.stderr
+    assert done.exit_code == 2
+    assert "classes" in done.stderr
 
 
 def test_the_demo_leaves_out_a_head_that_does_not_know_its_noise_level(tiny_model_dir, tmp_path):
@@ -118,13 +118,13 @@ def test_report_of_runs_and_a_log(tmp_path):
     runs = [write_run(tmp_path / "one", (0.25, 0.5)), write_run(tmp_path / "two", (0.5,), model="user/other")]
     log = write_log(tmp_path / "cohen.tsv")
     out = tmp_path / "report"
-    found = run(
+    done = run(
         "report", *runs, log, "--log-guarantee", "per_input", "--radii", 0, "--radii", 0.25, "--output-dir", out
     )
-    assert found.exit_code == 0, found.output
+    assert done.exit_code == 0, done.output
     for word in ("one", "two", "cohen.tsv", "r = 0.25", "unknown", "2410.06895", "report.md"):
-        assert word in found.output
-    assert "best of" not in found.output
+        assert word in done.output
+    assert "best of" not in done.output
     report = json.loads((out / "report.json").read_text())
     assert [entry["title"] for entry in report["results"]] == [
         "one, sigma = 0.25", "one, sigma = 0.5", "two, sigma = 0.5", "cohen.tsv",
@@ -139,15 +139,15 @@ def test_report_of_runs_and_a_log(tmp_path):
 
 def test_report_goes_into_the_folder_of_a_single_run(tmp_path):
     folder = write_run(tmp_path / "one", (0.25, 0.5))
-    found = run("report", folder, "--envelope")
-    assert found.exit_code == 0, found.output
+    done = run("report", folder, "--envelope")
+    assert done.exit_code == 0, done.output
     assert "best of several sigmas of one model" in (folder / "report.md").read_text()
 
 
 def test_report_shows_pictures(tmp_path):
     images = ROOT / "hf_smoothing" / "data" / "cifar10_demo.parquet"
-    found = run("report", SHIPPED_MODEL / "results" / "demo", "--output-dir", tmp_path, "--images", images)
-    assert found.exit_code == 0, found.output
+    done = run("report", SHIPPED_MODEL / "results" / "demo", "--output-dir", tmp_path, "--images", images)
+    assert done.exit_code == 0, done.output
     assert Image.open(tmp_path / "examples-0.png").width > 500
     assert "(examples-0.png)" in (tmp_path / "report.md").read_text()
 
@@ -157,10 +157,10 @@ def test_report_of_a_run_all_of_whose_images_failed(tmp_path):
     rows = [row for row in pq.read_table(folder / "certificates.parquet").to_pylist() if row["error"]]
     pq.write_table(pa.Table.from_pylist([row | {"index": 0} for row in rows]), folder / "certificates.parquet")
     images = ROOT / "hf_smoothing" / "data" / "cifar10_demo.parquet"
-    found = run("report", folder, "--images", images)
-    assert found.exit_code == 0, found.output
+    done = run("report", folder, "--images", images)
+    assert done.exit_code == 0, done.output
     assert (folder / "report.md").read_text().startswith("# Certified accuracy (every image failed)\n")
-    assert "guarantee unknown" not in found.output
+    assert "guarantee unknown" not in done.output
     assert not list(folder.glob("examples*"))
     # beside one that certified some, it is what that is
     beside = run("report", folder, write_run(tmp_path / "two"), "--output-dir", tmp_path / "report")
@@ -182,10 +182,10 @@ def test_reports_that_cannot_be(tmp_path, monkeypatch, arguments, said):
     monkeypatch.chdir(tmp_path)
     write_run(tmp_path / "one")
     write_run(tmp_path / "none", guarantee="none")
-    found = run("report", "one", *arguments)
-    assert found.exit_code == 2, found.output
-    assert said in " ".join(found.stderr.split())
-    assert "Traceback" not in found.output
+    done = run("report", "one", *arguments)
+    assert done.exit_code == 2, done.output
+    assert said in " ".join(done.stderr.split())
+    assert "Traceback" not in done.output
     assert not Path("one/report.md").exists()
 
 

@@ -18,13 +18,13 @@ from hf_smoothing.runs.records import SCHEMA
 
 def test_records_and_run_json(certify, parquet, model, tmp_path):
     summary = certify(sigmas=(0.5, 0.25), every=20, radii=(0.1, 0.2))
-    found = rows(tmp_path / "run")
+    records = rows(tmp_path / "run")
     assert (summary.num_records, summary.num_new, summary.errors) == (20, 20, ())
-    assert [(row["sigma"], row["index"]) for row in found] == [
+    assert [(row["sigma"], row["index"]) for row in records] == [
         (sigma, index) for sigma in (0.25, 0.5) for index in range(0, 200, 20)
     ]
     data = datasets.Dataset.from_parquet(parquet)
-    for row in found:
+    for row in records:
         assert row["label_name"] == NAMES[row["label"]]
         assert row["label_name"].lower() == data.features["label"].int2str(data[row["index"]]["label"])
         assert row["prediction_name"] == (None if row["prediction"] == -1 else NAMES[row["prediction"]])
@@ -32,8 +32,8 @@ def test_records_and_run_json(certify, parquet, model, tmp_path):
         assert (row["guarantee"], row["method"], row["dtype"], row["error"]) == (
             "per_input", "sequential", "float32", None,
         )  # fmt: skip
-    assert len({row["prediction"] for row in found}) > 2
-    assert len({row["radius"] for row in found}) > 2
+    assert len({row["prediction"] for row in records}) > 2
+    assert len({row["radius"] for row in records}) > 2
     loaded = datasets.load_dataset(
         "parquet", data_files=str(tmp_path / "run" / "certificates.parquet"), split="train", cache_dir=str(tmp_path)
     )
@@ -47,16 +47,18 @@ def test_records_and_run_json(certify, parquet, model, tmp_path):
     assert run["command"]
     assert run["finished"]
     lines = [json.loads(line) for line in (tmp_path / "run/shards/records-rank00000.jsonl").read_text().splitlines()]
-    assert sorted(({**line, "seconds": None} for line in lines), key=lambda row: (row["sigma"], row["index"])) == found
+    assert (
+        sorted(({**line, "seconds": None} for line in lines), key=lambda row: (row["sigma"], row["index"])) == records
+    )
 
 
 def test_the_same_certificates_as_the_pipeline(certify, model, demo_images, tmp_path):
     certify(every=10, seed=3, radii=(0.1, 0.2))
     pipe = pipeline("certified-image-classification", model=model, sigma=0.25, max_draws=60)
     expected = pipe(list(demo_images[::10]["image"]), seed=3, radii=(0.1, 0.2))
-    found = rows(tmp_path / "run")
-    assert len(found) == len(expected) == 20
-    for row, result in zip(found, expected):
+    records = rows(tmp_path / "run")
+    assert len(records) == len(expected) == 20
+    for row, result in zip(records, expected):
         assert result.pop("label") == row["prediction_name"]
         assert {name: row[name] for name in result} == result
 
@@ -66,7 +68,7 @@ def test_a_stream_gives_what_a_stored_dataset_gives(certify, tmp_path):
     certify(tmp_path / "streamed", every=7, max_samples=12, sigmas=(0.25, 0.5), streaming=True, batch_size=17)
     assert rows(tmp_path / "stored") == rows(tmp_path / "streamed")
     assert len(rows(tmp_path / "stored")) == 24
-    # and one goes on with the other
+    # and a stream resumes the run of a stored dataset
     assert certify(tmp_path / "stored", every=7, max_samples=12, sigmas=(0.25, 0.5), streaming=True).num_new == 0
 
 
@@ -79,10 +81,10 @@ def test_a_folder_of_pictures(certify, demo_images, tmp_path):
     for streaming in (False, True):
         folder = tmp_path / f"run {streaming}"
         certify(folder, dataset_name=str(tmp_path / "pictures"), split="train", streaming=streaming)
-        found = rows(folder)
-        assert len(found) == 8
-        assert all(row["error"] is None for row in found)
-        assert [row["label_name"].lower() for row in found] == sorted(row["label_name"].lower() for row in found)
+        records = rows(folder)
+        assert len(records) == 8
+        assert all(row["error"] is None for row in records)
+        assert [row["label_name"].lower() for row in records] == sorted(row["label_name"].lower() for row in records)
 
 
 def test_larger_radii_are_for_larger_sigmas(certify, tmp_path):
@@ -112,9 +114,9 @@ def test_broken_images_are_recorded_and_reported(certify, demo_images, tmp_path)
     spoilt = pictures.map(spoil, with_indices=True, cache_file_name=str(tmp_path / "cache.arrow"))
     spoilt.to_parquet(tmp_path / "spoilt.parquet")
     summary = certify(tmp_path / "spoilt", dataset_name=str(tmp_path / "spoilt.parquet"), max_draws=60)
-    found = rows(tmp_path / "spoilt")
-    assert [row["error"] is not None for row in found] == [True, False, True, False, True, False]
-    for row in (found[0], found[2], found[4]):
+    records = rows(tmp_path / "spoilt")
+    assert [row["error"] is not None for row in records] == [True, False, True, False, True, False]
+    for row in (records[0], records[2], records[4]):
         assert row["num_samples"] == 0
         assert row["prediction"] is row["radius"] is row["guarantee"] is row["counts"] is None
         assert (row["sigma"], row["alpha"], row["method"], row["dtype"]) == (0.25, 0.001, "sequential", "float32")
@@ -123,7 +125,9 @@ def test_broken_images_are_recorded_and_reported(certify, demo_images, tmp_path)
     assert "not a picture" in str(summary)
     # the others are as without them, and nothing is left to do
     certify(tmp_path / "sound", max_samples=6)
-    assert [row for row in rows(tmp_path / "sound") if row["index"] % 2] == [row for row in found if row["index"] % 2]
+    assert [row for row in rows(tmp_path / "sound") if row["index"] % 2] == [
+        row for row in records if row["index"] % 2
+    ]
     assert certify(tmp_path / "spoilt", dataset_name=str(tmp_path / "spoilt.parquet"), max_draws=60).num_new == 0
 
 
@@ -164,7 +168,7 @@ def test_images_of_another_shape(certify, model, tmp_path):
 
 
 def test_a_full_disk_loses_nothing_already_written(certify, tmp_path, monkeypatch):
-    certify(tmp_path / "whole", every=10)
+    certify(tmp_path / "uninterrupted", every=10)
     write, written = os.write, []
 
     def full(file, data):
@@ -183,7 +187,7 @@ def test_a_full_disk_loses_nothing_already_written(certify, tmp_path, monkeypatc
     assert shard.count(b"\n") == 8
     assert not shard.endswith(b"\n")
     assert certify(every=10).num_new == 12
-    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+    assert rows(tmp_path / "run") == rows(tmp_path / "uninterrupted")
 
 
 def test_errors_before_any_work(certify, demo_images, tmp_path, monkeypatch):

@@ -18,15 +18,15 @@ def certificate(prediction, radius):
 
 
 def test_a_record_is_flat_and_json(linear):
-    found = record(7, 0, NAMES, certificate(1, 0.25))
-    assert list(found) == SCHEMA.names
-    assert (found["index"], found["label_name"], found["prediction_name"], found["error"]) == (7, "cat", "dog", None)
+    row = record(7, 0, NAMES, certificate(1, 0.25))
+    assert list(row) == SCHEMA.names
+    assert (row["index"], row["label_name"], row["prediction_name"], row["error"]) == (7, "cat", "dog", None)
     assert record(7, 1, NAMES, certificate(-1, 0.0))["prediction_name"] is None
     smoothed = SmoothedClassifier(linear, GaussianNoise(0.5))
     broken = error_record(8, 1, NAMES, smoothed, SequentialRule(), 3, "no picture")
     assert list(broken) == SCHEMA.names
     assert (broken["sigma"], broken["seed"], broken["num_samples"], broken["radius"]) == (0.5, 3, 0, None)
-    json.dumps([found, broken])
+    json.dumps([row, broken])
 
 
 def test_shards_become_one_table(tmp_path):
@@ -47,7 +47,7 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path):
     shard = tmp_path / "records-rank0.jsonl"
     shard.write_text('{"a": 1}\n{"a"\n{"a": 3}\n')
     assert repair(shard) == 0
-    with pytest.raises(ValueError, match=r"records-rank0\.jsonl, line 2, is no record"):
+    with pytest.raises(ValueError, match=r"records-rank0\.jsonl, line 2, is not a record"):
         list(read_shards(tmp_path))
 
 

@@ -1,4 +1,4 @@
-"""Going on with a run, or refusing to."""
+"""Resuming a run, or refusing to."""
 
 import json
 import os
@@ -8,11 +8,11 @@ from helpers.finished_runs import rows
 from helpers.models import NAMES, save_model
 
 from hf_smoothing import MixedNoiseViTForImageClassification
-from hf_smoothing.runs import records as records_module
+from hf_smoothing.runs.run_folder import RunFolder
 
 
-def test_a_run_goes_on_where_it_stopped(certify, tmp_path):
-    certify(tmp_path / "whole", sigmas=(0.25, 0.5), every=10)
+def test_a_run_resumes_where_it_stopped(certify, tmp_path):
+    certify(tmp_path / "uninterrupted", sigmas=(0.25, 0.5), every=10)
     certify(tmp_path / "cut", sigmas=(0.25, 0.5), every=10)
     shard = tmp_path / "cut" / "shards" / "records-rank00000.jsonl"
     lines = shard.read_bytes().splitlines(keepends=True)
@@ -21,12 +21,12 @@ def test_a_run_goes_on_where_it_stopped(certify, tmp_path):
     (tmp_path / "cut" / "certificates.parquet").unlink()
     summary = certify(tmp_path / "cut", sigmas=(0.25, 0.5), every=10, batch_size=7)
     assert (summary.num_records, summary.num_new) == (40, 24)
-    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+    assert rows(tmp_path / "cut") == rows(tmp_path / "uninterrupted")
     assert len(json.loads((tmp_path / "cut" / "run.json").read_text())["sessions"]) == 2
     (tmp_path / "cut" / "certificates.parquet").unlink()
     summary = certify(tmp_path / "cut", sigmas=(0.25, 0.5), every=10)
     assert "finished already" in str(summary)
-    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+    assert rows(tmp_path / "cut") == rows(tmp_path / "uninterrupted")
 
 
 def test_other_settings_are_refused_with_the_difference(certify, tmp_path, model, demo_images):
@@ -88,7 +88,7 @@ def test_a_folder_that_cannot_be_written_to_is_found_before_any_work(certify, tm
     assert not (tmp_path / "new").exists()
 
 
-def test_touched_files_are_spoken_of(certify, demo_images, tmp_path):
+def test_the_error_mentions_files_that_were_touched(certify, demo_images, tmp_path):
     for index, name in ((0, "cat"), (1, "dog")):
         path = tmp_path / "pictures" / name / f"{index}.png"
         path.parent.mkdir(parents=True)
@@ -101,7 +101,7 @@ def test_touched_files_are_spoken_of(certify, demo_images, tmp_path):
         certify(dataset_name=str(tmp_path / "pictures"), split="train")
 
 
-def test_weights_that_changed_in_their_place_are_noticed(certify, tmp_path):
+def test_changed_weights_in_the_same_folder_are_refused(certify, tmp_path):
     folder = save_model(tmp_path / "model", NAMES)
     certify(every=50, model_name_or_path=folder)
     changed = MixedNoiseViTForImageClassification.from_pretrained(folder)
@@ -113,7 +113,7 @@ def test_weights_that_changed_in_their_place_are_noticed(certify, tmp_path):
 
 def test_two_runs_do_not_write_to_one_folder(certify, tmp_path):
     certify(every=100)
-    writer = records_module.ShardWriter(tmp_path / "run" / "shards" / "records-rank00000.jsonl")
+    writer = RunFolder(tmp_path / "run").open_shard(0)
     with pytest.raises(ValueError, match="being written by another process"):
         certify(every=100)
     writer.close()
