@@ -23,13 +23,15 @@ def calibrate(
     ],
 ) -> None:
     """
-    Find out how far a count head's estimates must be lowered, or may be raised, to be right about most images.
+    Calibrate a count head: find how far its estimates must be lowered, or may be raised, to be right about most images.
 
-    Afterwards `--method surrogate --delta 0.05` claims radii that exceed what Monte-Carlo certifies for at most one image
-    in twenty, among images like those of the run: guarantee `marginal`. Where radii are named (`--radius`, `--radii`) it
-    claims the largest of them that it can, which takes less lowering than each image's own: name them before you see any
-    results. The table says how far the log-odds of p_A are lowered, or raised (below 0), and how many of the images get a
-    radius: where few do, delta of all images is a large part of these.
+    Afterwards `--method surrogate --delta 0.05` claims radii that exceed the Monte-Carlo certificate for at most one
+    image in twenty, among images like those of the run: guarantee `marginal`. With named radii (`--radius`, `--radii`) it
+    claims the largest of them that it can, which needs less lowering than each image's own radius. Name them before you see
+    any results.
+
+    The table says how far the log-odds of p_A are lowered, or raised (below 0), and how many images get a radius. Where few
+    do, delta of all images is a large part of these.
 
     Example: `hf-smoothing calibrate my-counts runs/held-out`
     """
@@ -59,7 +61,8 @@ def check(
     denoiser: Denoiser = None,
 ) -> None:
     """
-    See in a minute whether a model is worth smoothing: its norms, its answers under noise, what a budget can show.
+    Check whether a model is worth smoothing: its normalization layers, its predictions under noise, and the largest radius
+    that `n` draws can certify.
 
     Example: `hf-smoothing check microsoft/resnet-18`
     """
@@ -82,21 +85,21 @@ def check(
             denoiser=denoiser,
         )
     images = None if dataset is None else LabelledImages(dataset, split=split)
-    found = check_model(smoothed, images, n=n, alpha=alpha)
+    result = check_model(smoothed, images, n=n, alpha=alpha)
     rows = [
         {
             "sigma": f"{level['sigma']:g}",
-            "answers kept": f"{level['same_answer']:.0%}",
+            "predictions kept": f"{level['same_answer']:.0%}",
             "accuracy": "unknown" if level["accuracy"] is None else f"{level['accuracy']:.0%}",
             f"largest radius of {n:,} draws": format_radius(level["largest_radius"]),
         }
-        for level in found.levels
+        for level in result.levels
     ]
     console = Console()
-    norms = ", ".join(f"{count} {kind}" for kind, count in found.norm_layers.items()) or "none"
-    print_table(console, f"Noisy copies of {found.images} pictures", rows)
+    norms = ", ".join(f"{count} {kind}" for kind, count in result.norm_layers.items()) or "none"
+    print_table(console, f"Noisy copies of {result.images} pictures", rows)
     console.print(f"Normalization layers: {norms}.", highlight=False)
-    for advice in found.advice():
+    for advice in result.advice():
         console.print(advice, highlight=False)
 
 
@@ -110,23 +113,25 @@ def audit(
     sigma: Annotated[
         list[float] | None, typer.Option(help="Noise level of the run; may be given several times.")
     ] = None,
-    steps: Annotated[int, typer.Option(help="Gradient steps an image.")] = 1000,
-    draws: Annotated[int, typer.Option(help="Noisy copies in each of them.")] = 8,
-    directions: Annotated[int, typer.Option(help="Random directions an image.")] = 20,
-    reach: Annotated[float, typer.Option(help="How far to look, as a multiple of the radius.")] = 3.0,
+    steps: Annotated[int, typer.Option(help="Gradient steps per image.")] = 1000,
+    draws: Annotated[int, typer.Option(help="Noisy copies per gradient step.")] = 8,
+    directions: Annotated[int, typer.Option(help="Random directions per image.")] = 20,
+    reach: Annotated[float, typer.Option(help="Largest change to try, as a multiple of the radius.")] = 3.0,
     n: Annotated[int, typer.Option(help="Fresh draws that judge a candidate.")] = 2000,
-    seed: Annotated[int, typer.Option(help="Of everything that is random.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the attack.")] = 0,
     device: Annotated[str, typer.Option(help="Where to compute, such as `cuda`.")] = "cpu",
     batch_size: BatchSize = 128,
 ) -> None:
     """
-    Attack the certificates of a run: look for a change smaller than the radius that changes the answer.
+    Attack the certificates of a run: look for a perturbation smaller than the radius that changes the prediction.
 
-    Tries gradients of the smoothed classifier, random directions and the way to the nearest image of another class;
-    fresh draws judge what they find. Says too how far beyond the radius answers do change: at most that far, since changes
-    that fresh draws leave in doubt do not count. A violation is an error, kept with everything needed to see it again; of
-    many certificates a share of at most alpha may be wrong by chance. An image takes some STEPS x DRAWS x 3 forward passes,
-    and about as many again to judge. Interrupt it when you like: the same command goes on.
+    Tries gradients of the smoothed classifier, random directions, and the direction of the nearest image of another class.
+    Fresh draws judge every candidate; changes that they leave in doubt do not count. The summary also says how far beyond
+    the radius predictions do change.
+
+    A violation is an error, and is kept with everything needed to reproduce it. On average, at most a share alpha of the
+    certificates is wrong. An image takes about STEPS x DRAWS x 3 forward passes, and as many again to judge. Interrupt it
+    when you like: the same command resumes the audit.
 
     Example: `hf-smoothing audit runs/cifar10 --images 100`
     """

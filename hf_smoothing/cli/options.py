@@ -51,7 +51,7 @@ def option(settings: type, name: str) -> Any:
 def _parameter(settings: type, name: str) -> inspect.Parameter:
     field = next(field for field in dataclasses.fields(settings) if field.name == name)  # type: ignore[arg-type]
     default = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
-    annotation = Annotated[get_type_hints(settings)[name], option(settings, name)]
+    annotation = Annotated[get_type_hints(settings)[name], option(settings, name)]  # type: ignore[valid-type]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 

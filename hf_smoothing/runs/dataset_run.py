@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -117,7 +118,7 @@ def _load_images(settings: RunSettings, streaming: bool) -> LabelledImages:
 
 
 def _load_classifier(settings: RunSettings, device: torch.device, batch_size: int) -> SmoothedClassifier:
-    at_revision = {} if settings.revision is None else {"revision": settings.revision}
+    at_revision: dict[str, Any] = {} if settings.revision is None else {"revision": settings.revision}
     with loading(settings.model_name_or_path):
         return SmoothedClassifier.from_pretrained(
             settings.model_name_or_path,

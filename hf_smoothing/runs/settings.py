@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..core.validation import check_count
+from ..core.validation import check_count, parse_noise_resolution
 
 if TYPE_CHECKING:  # imported where they are used, so that the command line shows help without loading torch
     from ..core.calibration import Calibration
@@ -106,8 +106,6 @@ class RunSettings:
     @property
     def resolution(self) -> "NoiseResolution":
         """Where noise is added, as the engine takes it."""
-        from ..core.validation import parse_noise_resolution
-
         return parse_noise_resolution(str(self.noise_resolution))
 
     def rule(self, sigma: float) -> "tuple[Rule, tuple[float, ...] | None]":
@@ -118,10 +116,9 @@ class RunSettings:
         from ..core.noise import GaussianNoise
 
         noise = GaussianNoise(sigma)
-        reachable = None
-        if self.radii is not None:
-            reachable = tuple(radius for radius in self.radii if self._can_show(radius, noise))
-        rule = self._make_rule(reachable or (self.radii and tuple(self.radii)))
+        radii = None if self.radii is None else tuple(self.radii)
+        reachable = None if radii is None else tuple(radius for radius in radii if self._can_show(radius, noise))
+        rule = self._make_rule(reachable or radii)
         rule.check(noise)
         return rule, reachable
 
