@@ -9,6 +9,7 @@ from transformers import pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
 import hf_smoothing  # noqa: F401 (registers the task)
+from hf_smoothing.core import base_classifier, preprocessing
 
 KEYS = {
     "label",
@@ -164,3 +165,30 @@ def test_a_model_with_nan_weights(tiny_model_dir, tmp_path):
     broken = pipeline("certified-image-classification", model=str(tmp_path), sigma=0.25)
     with pytest.raises(ValueError, match=r"classifier\.bias' are not all finite"):
         broken(Image.new("RGB", (8, 8)))
+
+
+def count_calls(monkeypatch, module, name):
+    calls, function = [], getattr(module, name)
+
+    def counted(*args, **kwargs):
+        calls.append(args)
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, counted)
+    return calls
+
+
+def test_each_image_is_loaded_once_and_the_model_is_checked_once_for_all_calls(tiny, monkeypatch):
+    loads = count_calls(monkeypatch, preprocessing, "load_image")
+    conversions = count_calls(monkeypatch, preprocessing, "snap_to_8_bits")
+    scans = count_calls(monkeypatch, base_classifier, "check_weights")
+    probes = count_calls(monkeypatch, preprocessing, "_check_against_processor")
+    picture = Image.new("RGB", (8, 8), "teal")
+    tiny([picture, picture])
+    list(tiny(picture for _ in range(3)))
+    tiny(picture, sigma=0.5, method="fixed", n0=5, n=50)
+    assert (len(loads), len(conversions), len(scans), len(probes)) == (6, 6, 1, 1)
+    tiny(picture, noise_resolution="native")  # another classifier: it resizes after the noise
+    tiny(picture, sigma=0.5, noise_resolution="native")
+    tiny(picture)
+    assert (len(scans), len(probes)) == (2, 2)

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import ViTImageProcessor
 
 from hf_smoothing import ABSTAIN, FixedRule, GaussianNoise, SequentialRule, SmoothedClassifier
+from hf_smoothing.core import base_classifier, smoothing
 from hf_smoothing.core.bounds import clopper_pearson_lower
 from hf_smoothing.core.preprocessing import Preprocessing, to_pixels
 
@@ -133,6 +134,33 @@ def test_predict_abstains_or_answers(linear, noise, small_images):
     for prediction, distance in zip(found, margin):
         assert prediction in (ABSTAIN, int(distance > 0))
         assert (prediction != ABSTAIN) == (abs(distance) > 0.1) or abs(distance) > 0.02
+
+
+def test_another_noise_makes_another_classifier_that_shares_the_base_classifier(small_images, noise, monkeypatch):
+    scans = []
+    monkeypatch.setattr(base_classifier, "check_weights", scans.append)
+    smoothed = SmoothedClassifier(nn.Sequential(nn.Flatten(), nn.Linear(48, 3)), noise)
+    noisier = smoothed.with_noise(GaussianNoise(0.5))
+    assert (smoothed.noise.sigma, noisier.noise.sigma) == (0.25, 0.5)
+    assert noisier.base_classifier is smoothed.base_classifier
+    assert {certificate.sigma for certificate in noisier.certify(small_images, max_draws=30)} == {0.5}
+    assert len(scans) == 1
+
+
+def test_images_are_converted_once(linear, noise, small_images, monkeypatch):
+    conversions = []
+    monkeypatch.setattr(smoothing, "to_pixels", lambda image, _: conversions.append(image) or image)
+    smoothed = SmoothedClassifier(linear, noise)
+    smoothed.certify(small_images, radius=0.1)
+    list(smoothed.predict(iter(small_images)))
+    assert len(conversions) == 24
+
+
+def test_a_stream_takes_pixels_only(linear, noise):
+    smoothed = SmoothedClassifier(linear, noise)
+    for image in (torch.zeros(3, 4, 4, dtype=torch.uint8), Image.new("RGB", (4, 4))):
+        with pytest.raises(TypeError, match="Image 0 is no float32 tensor"):
+            next(smoothed.certify_stream([image], SequentialRule()))
 
 
 def test_uint8_and_float_pixels_are_the_same_image(linear, noise):
