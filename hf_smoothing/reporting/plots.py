@@ -86,8 +86,8 @@ def _curve(result: Result) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
 
 def _points(radii: Sequence[float], result: Result) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """The shares at some radii, and the ends of their intervals: `(radii,)` and `(radii, 2)`."""
-    columns = (result.column(name) for name in ("prediction", "label", "radius"))
-    rows = certified_accuracy(*columns, thresholds=radii)["certified_accuracy"]
+    predictions, labels, certified = (result.column(name) for name in ("prediction", "label", "radius"))
+    rows = certified_accuracy(predictions, labels, certified, radii)["certified_accuracy"]
     return np.array([row["share"] for row in rows]), np.array([row["interval_95"] for row in rows])
 
 

@@ -20,8 +20,8 @@ def compute(rows: list[list[Any]], thresholds: str) -> dict[str, Any]:
     """
     filled = [row for row in rows if any(str(cell).strip() for cell in row)]
     columns = {name: [float(row[at]) for row in filled] for at, name in enumerate(COLUMNS)}
-    counted = [float(one) for one in thresholds.split(",") if one.strip()]
-    return certified_accuracy(**columns, thresholds=counted)
+    levels = [float(level) for level in thresholds.split(",") if level.strip()]
+    return certified_accuracy(**columns, thresholds=levels)
 
 
 if __name__ == "__main__":
@@ -31,7 +31,7 @@ if __name__ == "__main__":
         fn=compute,
         inputs=[
             gr.Dataframe([[6, 6, 0.31], [8, 8, 0.9], [-1, 3, 0.0]], headers=list(COLUMNS), type="array"),
-            gr.Textbox(", ".join(f"{one:g}" for one in DEFAULT_THRESHOLDS), label="radii"),
+            gr.Textbox(", ".join(f"{level:g}" for level in DEFAULT_THRESHOLDS), label="radii"),
         ],
         outputs=gr.JSON(label="certified accuracy"),
         title="Certified accuracy",
