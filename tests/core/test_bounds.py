@@ -37,10 +37,10 @@ def test_clopper_pearson_is_scipys_exact_interval(count, alpha):
 
 
 def test_clopper_pearson_at_the_edges():
-    found = clopper_pearson_lower([0, 0, 10, 10**7, 10**7 - 1], [0, 10, 10, 10**7, 10**7], 0.001)
-    assert found.dtype == np.float64
+    bounds = clopper_pearson_lower([0, 0, 10, 10**7, 10**7 - 1], [0, 10, 10, 10**7, 10**7], 0.001)
+    assert bounds.dtype == np.float64
     expected = [0, 0, 0.001 ** (1 / 10), 0.001**1e-7, stats.beta.ppf(0.001, 10**7 - 1, 2)]
-    np.testing.assert_allclose(found, expected, rtol=1e-14)
+    np.testing.assert_allclose(bounds, expected, rtol=1e-14)
 
 
 @given(counts, probabilities, beta_priors)
@@ -104,6 +104,12 @@ def _paths(p: float, runs: int, draws: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).binomial(1, p, (runs, draws)).cumsum(1)
 
 
+def _evaluate(function, hits, looks):
+    """A function of hits and draws at every look of every path, computed once for each number of hits."""
+    tables = [function(np.arange(look + 1), look) for look in looks]
+    return np.stack([table[column] for table, column in zip(tables, hits.T)], 1)
+
+
 @pytest.mark.parametrize(
     ("null", "prior"), [(0.5, (0.5, 0.5)), (0.841, (0.5, 0.5)), (0.977, (19.0, 1.0)), (0.5, ODDS), (0.841, ODDS)]
 )
@@ -112,7 +118,7 @@ def test_e_process_holds_at_the_luckiest_moment(null, prior, below):
     runs, draws, alpha = 20_000, 200, 0.05
     looks = np.unique(np.geomspace(1, draws, 40).astype(int))
     hits = _paths(null - below, runs, draws, seed=1)[:, looks - 1]
-    log_e = log_e_value(hits, looks, null, prior)
+    log_e = _evaluate(lambda hits, look: log_e_value(hits, look, null, prior), hits, looks)
     wrong = (log_e.max(1) >= -np.log(alpha)).mean()
     assert wrong <= alpha + 3 * np.sqrt(alpha * (1 - alpha) / runs)
 
@@ -123,7 +129,7 @@ def test_confidence_sequence_holds_at_all_times_at_once(p, prior):
     runs, draws, alpha = 2_000, 300, 0.05
     looks = np.unique(np.geomspace(1, draws, 20).astype(int))
     hits = _paths(p, runs, draws, seed=2)[:, looks - 1]
-    lower = confidence_sequence_lower(hits, looks, alpha, prior)
+    lower = _evaluate(lambda hits, look: confidence_sequence_lower(hits, look, alpha, prior), hits, looks)
     wrong = (lower.max(1) > p).mean()
     assert wrong <= alpha + 3 * np.sqrt(alpha * (1 - alpha) / runs)
 
@@ -144,12 +150,12 @@ def test_confidence_sequence_rejects_everything_below_its_bound(count, alpha, pr
 
 
 def test_confidence_sequence_at_the_edges():
-    found = confidence_sequence_lower([0, 0, 10, 10**7, 10**7 - 10], [0, 10, 10, 10**7, 10**7], 0.001)
-    assert (found[:2] == 0).all()
+    bounds = confidence_sequence_lower([0, 0, 10, 10**7, 10**7 - 10], [0, 10, 10, 10**7, 10**7], 0.001)
+    assert (bounds[:2] == 0).all()
     # at any time costs more than at one time, but little
     fixed = clopper_pearson_lower([10, 10**7, 10**7 - 10], [10, 10**7, 10**7], 0.001)
-    assert (found[2:] < fixed).all()
-    np.testing.assert_allclose(1 - found[3:], 1 - fixed[1:], rtol=0.25)
+    assert (bounds[2:] < fixed).all()
+    np.testing.assert_allclose(1 - bounds[3:], 1 - fixed[1:], rtol=0.25)
 
 
 @pytest.mark.parametrize("null", [0.5, 0.9, 0.9999])

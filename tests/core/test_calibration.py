@@ -46,12 +46,12 @@ def test_claims_exceed_what_monte_carlo_proves_about_delta_of_the_time(delta, bi
         rule = SurrogateRule(1000, 0.001, delta, calibration, radii)
         shifts.append(rule.shift(NOISE))
         for frequencies, prediction, proved in zip(probabilities[100:], predictions[100:], p_lower[100:]):
-            found = rule.start(NOISE, CleanPass(frequencies, frequencies=True)).outcome()
-            holds = found.prediction == -1 or (
-                found.prediction == prediction and NOISE.radius(found.p_lower) <= NOISE.radius(proved)
+            outcome = rule.start(NOISE, CleanPass(frequencies, frequencies=True)).outcome()
+            holds = outcome.prediction == -1 or (
+                outcome.prediction == prediction and NOISE.radius(outcome.p_lower) <= NOISE.radius(proved)
             )
             missed.append(not holds)
-            claimed.append(found.prediction != -1)
+            claimed.append(outcome.prediction != -1)
     # binomial error of 5,000 images in 100 groups that share a calibration: measured, not assumed
     error = np.std(np.reshape(missed, (100, 50)).mean(1)) / np.sqrt(100)
     assert np.mean(missed) <= delta + 3 * error
@@ -64,11 +64,11 @@ def test_scores():
     probabilities = np.array([[0.9, 0.1], [0.1, 0.9], [0.9, 0.1], [0.5, 0.5], [0.9, 0.1]])
     predictions, p_lower = np.array([0, 0, -1, 0, 0]), np.array([0.8, 0.8, 0.0, 0.8, 0.99])
     for image, (predicted, proved) in enumerate(((0.9, 0.8), (0.9, 0.5), (0.9, 0.5), (0.5, 0.8), (0.9, 0.99))):
-        one = slice(image, image + 1)
+        row = slice(image, image + 1)
         (score,) = calibrated(
-            *compare_estimates(probabilities[one], predictions[one], p_lower[one], 1000, 0.001)
+            *compare_estimates(probabilities[row], predictions[row], p_lower[row], 1000, 0.001)
         ).scores(0.5)
-        # another answer, and none: every claim is too much
+        # Monte-Carlo predicts another class, or abstains: every claim is too large
         shifted = special.expit(special.logit(predicted) - score)
         assert estimate_lower_bound(shifted, 1000, 0.001) == pytest.approx(proved, rel=1e-9)
         assert (score > 0) == (proved < predicted)
@@ -86,8 +86,8 @@ def test_scores_of_radii_to_decide():
     predictions = np.array([0, 0, -1, 0, 0])
     p_lower = np.array([0.75, 0.75, 0.0, 0.505, 0.95])  # prove 0.25, 0.25, nothing, 0, 0.5
     for image, (claims, proves) in enumerate(((2, 2), (3, 2), (3, 0), (1, 1), (3, 3))):
-        one = slice(image, image + 1)
-        calibration = calibrated(*compare_estimates(probabilities[one], predictions[one], p_lower[one], 1000, 0.001))
+        row = slice(image, image + 1)
+        calibration = calibrated(*compare_estimates(probabilities[row], predictions[row], p_lower[row], 1000, 0.001))
         assert calibration.count_claimed_radii(estimates[image], 0.0, needed) == claims
         (score,) = calibration.scores(0.5, needed[::-1])  # in any order
         if proves == len(needed):
@@ -114,14 +114,14 @@ def unshifted():
 def test_what_is_claimed_shows_the_radius_asked_for_and_no_more(noise):
     rule = SurrogateRule(1000, 0.001, 0.5, unshifted(), (0.25, 0.0, 0.5))
     for estimate, prediction, radius in ((0.9, 0, 0.5), (0.76, 0, 0.25), (0.6, 0, 0.0), (0.51, -1, 0.0)):
-        found = rule.start(noise, CleanPass(np.array([estimate, 1 - estimate]), frequencies=True)).outcome()
-        assert found.prediction == prediction
-        assert radius <= noise.radius(found.p_lower) <= radius * (1 + 1e-12)
-        assert (found.delta, found.calibration) == (0.5, "images; Monte-Carlo with n = 1,000")
+        outcome = rule.start(noise, CleanPass(np.array([estimate, 1 - estimate]), frequencies=True)).outcome()
+        assert outcome.prediction == prediction
+        assert radius <= noise.radius(outcome.p_lower) <= radius * (1 + 1e-12)
+        assert (outcome.delta, outcome.calibration) == (0.5, "images; Monte-Carlo with n = 1,000")
 
 
 def test_a_cautious_head_is_raised_to_what_it_can_claim():
-    """How far it is off costs nothing where one radius is decided, if it ranks the images right."""
+    """A biased head costs nothing where one radius is decided, if it ranks the images right."""
     generator = np.random.default_rng(1)
     p = (1 + generator.beta(2, 1, 2000)) / 2
     p_lower = clopper_pearson_lower(generator.binomial(1000, p), 1000, 0.001)
@@ -134,7 +134,7 @@ def test_a_cautious_head_is_raised_to_what_it_can_claim():
     assert -1.2 < calibration.shift(0.5, 0.05, [needed]) < -0.8
     proved, estimated = p_lower[rest] >= needed, estimate_lower_bound(guess[rest], 1000, 0.001) >= needed
     rule = SurrogateRule(1000, 0.001, 0.05, calibration, (0.5,))
-    claims = [rule.start(NOISE, CleanPass(one, frequencies=True)).outcome() for one in probabilities[rest]]
+    claims = [rule.start(NOISE, CleanPass(row, frequencies=True)).outcome() for row in probabilities[rest]]
     claimed = np.array([claim.prediction == 0 for claim in claims])
     assert (claimed & ~proved).mean() <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 500)
     assert estimated.mean() < proved.mean() - 0.1 < claimed.mean()
@@ -147,10 +147,10 @@ def test_a_radius_that_is_always_proved_is_always_claimed():
     for radii in (None, (0.25, 0.5)):
         rule = SurrogateRule(1000, 0.001, 0.1, calibration, radii)
         for estimate in (1e-9, 0.3, 1.0):
-            found = rule.start(NOISE, CleanPass(np.array([estimate, 0.0]), frequencies=True)).outcome()
+            outcome = rule.start(NOISE, CleanPass(np.array([estimate, 0.0]), frequencies=True)).outcome()
             most = NOISE.radius(float(clopper_pearson_lower(1000, 1000, 0.001))) if radii is None else 0.5
-            assert found.prediction == 0
-            assert NOISE.radius(found.p_lower) == pytest.approx(most)
+            assert outcome.prediction == 0
+            assert NOISE.radius(outcome.p_lower) == pytest.approx(most)
 
 
 def test_a_radius_that_no_probability_shows_does_not_undo_the_lowering():
@@ -167,10 +167,10 @@ def test_a_radius_that_no_probability_shows_does_not_undo_the_lowering():
 
 
 def test_the_estimate_is_what_the_paper_says():
-    whole = estimate_lower_bound([0.987, 0.988, 1.0], 1000, 0.01)
-    assert whole == pytest.approx(clopper_pearson_lower([987, 988, 1000], 1000, 0.01), rel=1e-9)
-    assert whole[0] < estimate_lower_bound(0.9875, 1000, 0.01) < whole[1]
-    assert whole[2] > estimate_lower_bound(0.9999, 1000, 0.01) > clopper_pearson_lower(999, 1000, 0.01)
+    at_whole_hits = estimate_lower_bound([0.987, 0.988, 1.0], 1000, 0.01)
+    assert at_whole_hits == pytest.approx(clopper_pearson_lower([987, 988, 1000], 1000, 0.01), rel=1e-9)
+    assert at_whole_hits[0] < estimate_lower_bound(0.9875, 1000, 0.01) < at_whole_hits[1]
+    assert at_whole_hits[2] > estimate_lower_bound(0.9999, 1000, 0.01) > clopper_pearson_lower(999, 1000, 0.01)
     assert estimate_lower_bound(0.0, 1000, 0.01) < 1e-9
 
 

@@ -9,10 +9,10 @@ def test_radii_are_rounded_down():
 
 
 def test_certificate_as_a_dict():
-    found = Certificate(
+    certificate = Certificate(
         prediction=-1, radius=0.0, guarantee="per_input", method="fixed", noise="gaussian", norm="l2",
         sampling="float", sigma=0.5,
         alpha=0.001, p_lower=0.0, p_upper=1.0, counts=(1, 2), num_samples=3, seed=0, dtype="float32",
     )  # fmt: skip
-    assert found.abstains
-    assert found.to_dict()["counts"] == [1, 2]
+    assert certificate.abstains
+    assert certificate.to_dict()["counts"] == [1, 2]

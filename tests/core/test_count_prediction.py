@@ -82,8 +82,8 @@ def test_the_logistic_normal_loss_is_what_integration_says():
         expected.append(-np.log(likelihood) / 8)
     torch.manual_seed(0)
     many = 500
-    found = logistic_normal(logits.repeat(many, 1), counts.repeat(many, 1), torch.full((2 * many,), np.log(spread)))
-    assert float(found) == pytest.approx(np.mean(expected), rel=0.01)
+    loss = logistic_normal(logits.repeat(many, 1), counts.repeat(many, 1), torch.full((2 * many,), np.log(spread)))
+    assert float(loss) == pytest.approx(np.mean(expected), rel=0.01)
 
 
 def test_the_logistic_normal_loss_is_given_counts_and_the_spread_of_their_rows(model):
@@ -140,12 +140,12 @@ def test_an_image_may_have_several_noise_levels_of_one_pass(model, loss):
     together = model(images, sigma=torch.tensor([[0.25, 1.0], [0.5, 0.25]]), counts=counts, loss=loss)
     asked = [(0, 0.25), (0, 1.0), (1, 0.5), (1, 0.25)]
     apart = [
-        model(images[image, None], sigma=sigma, counts=one[None], loss=loss)
-        for (image, sigma), one in zip(asked, counts.flatten(0, 1))
+        model(images[image, None], sigma=sigma, counts=row[None], loss=loss)
+        for (image, sigma), row in zip(asked, counts.flatten(0, 1))
     ]
-    torch.testing.assert_close(together.logits.flatten(0, 1), torch.cat([one.logits for one in apart]))
+    torch.testing.assert_close(together.logits.flatten(0, 1), torch.cat([output.logits for output in apart]))
     torch.testing.assert_close(together.probabilities.sum(-1), torch.ones(2, 2))
-    torch.testing.assert_close(together.loss, torch.stack([one.loss for one in apart]).mean())
+    torch.testing.assert_close(together.loss, torch.stack([output.loss for output in apart]).mean())
 
 
 @pytest.mark.parametrize("sigma", [0.2, 1.1, 0.0, float("nan")])

@@ -53,9 +53,9 @@ def test_from_head_to_claims_about_most_images(head, model, fixed_run, certify, 
     shown = capfd.readouterr().err
     assert "estimating: 100%" in shown
     assert "claimed at radius 0 (sigma 0.5)" in shown
-    found = rows(tmp_path / "estimates")
-    assert len(found) == 80
-    assert {(row["guarantee"], row["num_samples"], row["delta"]) for row in found} == {("none", 1, None)}
+    estimates = rows(tmp_path / "estimates")
+    assert len(estimates) == 80
+    assert {(row["guarantee"], row["num_samples"], row["delta"]) for row in estimates} == {("none", 1, None)}
     with pytest.raises(ValueError, match="takes a calibrated count head"):
         certify(tmp_path / "too-early", delta=0.1, **estimated)
 
@@ -108,20 +108,20 @@ def test_from_head_to_claims_about_most_images(head, model, fixed_run, certify, 
 
     certify_pictures = pipeline("certified-image-classification", model=model, sigma=0.25, count_head=head)
     pictures = demo_images["image"][:3]
-    said = certify_pictures(pictures, method="surrogate")
-    assert [one["guarantee"] for one in said] == ["none"] * 3
+    results = certify_pictures(pictures, method="surrogate")
+    assert [result["guarantee"] for result in results] == ["none"] * 3
     assert (
         certify_pictures(pictures, method="surrogate", delta=0.1)[0]["calibration"]
         == "others; Monte-Carlo with n = 60"
     )
-    assert {one["guarantee"] for one in certify_pictures(pictures, max_draws=50, radius=0.1)} == {"per_input"}
+    assert {result["guarantee"] for result in certify_pictures(pictures, max_draws=50, radius=0.1)} == {"per_input"}
     pictures[0].save(tmp_path / "one.png")
     command = ["certify", str(tmp_path / "one.png"), "--model", model, "--method", "surrogate", "--count-head", head]
     done = CliRunner().invoke(app, [*command, "--json"])
-    assert json.loads(done.stdout)["radius"] == said[0]["radius"]
+    assert json.loads(done.stdout)["radius"] == results[0]["radius"]
 
 
-def test_the_answer_does_not_depend_on_the_batch(head):
+def test_a_prediction_does_not_depend_on_the_batch(head):
     predictor = CountPredictor.from_pretrained(head)
     images = torch.rand(40, 3, 8, 8)
     alone = torch.cat([predictor(image[None], 0.5) for image in images])

@@ -21,9 +21,9 @@ def colours(tmp_path):
 def test_paths_and_pil_images(colours):
     path, pixels = colours
     for source in (path, str(path), Image.open(path)):
-        found = load_image(source)
-        assert found.mode == "RGB"
-        np.testing.assert_array_equal(np.asarray(found), pixels)
+        picture = load_image(source)
+        assert picture.mode == "RGB"
+        np.testing.assert_array_equal(np.asarray(picture), pixels)
 
 
 def test_an_address(colours):
@@ -86,7 +86,7 @@ def test_the_orientation_of_a_photo_is_applied(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("make", "error", "said"),
+    ("make", "error", "message"),
     [
         (lambda path: path, FileNotFoundError, "There is no image at"),
         (lambda path: path.write_text("no picture") and path, ValueError, "is not a picture"),
@@ -96,10 +96,10 @@ def test_the_orientation_of_a_photo_is_applied(tmp_path):
         (lambda path: Image.fromarray(np.full((1, 1), np.nan, np.float32)), ValueError, "pixels from nan"),
     ],
 )
-def test_what_is_no_picture(tmp_path, make, error, said):
-    with pytest.raises(error, match=said) as caught:
+def test_sources_that_are_no_picture(tmp_path, make, error, message):
+    with pytest.raises(error, match=message) as caught:
         load_image(make(tmp_path / "broken.png"))
-    if said.startswith(("There", "is not")):
+    if message.startswith(("There", "is not")):
         assert "broken.png" in str(caught.value)
 
 

@@ -85,7 +85,7 @@ def test_normalisation_is_inside_and_from_the_config():
 
 
 @pytest.mark.parametrize("stem", ["patch", "conv"])
-def test_an_answer_does_not_depend_on_the_rest_of_the_batch(stem):
+def test_a_prediction_does_not_depend_on_the_rest_of_the_batch(stem):
     model = build(stem=stem).train()  # not even in training mode: no batch statistics
     pixel_values = torch.rand(4, 3, 16, 16)
     torch.testing.assert_close(model(pixel_values).logits[:1], model(pixel_values[:1]).logits, rtol=1e-4, atol=1e-5)
@@ -127,7 +127,7 @@ def test_activation_checkpointing_gives_the_same_gradients():
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "said"),
+    ("kwargs", "message"),
     [
         ({"stem": "fourier"}, "stem='fourier'"),
         ({"norm_layer": "groupnorm"}, "norm_layer='groupnorm'"),
@@ -141,8 +141,8 @@ def test_activation_checkpointing_gives_the_same_gradients():
         ({"hidden_size": "wide"}, "hidden_size"),
     ],
 )
-def test_configurations_that_do_not_fit(kwargs, said):
-    with pytest.raises(Exception, match=said):
+def test_configurations_that_do_not_fit(kwargs, message):
+    with pytest.raises(Exception, match=message):
         MixedNoiseViTConfig(**kwargs)
 
 

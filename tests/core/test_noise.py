@@ -34,7 +34,7 @@ def test_a_sigma_that_is_no_noise_level(sigma):
 
 
 class OtherDevice(NoisyImage):
-    """The way of devices other than the CPU, run on the CPU: torch's generator in calls of one size."""
+    """How other devices than the CPU draw, run on the CPU: torch's generator in calls of one size."""
 
     def __init__(self, noise, image, key):
         super().__init__(noise, image, key)
@@ -60,11 +60,11 @@ def test_noise_does_not_depend_on_how_many_draws_are_asked_for_at_a_time(make, s
         return make(kind(0.25), IMAGES[sampling], key)
 
     assert noisy(7).sampling == sampling
-    whole = noisy(7).draw(100)
+    together = noisy(7).draw(100)
     stream = noisy(7)
     parts = torch.cat([stream.draw(count) for count in (1, 7, 64, 28)])
-    torch.testing.assert_close(parts, whole, rtol=0, atol=0)
-    assert not torch.equal(noisy(8).draw(100), whole)
+    torch.testing.assert_close(parts, together, rtol=0, atol=0)
+    assert not torch.equal(noisy(8).draw(100), together)
 
 
 @pytest.mark.parametrize("make", MAKE)
@@ -114,7 +114,7 @@ def test_the_rounding_attack_breaks_plain_floats_and_not_the_lattice():
         assert broken == (not lattice)
 
 
-def test_what_the_sampler_is_off_by_is_taken_off_the_bound():
+def test_the_samplers_error_is_subtracted_from_the_bound():
     noisy = GaussianNoise(0.25).noisy_copies(IMAGES["lattice"], 0)
     assert 0 < noisy.slack < 1e-6
     assert noisy.radius(0.9) < GaussianNoise(0.25).radius(0.9)
@@ -145,15 +145,15 @@ def test_l1_radii_are_exact_for_a_threshold_on_one_pixel(kind):
 
     smoothed = SmoothedClassifier(base, kind(0.5), batch_size=4096)
     exact = (images[:, 0, 0, 0] - 0.4).abs()
-    found = smoothed.certify(images, alpha=0.01, max_draws=4000, tolerance=0.05)
+    certificates = smoothed.certify(images, alpha=0.01, max_draws=4000, tolerance=0.05)
     wrong = sum(
         a.radius > r or a.prediction == int(x[0, 0, 0] <= 0.4)
-        for a, r, x in zip(found, exact, images)
+        for a, r, x in zip(certificates, exact, images)
         if not a.abstains
     )
     assert wrong <= 60 * 0.01 + 3
-    assert {a.norm for a in found} == {"l1"}
-    assert np.mean([a.radius for a in found]) > 0.75 * exact.mean()
+    assert {a.norm for a in certificates} == {"l1"}
+    assert np.mean([a.radius for a in certificates]) > 0.75 * exact.mean()
 
 
 def test_the_key_of_an_image():
@@ -184,6 +184,6 @@ def test_copies_of_an_image_share_its_level_but_not_its_noise():
 @pytest.mark.parametrize(
     ("sigmas", "weights"), [((), None), ((-1.0,), None), ((0.1, float("nan")), None), ((0.1,), (1, 2))]
 )
-def test_mixtures_that_make_no_sense(sigmas, weights):
+def test_invalid_mixtures(sigmas, weights):
     with pytest.raises(ValueError, match="must be"):
         NoiseMixture(sigmas, weights)

@@ -103,24 +103,24 @@ def test_logits_without_noise_are_those_of_the_models_own_pipeline(folder, pictu
     pixels = to_pixels(picture, smoothed.preprocessing)
     assert 0 <= float(pixels.min()) <= float(pixels.max()) <= 1
     with torch.inference_mode():
-        found = smoothed.base_classifier([pixels[None]], 0.0)
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+        logits = smoothed.base_classifier([pixels[None]], 0.0)
+        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
         # at the picture's own size the same steps follow, on pixels that were not rounded in between
         native = SmoothedClassifier.from_pretrained(folder, GaussianNoise(0.25), noise_resolution="native")
-        whole = to_pixels(picture, native.preprocessing)
-        assert whole.shape == (3, 50, 60)
-        resized = native.base_classifier.denoise_and_resize(whole[None], 0.0)
+        full_size = to_pixels(picture, native.preprocessing)
+        assert full_size.shape == (3, 50, 60)
+        resized = native.base_classifier.denoise_and_resize(full_size[None], 0.0)
         assert resized.shape == (1, 3, SIDE, SIDE)
         assert float((resized[0] - pixels).abs().max()) < 0.06
         assert float((resized[0] - pixels).abs().mean()) < 0.004
 
 
 def test_it_goes_through_pipeline_script_and_metric(folder, picture, certify, tmp_path, demo_images):
-    found = pipeline("certified-image-classification", model=str(folder), sigma=0.1)(
+    results = pipeline("certified-image-classification", model=str(folder), sigma=0.1)(
         [picture, picture.rotate(90, expand=True)], max_draws=60, noise_resolution="native"
     )
-    assert [one["noise_resolution"] for one in found] == ["native", "native"]
-    assert all(one["guarantee"] == "per_input" for one in found)
+    assert [result["noise_resolution"] for result in results] == ["native", "native"]
+    assert all(result["guarantee"] == "per_input" for result in results)
     names = ["cat", "dog", "frog"]
     small = demo_images.filter(lambda row: row["label"] in (3, 5, 6)).select(range(4))
     path = tmp_path / "small.parquet"
@@ -143,7 +143,7 @@ def test_it_goes_through_pipeline_script_and_metric(folder, picture, certify, tm
 
 @pytest.mark.parametrize("resolution", ["input", "native"])
 def test_sigma_is_in_pixels_whatever_the_processor_does(resolution):
-    """Two classes parted by a plane, behind a mean of 0.3 and a std of 0.1: the radius is the distance in [0, 1] pixels."""
+    """Two classes parted by a plane, after a mean of 0.3 and a std of 0.1: the radius is the distance in [0, 1] pixels."""
     generator = torch.Generator().manual_seed(3)
     direction = torch.randn(3 * 8 * 8, generator=generator)
     direction /= direction.norm()
@@ -153,15 +153,19 @@ def test_sigma_is_in_pixels_whatever_the_processor_does(resolution):
     picture = Image.fromarray(np.random.default_rng(1).integers(100, 150, (8, 8, 3), np.uint8))
     pixels = to_pixels(picture, Preprocessing.from_image_processor(processor))
     # (x - 0.3) / 0.1 is what it sees; its plane lies at a distance of 0.3 from the picture
-    behind = LinearClassifier(direction, 0.0)
-    behind.offset = float(3.0 - behind.margin((pixels[None] - 0.3) / 0.1))
+    after_noise = LinearClassifier(direction, 0.0)
+    after_noise.offset = float(3.0 - after_noise.margin((pixels[None] - 0.3) / 0.1))
     smoothed = SmoothedClassifier(
-        behind, GaussianNoise(0.25), image_processor=processor, noise_resolution=resolution, class_names=["a", "b"]
+        after_noise,
+        GaussianNoise(0.25),
+        image_processor=processor,
+        noise_resolution=resolution,
+        class_names=["a", "b"],
     )
-    (found,) = smoothed.certify([picture], max_draws=20_000, tolerance=0.02)
-    assert found.noise_resolution == resolution
-    assert found.prediction == 1
-    assert 0.27 < found.radius <= 0.3
+    (certificate,) = smoothed.certify([picture], max_draws=20_000, tolerance=0.02)
+    assert certificate.noise_resolution == resolution
+    assert certificate.prediction == 1
+    assert 0.27 < certificate.radius <= 0.3
 
 
 def test_noise_at_the_pictures_own_size_is_another_radius():
@@ -179,18 +183,18 @@ def test_noise_at_the_pictures_own_size_is_another_radius():
         smoothed = SmoothedClassifier(
             Mean(), GaussianNoise(0.25), image_processor=processor, noise_resolution=resolution, class_names=["a", "b"]
         )
-        (found,) = smoothed.certify([picture], max_draws=20_000, tolerance=0.02)
-        assert 0.85 * radius < found.radius <= radius
+        (certificate,) = smoothed.certify([picture], max_draws=20_000, tolerance=0.02)
+        assert 0.85 * radius < certificate.radius <= radius
     assert exact["native"] == pytest.approx(2 * exact["input"])
 
 
 def test_processors_whose_steps_cannot_be_parted_are_refused_with_the_reason():
     class Inverting(ViTImageProcessor):
         def __call__(self, *args, **kwargs):
-            found = super().__call__(*args, **kwargs)
+            inputs = super().__call__(*args, **kwargs)
             if kwargs.get("do_normalize", True):
-                found["pixel_values"] = -found["pixel_values"]
-            return found
+                inputs["pixel_values"] = -inputs["pixel_values"]
+            return inputs
 
     padding = ViTImageProcessor(size=SQUARE)
     padding.do_pad = True
@@ -211,8 +215,8 @@ def test_offsets_and_scales_of_processors_are_kept(picture):
     processor = EfficientNetImageProcessor(size=SQUARE, rescale_offset=True, rescale_factor=1 / 127.5)
     preprocessing = Preprocessing.from_image_processor(processor)
     expected = processor(picture, return_tensors="pt")["pixel_values"]
-    found = preprocessing.normalize(to_pixels(picture, preprocessing)[None])
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    normalised = preprocessing.normalize(to_pixels(picture, preprocessing)[None])
+    torch.testing.assert_close(normalised, expected, atol=1e-5, rtol=0)
 
 
 def test_a_denoiser_is_part_of_the_base_classifier(linear, small_images):
@@ -229,10 +233,10 @@ def test_a_denoiser_is_part_of_the_base_classifier(linear, small_images):
         return pixels
 
     smoothed = SmoothedClassifier(linear, GaussianNoise(0.5), denoiser=denoiser)
-    found = smoothed.certify(small_images, radius=0.1)
-    assert {one.denoiser for one in found} == {"denoiser"}
+    certificates = smoothed.certify(small_images, radius=0.1)
+    assert {certificate.denoiser for certificate in certificates} == {"denoiser"}
     alone = SmoothedClassifier(linear, GaussianNoise(0.5)).certify(small_images, radius=0.1)
-    assert [replace(one, denoiser=None) for one in found] == alone
+    assert [replace(certificate, denoiser=None) for certificate in certificates] == alone
     assert set(asked) == {0.5}
     with pytest.raises(ValueError, match="denoiser='magic' is unknown"):
         SmoothedClassifier(linear, GaussianNoise(0.5), denoiser="magic")
@@ -243,26 +247,26 @@ def test_a_denoiser_is_part_of_the_base_classifier(linear, small_images):
 
 
 @pytest.mark.filterwarnings("ignore:.*BatchNorm")
-def test_they_learn_from_noisy_images_with_their_normalisation_behind_the_noise(
-    folder, parquet, demo_images, tmp_path
-):
+def test_they_learn_from_noisy_images_with_their_normalisation_after_the_noise(folder, parquet, demo_images, tmp_path):
     images = ImageSettings(parquet, sigmas=[0.0, 0.5], max_train_samples=40)
     opened = images.open()
     names = find_class_names(opened)
     settings = TrainingSettings(str(tmp_path), max_train_steps=2, per_device_train_batch_size=20)
     model, processor = load_for_finetuning(str(folder), names)
     assert find_head(model).out_features == len(names)
-    before = {name: one.clone() for name, one in model.named_parameters()}
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     looked = EvaluationSettings("train", eval_samples=40, eval_sigmas=[0.0])
-    found = train_classifier(
+    metrics = train_classifier(
         model, opened, images, settings, looked, settings.create_accelerator(), str(folder), processor
     )
-    assert not any(torch.equal(one, before[name]) for name, one in model.named_parameters() if one.ndim > 1)
+    assert not any(
+        torch.equal(parameter, before[name]) for name, parameter in model.named_parameters() if parameter.ndim > 1
+    )
     # what the training saw of it at last is what the saved model's own pipeline says
     own = pipeline("image-classification", model=str(tmp_path), top_k=1)
     chosen = demo_images.select(np.random.default_rng(0).permutation(len(demo_images))[:40])
     right = [own(row["image"])[0]["label"] == names[row["label"]] for row in chosen]
-    assert found["evaluation"]["majority_accuracy_sigma_0"] == pytest.approx(np.mean(right), abs=0.03)
+    assert metrics["evaluation"]["majority_accuracy_sigma_0"] == pytest.approx(np.mean(right), abs=0.03)
     assert SmoothedClassifier.from_pretrained(tmp_path, GaussianNoise(0.25)).class_names == names
 
 
@@ -288,14 +292,14 @@ def test_a_denoiser_that_is_a_module_is_in_evaluation_mode_and_named_by_its_weig
 
     denoiser = Cleans(torch.nn.BatchNorm2d(3), torch.nn.Dropout(0.5))
     smoothed = SmoothedClassifier(lambda pixels: pixels.mean((2, 3)), GaussianNoise(0.25), denoiser=denoiser)
-    (found,) = smoothed.certify(torch.full((1, 3, 8, 8), 0.5), radius=0.1, max_draws=50)
+    (certificate,) = smoothed.certify(torch.full((1, 3, 8, 8), 0.5), radius=0.1, max_draws=50)
     assert not denoiser.training
     assert int(denoiser[0].num_batches_tracked) == 0
-    assert found.denoiser.startswith("Cleans ")
+    assert certificate.denoiser.startswith("Cleans ")
     other = Cleans(torch.nn.BatchNorm2d(3), torch.nn.Dropout(0.5))
     torch.nn.init.constant_(other[0].weight, 2.0)
     again = SmoothedClassifier(lambda pixels: pixels.mean((2, 3)), GaussianNoise(0.25), denoiser=other)
-    assert again.base_classifier.denoiser_name != found.denoiser
+    assert again.base_classifier.denoiser_name != certificate.denoiser
     torch.nn.init.constant_(other[0].weight, float("nan"))
     with pytest.raises(ValueError, match="not all finite"):
         SmoothedClassifier(lambda pixels: pixels.mean((2, 3)), GaussianNoise(0.25), denoiser=other)

@@ -47,17 +47,17 @@ def tiny(tiny_model_dir):
 
 
 def test_a_path(certify, car):
-    found = certify(car)
-    assert set(found) >= KEYS
-    assert found["label"] == "automobile"
-    assert 0 < found["radius"] < 1
-    assert (found["sigma"], found["alpha"], found["guarantee"], found["norm"]) == (0.25, 0.001, "per_input", "l2")
-    assert found["sampling"] == "lattice"  # a picture is 8 bits deep
-    assert found["num_samples"] == sum(found["counts"]) + 1  # and one clean pass
-    assert found["counts"][found["prediction"]] == max(found["counts"])
+    result = certify(car)
+    assert set(result) >= KEYS
+    assert result["label"] == "automobile"
+    assert 0 < result["radius"] < 1
+    assert (result["sigma"], result["alpha"], result["guarantee"], result["norm"]) == (0.25, 0.001, "per_input", "l2")
+    assert result["sampling"] == "lattice"  # a picture is 8 bits deep
+    assert result["num_samples"] == sum(result["counts"]) + 1  # and one clean pass
+    assert result["counts"][result["prediction"]] == max(result["counts"])
     decided = certify(car, radius=0.25)
     assert decided["radius"] >= 0.25
-    assert decided["num_samples"] < found["num_samples"]
+    assert decided["num_samples"] < result["num_samples"]
 
 
 def test_a_list_gives_what_its_images_give_one_by_one(certify, demo_images):
@@ -69,9 +69,9 @@ def test_a_list_gives_what_its_images_give_one_by_one(certify, demo_images):
 def test_settings_at_the_call_prevail(tiny):
     image = Image.new("RGB", (8, 8), "teal")
     assert tiny(image)["sigma"] == 0.25
-    found = tiny(image, sigma=0.5, alpha=0.01, seed=3, method="fixed", n0=5, n=50)
-    assert (found["sigma"], found["alpha"], found["seed"], found["method"]) == (0.5, 0.01, 3, "fixed")
-    assert found["num_samples"] == 55
+    result = tiny(image, sigma=0.5, alpha=0.01, seed=3, method="fixed", n0=5, n=50)
+    assert (result["sigma"], result["alpha"], result["seed"], result["method"]) == (0.5, 0.01, 3, "fixed")
+    assert result["num_samples"] == 55
     assert tiny(image)["sigma"] == 0.25
 
 
@@ -93,14 +93,14 @@ def test_an_abstention_has_no_label(tiny):
     for parameter in tiny.model.classifier.parameters():
         parameter.data.zero_()
     tiny.model.classifier.weight.data.normal_(std=100)
-    found = [
+    results = [
         tiny(Image.fromarray(np.full((8, 8, 3), value, np.uint8)), sigma=3.0, max_draws=30) for value in (0, 120, 255)
     ]
-    for result in found:
+    for result in results:
         assert (result["label"] is None) == (result["radius"] == 0 and result["p_lower"] == 0)
 
 
-def test_what_is_no_input(tiny):
+def test_inputs_that_are_no_images(tiny):
     with pytest.raises(TypeError, match="A Dataset is no image"):
         tiny(datasets.Dataset.from_dict({"image": [1]}))
     with pytest.raises(TypeError, match="not int"):
@@ -128,7 +128,7 @@ def test_a_broken_picture_is_refused_before_any_work(tiny, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("settings", "error", "said"),
+    ("settings", "error", "message"),
     [
         ({"sigma": 0}, ValueError, "sigma=0 must be"),
         ({"sigma": -0.25}, ValueError, r"sigma=-0\.25"),
@@ -141,10 +141,10 @@ def test_a_broken_picture_is_refused_before_any_work(tiny, tmp_path, monkeypatch
         ({"top_k": 3}, TypeError, "'top_k' is no setting"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused_before_any_work(tiny, settings, error, said, monkeypatch):
+def test_invalid_settings_are_refused_before_any_work(tiny, settings, error, message, monkeypatch):
     forwards = []
     monkeypatch.setattr(tiny.model, "forward", lambda *args, **kwargs: forwards.append(args))
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=message):
         tiny(Image.new("RGB", (8, 8)), **settings)
     assert not forwards
 

@@ -109,7 +109,7 @@ def test_finding_the_radius_is_wrong_at_most_alpha():
     ids=["fixed", "one radius", "radii", "find"],
 )
 def test_every_rule_is_wrong_at_most_alpha_with_other_noise_too(noise, rule):
-    """p just under what radius 0.5 takes; a claim stands once made, so the best of all looks is judged."""
+    """p just under what radius 0.5 takes; a claim stands once made, so this judges the best of all looks."""
     p = noise.probability_needed(0.5) - 1e-9
     wrong = wrong_share(
         rule,
@@ -144,22 +144,26 @@ def test_bounding_the_runner_up_is_wrong_at_most_alpha():
     generator = np.random.default_rng(0)
     runs = 600
     rule = SequentialRule(radii=(TRUE_RADIUS + 1e-9,), alpha=0.05, max_draws=200)
-    found = [sample(rule, FIVE, generator)[0] for _ in range(runs)]
-    assert np.mean([NOISE.radius(one.p_lower, one.p_upper) > TRUE_RADIUS for one in found]) <= at_most(0.05, runs)
+    outcomes = [sample(rule, FIVE, generator)[0] for _ in range(runs)]
+    assert np.mean([NOISE.radius(outcome.p_lower, outcome.p_upper) > TRUE_RADIUS for outcome in outcomes]) <= at_most(
+        0.05, runs
+    )
     # and with the classes in doubt, so that claims for several of them compete
     two = np.array([0.35, 0.35, 0.1, 0.1, 0.1])
-    found = [sample(SequentialRule(radii=(0.0,), alpha=0.05, max_draws=200), two, generator)[0] for _ in range(runs)]
-    assert np.mean([one.prediction != ABSTAIN for one in found]) <= at_most(0.05, runs)
+    outcomes = [
+        sample(SequentialRule(radii=(0.0,), alpha=0.05, max_draws=200), two, generator)[0] for _ in range(runs)
+    ]
+    assert np.mean([outcome.prediction != ABSTAIN for outcome in outcomes]) <= at_most(0.05, runs)
 
 
 def test_bounding_the_runner_up_certifies_what_the_lower_bound_alone_cannot():
-    found, taken = sample(SequentialRule(radii=(0.7 * TRUE_RADIUS,)), FIVE, np.random.default_rng(0))
-    assert found.prediction == 0
-    assert found.p_lower < 0.5 < 1 - found.p_upper
-    assert NOISE.radius(found.p_lower, found.p_upper) >= 0.7 * TRUE_RADIUS
+    outcome, taken = sample(SequentialRule(radii=(0.7 * TRUE_RADIUS,)), FIVE, np.random.default_rng(0))
+    assert outcome.prediction == 0
+    assert outcome.p_lower < 0.5 < 1 - outcome.p_upper
+    assert NOISE.radius(outcome.p_lower, outcome.p_upper) >= 0.7 * TRUE_RADIUS
     assert taken < 4_000
-    found, _ = sample(SequentialRule(tolerance=0.2, max_draws=50_000), FIVE, np.random.default_rng(1))
-    assert 0.7 * TRUE_RADIUS < NOISE.radius(found.p_lower, found.p_upper) < TRUE_RADIUS
+    outcome, _ = sample(SequentialRule(tolerance=0.2, max_draws=50_000), FIVE, np.random.default_rng(1))
+    assert 0.7 * TRUE_RADIUS < NOISE.radius(outcome.p_lower, outcome.p_upper) < TRUE_RADIUS
 
 
 @pytest.mark.parametrize(("radius", "p", "most"), [(0.5, 0.9, 1.3), (1.0, 0.95, 1.3), (2.0, 0.999, 1.3)])
@@ -170,16 +174,16 @@ def test_deciding_takes_little_more_than_walds_bound(radius, p, most):
     rule = SequentialRule(radii=(radius,), max_draws=100_000)
     probabilities = np.array([p, *[(1 - p) / 9] * 9])
     runs = [sample(rule, probabilities, generator) for _ in range(400)]
-    assert np.mean([NOISE.radius(found.p_lower, found.p_upper) >= radius for found, _ in runs]) > 0.97
+    assert np.mean([NOISE.radius(outcome.p_lower, outcome.p_upper) >= radius for outcome, _ in runs]) > 0.97
     assert np.mean([taken for _, taken in runs]) <= most * np.log(1000) / divergence
 
 
 def test_a_hopeless_radius_is_given_up_early_and_the_best_so_far_is_kept():
     generator = np.random.default_rng(0)
     rule = SequentialRule(radii=(0.5, 2.0), max_draws=100_000)
-    found, taken = sample(rule, np.array([0.8, 0.2]), generator)
-    assert found.prediction == 0
-    assert NOISE.probability_needed(0.5) <= found.p_lower < 0.8
+    outcome, taken = sample(rule, np.array([0.8, 0.2]), generator)
+    assert outcome.prediction == 0
+    assert NOISE.probability_needed(0.5) <= outcome.p_lower < 0.8
     assert taken < 1000
 
 
@@ -195,9 +199,9 @@ def test_a_claim_stands_when_later_draws_speak_less_clearly():
 
 
 def test_two_equal_classes_end_in_abstention():
-    found, taken = sample(SequentialRule(max_draws=1000), np.array([0.35, 0.35, 0.3]), np.random.default_rng(0))
-    assert found == ABSTENTION
-    assert taken < 1000  # the budget's last draws cannot turn it
+    outcome, taken = sample(SequentialRule(max_draws=1000), np.array([0.35, 0.35, 0.3]), np.random.default_rng(0))
+    assert outcome == ABSTENTION
+    assert taken < 1000  # the remaining draws cannot change it
 
 
 @pytest.mark.parametrize(("classes", "top"), [(10, 0.5), (1000, 0.3)])
@@ -206,17 +210,17 @@ def test_a_top_class_far_below_the_threshold_of_the_lower_bound(classes, top):
     probabilities = np.full(classes, (1 - top) / (classes - 1))
     probabilities[0] = top
     for seed in range(5):
-        found, _ = sample(SequentialRule(radii=(1.1,), max_draws=5000), probabilities, np.random.default_rng(seed))
-        assert found.prediction in (0, ABSTAIN)
+        outcome, _ = sample(SequentialRule(radii=(1.1,), max_draws=5000), probabilities, np.random.default_rng(seed))
+        assert outcome.prediction in (0, ABSTAIN)
 
 
 def test_the_radius_is_found_to_the_tolerance():
     generator = np.random.default_rng(0)
     for tolerance in (0.05, 0.2):
-        found, taken = sample(
+        outcome, taken = sample(
             SequentialRule(tolerance=tolerance, max_draws=100_000), np.array([0.95, 0.05]), generator
         )
-        assert (1 - tolerance) * NOISE.radius(0.95) * 0.95 < NOISE.radius(found.p_lower) < NOISE.radius(0.95)
+        assert (1 - tolerance) * NOISE.radius(0.95) * 0.95 < NOISE.radius(outcome.p_lower) < NOISE.radius(0.95)
         assert taken < 100_000
 
 
@@ -240,7 +244,7 @@ def test_class_weights():
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"method": "magic"}, "method='magic'"),
         ({"method": "fixed", "alpha": 0.0}, "alpha=0.0"),
@@ -264,10 +268,10 @@ def test_class_weights():
         ({"method": "fixed", "n": 7, "max_draws": 6}, "n=7 exceeds max_draws=6"),
     ],
 )
-def test_settings_that_make_no_sense(settings, said):
+def test_invalid_settings(settings, message):
     with pytest.raises(ValueError, match=r".") as caught:
         make_rule(**settings)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("method", ["fixed", "sequential"])
