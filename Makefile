@@ -3,6 +3,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+# in random order; the tests of a file share what they build, so that one worker runs them all
+PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -17,10 +19,10 @@ demo: .venv/installed ## certify 200 real test images with the model that ships
 	HF_HUB_OFFLINE=1 $(BIN)/hf-smoothing demo
 
 test: .venv/installed ## run the tests (under 10 minutes on two cores)
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --durations 10 -m 'not slow'
+	$(PYTEST) --durations 10 -m 'not slow'
 
 test-slow: .venv/installed ## run the slow tests too
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	$(PYTEST)
 
 lint: .venv/installed ## ruff, mypy, and whether every figure in the text is the measured one
 	$(BIN)/ruff check .

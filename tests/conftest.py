@@ -30,6 +30,12 @@ def datasets_cache(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def torch_seed() -> None:
+    """Random tensors do not depend on the tests before; pytest-randomly seeds `random` and numpy."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def processes(datasets_cache) -> Iterator[ProcessServer]:
     """Starts real processes that have torch, transformers and the package imported: see `helpers/process_server.py`."""

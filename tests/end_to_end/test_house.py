@@ -1,4 +1,7 @@
-"""The rules of the repository: what may import what, where files lie, how long they are, and which words they use."""
+"""The rules of the repository: what may import what, where files lie, how long they are, and which words they use.
+
+What the files of `core` may import is in `core/test_imports.py`.
+"""
 
 import ast
 import re
@@ -86,21 +89,12 @@ def test_no_modules_import_each_other():
     TopologicalSorter(graph).prepare()  # raises CycleError
 
 
-def test_core_imports_siblings_by_name():
-    """As transformers needs it, which copies the files of published models to one folder."""
-    for path in (PACKAGE / "core").glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom):
-                assert node.level == 0 or (node.level == 1 and node.module and "." not in node.module), path
-                assert node.level or not (node.module or "").startswith("hf_smoothing"), path
-            if isinstance(node, ast.Import):
-                assert not any(alias.name.startswith("hf_smoothing") for alias in node.names), path
-
-
 def test_every_file_lies_in_its_folder():
     entries = {path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"}
     assert entries - set(ALLOWED) <= {"__init__.py", "README.md", "py.typed"}
     assert set(ALLOWED) <= entries
+    tests = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert tests <= {*ALLOWED, "end_to_end", "helpers"}
 
 
 @pytest.mark.parametrize("path", CODE, ids=lambda path: str(path.relative_to(ROOT)))
