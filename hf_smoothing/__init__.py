@@ -5,39 +5,32 @@ Importing the package registers the mixed-noise ViT with transformers' Auto clas
 """
 
 import sys
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .core.bounds import clopper_pearson_lower as clopper_pearson_lower
-    from .core.bounds import confidence_sequence_lower as confidence_sequence_lower
-    from .core.bounds import log_e_value as log_e_value
-    from .core.certificates import ABSTAIN as ABSTAIN
-    from .core.certificates import Certificate as Certificate
-    from .core.certificates import format_radius as format_radius
-    from .core.configuration_mixed_noise_vit import MixedNoiseViTConfig as MixedNoiseViTConfig
-    from .core.count_rule import CountRule as CountRule
-    from .core.fixed_rule import FixedRule as FixedRule
-    from .core.modeling_count_prediction import MixedNoiseViTForCountPrediction as MixedNoiseViTForCountPrediction
+    from .core.bounds import clopper_pearson_lower, confidence_sequence_lower, log_e_value
+    from .core.certificates import ABSTAIN, Certificate, format_radius
+    from .core.configuration_mixed_noise_vit import MixedNoiseViTConfig
+    from .core.count_rule import CountRule
+    from .core.fixed_rule import FixedRule
+    from .core.modeling_count_prediction import MixedNoiseViTForCountPrediction
     from .core.modeling_mixed_noise_vit import (
-        MixedNoiseViTForImageClassification as MixedNoiseViTForImageClassification,
+        MixedNoiseViTForImageClassification,
+        MixedNoiseViTModel,
+        MixedNoiseViTPreTrainedModel,
     )
-    from .core.modeling_mixed_noise_vit import MixedNoiseViTModel as MixedNoiseViTModel
-    from .core.modeling_mixed_noise_vit import MixedNoiseViTPreTrainedModel as MixedNoiseViTPreTrainedModel
-    from .core.noise import GaussianNoise as GaussianNoise
-    from .core.noise import LaplaceNoise as LaplaceNoise
-    from .core.noise import UniformNoise as UniformNoise
-    from .core.pipeline_certified_image_classification import (
-        CertifiedImageClassificationPipeline as CertifiedImageClassificationPipeline,
-    )
-    from .core.predict_rule import PredictRule as PredictRule
-    from .core.sequential_rule import SequentialRule as SequentialRule
-    from .core.smoothing import SmoothedClassifier as SmoothedClassifier
-    from .data.demo_images import load_demo_images as load_demo_images
-    from .metrics.certified_accuracy import CertifiedAccuracy as CertifiedAccuracy
-    from .training.from_timm import from_timm as from_timm
-    from .training.noise_mixture import NoiseMixture as NoiseMixture
+    from .core.noise import GaussianNoise, LaplaceNoise, UniformNoise
+    from .core.pipeline_certified_image_classification import CertifiedImageClassificationPipeline
+    from .core.predict_rule import PredictRule
+    from .core.sequential_rule import SequentialRule
+    from .core.smoothing import SmoothedClassifier
+    from .data.demo_images import load_demo_images
+    from .metrics.certified_accuracy import CertifiedAccuracy
+    from .training.from_timm import from_timm
+    from .training.noise_mixture import NoiseMixture
 
 _NAMES = {
     "core.bounds": ("clopper_pearson_lower", "confidence_sequence_lower", "log_e_value"),
@@ -80,8 +73,27 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
+@cache
+def register() -> None:
+    """Register the model classes with transformers' Auto classes, and the pipeline task; once per process."""
+    from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
+    from transformers.pipelines import PIPELINE_REGISTRY
+
+    from .core.configuration_mixed_noise_vit import MixedNoiseViTConfig
+    from .core.modeling_mixed_noise_vit import MixedNoiseViTForImageClassification, MixedNoiseViTModel
+    from .core.pipeline_certified_image_classification import CertifiedImageClassificationPipeline
+
+    AutoConfig.register(MixedNoiseViTConfig.model_type, MixedNoiseViTConfig)
+    AutoModel.register(MixedNoiseViTConfig, MixedNoiseViTModel)
+    AutoModelForImageClassification.register(MixedNoiseViTConfig, MixedNoiseViTForImageClassification)
+    PIPELINE_REGISTRY.register_pipeline(
+        "certified-image-classification",
+        pipeline_class=CertifiedImageClassificationPipeline,
+        pt_model=AutoModelForImageClassification,
+        type="image",
+    )
+
+
 # The command registers when it loads a model, so that `hf-smoothing --help` does not wait for torch and transformers
 if Path(sys.argv[0]).stem != "hf-smoothing":
-    from .core.registration import register
-
     register()

@@ -8,6 +8,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from .. import register
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 EXIT_CODES: dict[type[BaseException], int] = {
@@ -33,9 +35,7 @@ def command(app: typer.Typer) -> Callable[[Command], Command]:
         @functools.wraps(function)
         def run(*args: Any, **kwargs: Any) -> None:
             try:
-                from ..core.registration import register  # imports torch and transformers, which help does not need
-
-                register()
+                register()  # imports torch and transformers, which help does not need
                 function(*args, **kwargs)
             except (typer.Exit, typer.Abort):  # RuntimeErrors by kind
                 raise
