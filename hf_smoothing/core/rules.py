@@ -19,8 +19,8 @@ class NamedRule(Rule, Protocol):
     """Which settings of [`make_rule`] have a meaning for the rule."""
 
     @classmethod
-    def from_settings(cls, **settings: Any) -> Rule:
-        """The rule from those settings in `takes` that users gave: `alpha` always, `radius` as `radii`, no `None`."""
+    def from_settings(cls, *args: Any, **settings: Any) -> Rule:  # with *args, rules may name the settings they take
+        """Make the rule from those settings in `takes` that users gave: `alpha` always, `radius` as `radii`, no `None`."""
         ...
 
 
