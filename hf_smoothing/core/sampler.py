@@ -137,7 +137,7 @@ class Sampler:
             shape = shape or pixels.shape
             if pixels.shape != shape and not self.base_classifier.resizes:
                 raise ValueError(
-                    f"Image {position} has shape {tuple(pixels.shape)}, the first one {tuple(shape)}: resize them alike."
+                    f"Image {position} has shape {tuple(pixels.shape)}, the first one {tuple(shape)}: resize them to one size."
                 )
             yield pixels
 
@@ -145,14 +145,14 @@ class Sampler:
         """Add waiting images until the active ones want a batch of draws."""
         wanted = sum(self._expected_draws(image) for image in active)
         while wanted < self.batch_size and (item := next(waiting, None)) is not None:
-            active.append(self._prepare(*item))
+            active.append(self._activate(*item))
             wanted += self._expected_draws(active[-1])
 
     def _expected_draws(self, image: ActiveImage) -> int:
         # A first batch of clean passes alone would take a batch full of images away from other processes
         return _FIRST_DRAWS if self._first_batch and image.run is None else image.wanted
 
-    def _prepare(self, position: int, pixels: torch.Tensor) -> ActiveImage:
+    def _activate(self, position: int, pixels: torch.Tensor) -> ActiveImage:
         key = image_key(pixels, self.seed)
         pixels = pixels.to(self.base_classifier.device)
         image = ActiveImage(position, self.noise.noisy_copies(pixels, key))
@@ -203,7 +203,7 @@ class Sampler:
 
 
 def _count_classes(logits: torch.Tensor, draws: Sequence[int]) -> NDArray[np.int64]:
-    """Class counts `(images, classes)` from logits `(rows, classes)`, of which each image has so many rows."""
+    """Class counts `(images, classes)` from logits `(rows, classes)`: `draws[i]` rows for image i."""
     num_images, num_classes = len(draws), logits.shape[1]
     images = torch.repeat_interleave(
         torch.arange(num_images, device=logits.device), torch.tensor(draws, device=logits.device)
