@@ -137,7 +137,7 @@ class Sampler:
             shape = shape or pixels.shape
             if pixels.shape != shape and not self.base_classifier.resizes:
                 raise ValueError(
-                    f"Image {position} has shape {tuple(pixels.shape)}, the first one {tuple(shape)}: resize them to one size."
+                    f"Image {position} has shape {tuple(pixels.shape)}, the first one {tuple(shape)}: make the sizes equal."
                 )
             yield pixels
 
