@@ -16,7 +16,7 @@ CountHead = Callable[[torch.Tensor, float], torch.Tensor]
 """Maps clean pixels `(batch, channels, height, width)` and sigma to expected class frequencies `(batch, classes)`."""
 
 _FIRST_DRAWS = 8
-"""About how many draws an image wants right after its clean pass."""
+"""Roughly how many draws each image requests after its clean pass."""
 
 
 class ActiveImage:

@@ -24,7 +24,7 @@ _LENIENT: Screening = ((16, 0.8), (64, 0.6))
 _STRICT: Screening = ((16, 0.6), (64, 0.4))
 
 _FIRST_ALPHA = 0.05
-"""Level of the first quarter of the draws, which decides whether the judgement goes on."""
+"""Level of the first quarter of the draws, which decides whether the rest are made."""
 
 _INSIDE = 0.999
 """Candidates use this part of the radius: a certificate holds for changes that are smaller than the radius."""

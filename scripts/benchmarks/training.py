@@ -76,17 +76,15 @@ def loop_seconds(images_file: Path, steps: int, args: argparse.Namespace) -> flo
                 checkpointing_steps="1000000",
             )
             model, accelerator = build(find_class_names(images), args), settings.create_accelerator()
-            found = train_classifier(model, images, image_settings, settings, EvaluationSettings(), accelerator)
-            seconds.append(found["seconds"])
+            results = train_classifier(model, images, image_settings, settings, EvaluationSettings(), accelerator)
+            seconds.append(results["seconds"])
     return seconds[1] - seconds[0]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=5, help="updates in one measurement (default: 5)")
-    parser.add_argument(
-        "--repeats", type=int, default=15, help="measurements, of which the median counts (default: 15)"
-    )
+    parser.add_argument("--repeats", type=int, default=15, help="measurements; their median is reported (default: 15)")
     parser.add_argument("--batch_size", type=int, default=128, help="images in a batch (default: 128)")
     parser.add_argument("--hidden_size", type=int, default=128, help="width of the model (default: 128)")
     parser.add_argument("--num_hidden_layers", type=int, default=4, help="its transformer blocks (default: 4)")

@@ -41,7 +41,7 @@ def read_idx(path: Path) -> np.ndarray:
 
 def write(folder: Path, split: str, pixels: np.ndarray, labels: np.ndarray, names: tuple[str, ...]) -> None:
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(names))})
-    rows = {"image": [Image.fromarray(one) for one in pixels], "label": labels.tolist()}
+    rows = {"image": [Image.fromarray(image) for image in pixels], "label": labels.tolist()}
     folder.mkdir(parents=True, exist_ok=True)
     datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}.parquet")
 
