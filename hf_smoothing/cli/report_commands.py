@@ -65,7 +65,7 @@ def card(
     ] = False,
 ) -> None:
     """
-    Write model cards from `card.yaml` (words) and results files (figures): `README.md`, pages of results, `.eval_results`.
+    Write model cards from `card.yaml` (words) and results files (figures): `README.md` and pages of results.
 
     Example: `hf-smoothing card my-model`
     """
@@ -76,7 +76,7 @@ def card(
         if check:
             problems += check_card(folder)
         for path in [] if check else write_card(folder):
-            typer.echo(f"{'Wrote' if path.exists() else 'Removed'} {path}.")
+            typer.echo(f"Wrote {path}.")
     for problem in problems:
         typer.echo(problem, err=True)
     if problems:

@@ -1,13 +1,15 @@
-"""What a page on a count head shows besides the figures of its study: rows of claims, and differences to Monte-Carlo."""
+"""What the pages on a count head show besides the figures of its study: rows of accuracies and of claims."""
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from itertools import groupby
+from typing import Any
 
 from ..metrics.certified_accuracy import exact_interval
 
 Json = dict[str, Any]
-Claims = Literal["own radius", "radii together", "each radius alone"]
+
+KINDS = ("own radius", "radii together", "each radius alone")
 """What a calibrated head claims: each image's own radius, the largest of several given radii, or one given radius."""
 
 
@@ -21,25 +23,18 @@ def count_head_summary(study: Json) -> Json:
         `saved`, see [`saved_draws`].
     """
     delta = min((claim["delta"] for claim in study["calibrated"]), default=None)
-    radii = [share["radius"] for share in study["errors"][0]["accuracy"]["monte_carlo"]]
     rows = []
-    for number, radius in enumerate(radii):
+    for number, radius in enumerate(_radii(study)):
         row = max(study["errors"], key=lambda row: row["accuracy"]["monte_carlo"][number]["share"])
-        calibrated = [
-            claim["accuracy"][number]
-            for claim in study["calibrated"]
-            if (claim["sigma"], claim["delta"], claim["decided"]) == (row["sigma"], delta, None)
-        ]
-        shares = {
-            "monte_carlo": row["accuracy"]["monte_carlo"][number],
-            "estimate": row["accuracy"]["estimate"][number],
-            "calibrated": calibrated[0] if calibrated else None,
-        }
-        cells = {
-            kind: share
-            and {**share, "interval_95": exact_interval(round(share["share"] * row["images"]), row["images"])}
-            for kind, share in shares.items()
-        }
+        accuracies = dict(row["accuracy"])
+        for claim in study["calibrated"]:
+            if (claim["sigma"], claim["delta"], claim["decided"]) == (row["sigma"], delta, None):
+                accuracies["calibrated"] = claim["accuracy"]
+        cells: Json = dict.fromkeys(("monte_carlo", "estimate", "calibrated"))
+        for kind, accuracy in accuracies.items():
+            share = accuracy[number]["share"]
+            interval = exact_interval(round(share * row["images"]), row["images"])
+            cells[kind] = {"share": share, "interval_95": interval}
         rows.append({"radius": radius, "sigma": row["sigma"], **cells})
     return {"rows": rows, "delta": delta, "saved": saved_draws(study)}
 
@@ -54,16 +49,15 @@ def count_head_data(study: Json) -> Json:
     What the page of a study shows besides the study itself.
 
     Returns:
-        `radii`; `accuracy`: rows of shares at each radius; `differences`: the same minus Monte-Carlo's; `claims`: each claim
-        by random halves, with that of the head's `own` calibration; `saved`, see [`saved_draws`]; `unclear`: the rows of
-        draws where with and without the head differ by less than two standard errors; `above_delta`: the number of claims
-        of the own calibration that miss more often than delta.
+        `radii`; `accuracy`: rows of shares at each radius; `claims`: each claim by random halves, with that of the head's
+        `own` calibration; `saved`, see [`saved_draws`]; `unclear`: the rows of draws where with and without the head differ
+        by less than two standard errors; `above_delta`: the number of claims of the own calibration that miss more often
+        than delta.
     """
     own = {(claim["sigma"], claim["delta"], str(claim["decided"])): claim for claim in study["calibrated"]}
     return {
-        "radii": [share["radius"] for share in study["errors"][0]["accuracy"]["monte_carlo"]],
+        "radii": _radii(study),
         "accuracy": [row for errors in study["errors"] for row in _accuracy_rows(study, errors)],
-        "differences": [row for errors in study["errors"] for row in _difference_rows(study, errors)],
         "claims": [
             {**claim, "kind": _kind(claim), "own": own.get((claim["sigma"], claim["delta"], str(claim["decided"])))}
             for claim in study["conformal"]
@@ -79,91 +73,60 @@ def count_head_data(study: Json) -> Json:
     }
 
 
+def _radii(study: Json) -> list[float]:
+    return [row["radius"] for row in study["errors"][0]["accuracy"]["monte_carlo"]]
+
+
 def _accuracy_rows(study: Json, errors: Json) -> list[Json]:
     """Rows of one noise level: what the radii are from, and a share for each radius, None where nothing is claimed."""
-    sigma, n = errors["sigma"], errors["n"]
-    rows = [
-        {"sigma": sigma, "kind": kind, "n": n, "shares": _shares(errors["accuracy"][kind])}
-        for kind in ("monte_carlo", "estimate")
-    ]
+    sigma, radii = errors["sigma"], _radii(study)
+    rows = [{"kind": kind, "n": errors["n"], "shares": _shares(errors["accuracy"][kind])} for kind in _MEASURED]
     rows += [
-        {"sigma": sigma, "kind": f"expected_{kind}", "n": expected["n"], "shares": _shares(expected[kind])}
+        {"kind": f"expected_{kind}", "n": expected["n"], "shares": _shares(expected[kind])}
         for expected in study["expected"]
         if expected["sigma"] == sigma
-        for kind in ("monte_carlo", "estimate")
+        for kind in _MEASURED
     ]
-    radii = [share["radius"] for share in errors["accuracy"]["monte_carlo"]]
-    for source in ("conformal", "calibrated"):
-        for delta, kind, claims in _grouped(study[source], sigma):
-            shares = _claimed(claims, radii, "accuracy")
-            rows.append({"sigma": sigma, "kind": source, "delta": delta, "claims": kind, "shares": shares})
-    return rows + [
+    for source, measures in _CLAIMED.items():
+        at_sigma = sorted((claim for claim in study[source] if claim["sigma"] == sigma), key=_rank)
+        for (_, number), group in groupby(at_sigma, key=_rank):
+            claims = list(group)
+            common = {"kind": source, "delta": claims[0]["delta"], "claims": KINDS[number]}
+            rows += [
+                {**common, "counted": counted, "shares": _claimed(claims, radii, counted)} for counted in measures
+            ]
+    rows += [
         {**run, "kind": "sequential", "shares": _shares(run["accuracy"])}
         for run in study["sequential"]
         if run["sigma"] == sigma
     ]
+    return [{**row, "sigma": sigma} for row in rows]
 
 
-def _difference_rows(study: Json, errors: Json) -> list[Json]:
-    """Rows of one noise level: shares less those that Monte-Carlo proves, None where that proves nothing."""
-    sigma, proved = errors["sigma"], errors["accuracy"]["monte_carlo"]
-    rows = [{"kind": "estimate", "n": errors["n"], "shares": _shares(errors["accuracy"]["estimate"]), "of": proved}]
-    rows += [
-        {"kind": "estimate", "n": row["n"], "shares": _shares(row["estimate"]), "of": row["monte_carlo"]}
-        for row in study["expected"]
-        if row["sigma"] == sigma
-    ]
-    radii = [share["radius"] for share in proved]
-    smallest = min(claim["delta"] for claim in study["conformal"])
-    for delta, kind, claims in _grouped(study["conformal"], sigma):
-        if delta == smallest:
-            rows += [
-                {
-                    "kind": counted,
-                    "claims": kind,
-                    "delta": delta,
-                    "shares": _claimed(claims, radii, counted),
-                    "of": proved,
-                }
-                for counted in ("accuracy", "proved_accuracy")
-            ]
-    for row in rows:
-        row["sigma"] = sigma
-        row["differences"] = [
-            None if share is None or not of["share"] else share - of["share"]
-            for share, of in zip(row["shares"], row.pop("of"))
-        ]
-    return rows
+_MEASURED = ("monte_carlo", "estimate")
+_CLAIMED = {"conformal": ("accuracy", "proved_accuracy"), "calibrated": ("accuracy",)}
+"""The claims by random halves and by the own calibration: all that are accurate, and those that Monte-Carlo proves too."""
 
 
-def _shares(accuracy: Sequence[Json]) -> list[float | None]:
+def _shares(accuracy: Sequence[Json]) -> list[float]:
     return [row["share"] for row in accuracy]
 
 
-def _grouped(claims: Sequence[Json], sigma: float) -> list[tuple[float, Claims, list[Json]]]:
-    """The claims at a noise level, by delta and kind."""
-    groups: dict[tuple[float, Claims], list[Json]] = {}
-    for claim in claims:
-        if claim["sigma"] == sigma:
-            groups.setdefault((claim["delta"], _kind(claim)), []).append(claim)
-    order: tuple[Claims, ...] = ("own radius", "radii together", "each radius alone")
-    ordered = sorted(groups, key=lambda group: (-group[0], order.index(group[1])))
-    return [(delta, kind, groups[delta, kind]) for delta, kind in ordered]
+def _kind(claim: Json) -> str:
+    return KINDS[_rank(claim)[1]]
 
 
-def _kind(claim: Json) -> Claims:
-    if claim["decided"] is None:
-        return "own radius"
-    return "radii together" if len(claim["decided"]) > 1 else "each radius alone"
+def _rank(claim: Json) -> tuple[float, int]:
+    """The order of claims in a table: by delta, and by the position of their kind in `KINDS`."""
+    decided = claim["decided"]
+    return -claim["delta"], 0 if decided is None else 1 if len(decided) > 1 else 2
 
 
 def _claimed(claims: Sequence[Json], radii: Sequence[float], counted: str) -> list[float | None]:
     """The accuracy of claims at each radius, None where none of them says anything of it."""
-    shares: dict[float, float] = {}
-    for claim in claims:
-        for row in claim[counted]:
-            if _known(claim, row["radius"]):
-                shares.setdefault(row["radius"], row["share"])
+    shares = {
+        row["radius"]: row["share"] for claim in claims for row in claim[counted] if _known(claim, row["radius"])
+    }
     return [shares.get(radius) for radius in radii]
 
 

@@ -4,13 +4,13 @@ A block `<!-- figures:TEMPLATE PATH ... -->` ... `<!-- /figures -->` holds what 
 results file, or of the folders of several models. Paths start at the root of the repository.
 """
 
-import json
 import os
 import re
 from pathlib import Path
 
 from ..metrics.certified_accuracy import DEFAULT_THRESHOLDS
 from ..reporting.rendering import render
+from ..utils.files import read_json
 from .model_cards import read_card
 from .results_pages import TEMPLATES, render_results
 
@@ -45,24 +45,23 @@ def _render_block(template: str, paths: list[Path], folder: Path) -> str:
         return _compare_models(template, paths, folder)
     if len(paths) > 1:
         raise ValueError(f"A block of {template!r} takes one results file or several folders of models.")
-    return render_results(template, json.loads(paths[0].read_text(encoding="utf-8")))
+    return render_results(template, read_json(paths[0]))
 
 
 def _compare_models(template: str, models: list[Path], folder: Path) -> str:
     """A table of models, with the certified accuracy of each at the noise level with the largest share."""
-    rows = []
-    for model in models:
-        card = read_card(model)
-        rows.append(
-            {
-                "name": model.name,
-                "link": Path(os.path.relpath(model / "README.md", folder)).as_posix(),
-                "tagline": card.words.tagline,
-                "parameters": card.training["parameters"],
-                "best": {point["radius"]: point for point in card.points},
-            }
-        )
-    alphas = {point["entry"]["alpha"] for row in rows for point in row["best"].values()}
+    cards = [read_card(model) for model in models]
+    alphas = {point["entry"]["alpha"] for card in cards for point in card.points}
     if len(alphas) > 1:
         raise ValueError(f"Models with different alphas ({alphas}) do not belong in one table.")
+    rows = [
+        {
+            "name": card.name,
+            "link": Path(os.path.relpath(model / "README.md", folder)).as_posix(),
+            "tagline": card.words.tagline,
+            "parameters": card.training["parameters"],
+            "best": {point["radius"]: point for point in card.points},
+        }
+        for model, card in zip(models, cards)
+    ]
     return render(template, [TEMPLATES], models=rows, radii=DEFAULT_THRESHOLDS, alphas=sorted(alphas))

@@ -1,13 +1,11 @@
 """Model cards: templates, filled from `card.yaml` (words) and results files (figures)."""
 
-import difflib
-import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
 import yaml
 from jinja2 import UndefinedError
@@ -15,23 +13,17 @@ from jinja2 import UndefinedError
 from ..core.configuration_mixed_noise_vit import MixedNoiseViTConfig
 from ..reporting.rendering import render
 from ..reporting.results import name_of_figure
-from .card_metadata import card_metadata, certified_points, eval_results
+from ..utils.files import read_json
+from .card_metadata import card_metadata, certified_points
 from .results_pages import TEMPLATES, Json, render_accuracy, render_results
 
 WORDS = "card.yaml"
-EVAL_RESULTS = Path(".eval_results") / "certified-accuracy.yaml"
 TRAINING = "results/training.json"
 
 
 @dataclass(frozen=True)
 class Picture:
-    """
-    A picture of a card.
-
-    Args:
-        file: its path from the folder of the model.
-        caption: what it shows.
-    """
+    """A picture of a card, by its path from the folder of the model."""
 
     file: str
     caption: str
@@ -39,67 +31,52 @@ class Picture:
 
 @dataclass(frozen=True)
 class Page:
-    """
-    A page of results that the card links to.
-
-    Args:
-        title: its heading.
-        file: the page, a Markdown file, as a path from the folder of the model.
-        template: how the results are shown, see [`render_results`]. A `report` has no other words than its own.
-        results: the results file, as a path from the folder of the model.
-        summary: what the card says of it.
-        text: Markdown before the figures.
-        pictures: captions, and files as paths from the folder of the model.
-    """
+    """A page of results that the card links to. Paths start at the folder of the model."""
 
     title: str
     file: str
+    """The page, a Markdown file."""
     template: str
+    """How the results are shown, see [`render_results`]. A `report` has no other words than its own."""
     results: str
     summary: str = ""
+    """What the card says of the page."""
     text: str = ""
+    """Markdown before the figures."""
     pictures: dict[str, str] = field(default_factory=dict)
+    """Files by caption."""
 
 
 @dataclass(frozen=True)
 class Words:
-    """
-    What `card.yaml` holds: the words of a card, and which results files its figures come from.
-
-    Args:
-        summary: what the model is, in two or three sentences of Markdown.
-        tagline: the same in a few words, for a table of models.
-        datasets: names on the Hub of what it was trained on.
-        sources: papers and data, in Markdown. The Hub lists the model on the page of each paper that is linked
-            (`https://arxiv.org/abs/...`).
-        picture: the one picture of the card.
-        accuracy: the table of the card: results files by what they are about. A `report.json`, or the study of a count head.
-        sigma: noise level of the example, in `[0, 1]` pixels.
-        finetune_first: whether the model is a foundation to finetune, not a classifier to use.
-        base_model: the name on the Hub of what it was trained from, if any.
-        training: words on the training, besides what `results/training.json` holds.
-        pages: all other results.
-    """
+    """What `card.yaml` holds: the words of a card, and which results files its figures come from."""
 
     summary: str
+    """What the model is, in two or three sentences of Markdown."""
     datasets: list[str]
+    """Names on the Hub of what it was trained on."""
     sources: list[str]
+    """In Markdown. The Hub lists the model on the page of each paper that is linked (`https://arxiv.org/abs/...`)."""
     tagline: str = ""
+    """The summary in a few words, for a table of models."""
     picture: Picture | None = None
     accuracy: dict[str, str] = field(default_factory=dict)
+    """The table of the card: by label, a `report.json` or the study of a count head."""
     sigma: float = 0.25
+    """Noise level of the example, in `[0, 1]` pixels."""
     finetune_first: bool = False
+    """Whether the model is a foundation to finetune, not a classifier to use."""
     base_model: str | None = None
+    """The name on the Hub of what it was trained from."""
     training: str = ""
+    """Words on the training, besides what `results/training.json` holds."""
     pages: list[Page] = field(default_factory=list)
+    """All other results."""
 
 
 def read_words(folder: Path) -> Words:
     """
-    The words of a card.
-
-    Args:
-        folder: of the model.
+    The words of the card of a model.
 
     Raises:
         ValueError: for a file that is missing or damaged, unknown or missing keys, or a picture that does not exist.
@@ -116,9 +93,10 @@ def read_words(folder: Path) -> Words:
         names = ", ".join(known.name for known in fields(Words))
         raise ValueError(f"{path} is not a description of a card ({names}): {error}") from error
     pictures = [file for page in pages for file in page.pictures.values()]
-    for file in pictures + ([words.picture.file] if words.picture else []):
-        if not (folder / file).is_file():
-            raise ValueError(f"{path}: there is no picture {file!r}.")
+    if words.picture:
+        pictures.append(words.picture.file)
+    if missing := [file for file in pictures if not (folder / file).is_file()]:
+        raise ValueError(f"{path}: there is no picture {missing[0]!r}.")
     return words
 
 
@@ -128,7 +106,7 @@ class Card:
     The data of a card.
 
     Attributes:
-        folder: of the model.
+        name: of the model.
         words: from `card.yaml`.
         config: the content of `config.json`.
         training: the content of `results/training.json`.
@@ -136,7 +114,7 @@ class Card:
         points: the certified accuracy of this model at each radius, see [`certified_points`].
     """
 
-    folder: Path
+    name: str
     words: Words
     config: Json
     training: Json
@@ -148,42 +126,27 @@ class Card:
         """Whether the model predicts counts, and is no classifier."""
         return bool(self.config.get("count_sigmas"))
 
-    @property
-    def name(self) -> str:
-        """The name of the model."""
-        return self.folder.resolve().name
-
 
 def read_card(folder: Path) -> Card:
     """
-    The data of a card.
-
-    Args:
-        folder: of the model.
+    The data of the card of a model.
 
     Raises:
         ValueError: as [`read_words`]; for a results file that is missing or damaged.
     """
-    words, config = read_words(folder), _read_json(folder, "config.json")
-    accuracy = {label: _read_json(folder, file) for label, file in words.accuracy.items()}
+    name, words = folder.resolve().name, read_words(folder)
+    accuracy = {label: read_json(folder / file) for label, file in words.accuracy.items()}
     reports = [content for content in accuracy.values() if "results" in content]  # the study of a count head has none
-    points = [point for report in reports for point in certified_points(report, folder.resolve().name)]
-    return Card(folder, words, config, _read_json(folder, TRAINING), accuracy, points)
+    points = [point for report in reports for point in certified_points(report, name)]
+    return Card(name, words, read_json(folder / "config.json"), read_json(folder / TRAINING), accuracy, points)
 
 
 def render_card(folder: Path) -> dict[Path, str]:
     """
-    The content of a card's files.
-
-    Args:
-        folder: of the model.
-
-    Returns:
-        Text by path from the folder: `README.md`, the pages of results, and `.eval_results/certified-accuracy.yaml` where
-        there are certificates.
+    The content of `README.md` and of the pages of results, by path.
 
     Raises:
-        ValueError: as [`read_words`]; for a results file that is missing, damaged or of another kind.
+        ValueError: as [`read_card`]; for a results file of another kind.
     """
     card = read_card(folder)
     words, training = card.words, card.training
@@ -212,19 +175,15 @@ def render_card(folder: Path) -> dict[Path, str]:
             accuracy=accuracy,
             training=render_results("training_summary", training),
         )
-        texts = {Path("README.md"): text}
         all_stages = Page("Training", "results/training.md", "training", TRAINING, text=words.training)
-        for page in [all_stages, *words.pages]:
-            texts[Path(page.file)] = _render_page(folder, card.name, page)
+        pages = {folder / page.file: _render_page(folder, card.name, page) for page in [all_stages, *words.pages]}
     except (KeyError, UndefinedError) as error:
         raise ValueError(f"{folder}: a results file lacks what its template shows: {error}.") from error
-    if published:
-        texts[EVAL_RESULTS] = eval_results(published)
-    return texts
+    return {folder / "README.md": text, **pages}
 
 
 def _render_page(folder: Path, name: str, page: Page) -> str:
-    figures = render_results(page.template, _read_json(folder, page.results))
+    figures = render_results(page.template, read_json(folder / page.results))
     if page.template == "report":
         return figures
     above = os.path.dirname(page.file)  # noqa: PTH120  # links are URLs relative to the page
@@ -245,39 +204,31 @@ def _render_page(folder: Path, name: str, page: Page) -> str:
 
 
 def write_card(folder: Path) -> list[Path]:
-    """Write a card's files as [`render_card`] gives them, and remove metadata without certificates; return what changed."""
+    """Write a card's files as [`render_card`] gives them; return those that changed."""
     changed = []
-    texts = render_card(folder)
-    if EVAL_RESULTS not in texts and (folder / EVAL_RESULTS).is_file():
-        (folder / EVAL_RESULTS).unlink()
-        changed.append(folder / EVAL_RESULTS)
-    for name, text in texts.items():
-        path = folder / name
-        if not path.is_file() or path.read_text(encoding="utf-8") != text:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
-            changed.append(path)
+    for path, _, text in _differing_files(folder):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        changed.append(path)
     return changed
 
 
 def check_card(folder: Path) -> list[str]:
-    """Where a card's files differ from what card.yaml and the results files give, one line per difference."""
-    texts = render_card(folder)
+    """The first line of each file of a card that is not what card.yaml and the results files give."""
     problems = []
-    if EVAL_RESULTS not in texts and (folder / EVAL_RESULTS).is_file():
-        problems.append(f"{folder / EVAL_RESULTS}: there are no certificates behind it.")
-    for name, text in texts.items():
-        path = folder / name
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        matcher = difflib.SequenceMatcher(None, lines, text.splitlines(), autojunk=False)
-        for kind, first, _, _, _ in matcher.get_opcodes():
-            if kind == "insert":
-                problems.append(f"{path}, line {first + 1}: something is missing that the results files have.")
-            elif kind != "equal":
-                line = lines[first].strip()
-                shown = line if len(line) < 200 else line[:200] + " ..."
-                problems.append(f"{path}, line {first + 1}: not what card.yaml and the results files give: {shown}")
+    for path, *texts in _differing_files(folder):
+        lines = zip_longest(*(text.splitlines(keepends=True) for text in texts), fillvalue="")
+        number, line = next((number, line) for number, (line, wanted) in enumerate(lines, 1) if line != wanted)
+        problems.append(f"{path}, line {number}: not what card.yaml and the results files give: {line.strip():.200}")
     return problems
+
+
+def _differing_files(folder: Path) -> Iterator[tuple[Path, str, str]]:
+    """The path of each file that differs from what [`render_card`] gives, its text, and the text that it should have."""
+    for path, wanted in render_card(folder).items():
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        if text != wanted:
+            yield path, text, wanted
 
 
 def create_card(
@@ -301,7 +252,7 @@ def create_card(
         finetune_first: whether it is a foundation to finetune.
     """
     if not (folder / WORDS).is_file():
-        words: dict[str, Any] = {
+        words = {
             "summary": summary,
             "datasets": [dataset] if _is_on_the_hub(dataset) else [],
             "sources": [
@@ -309,11 +260,9 @@ def create_card(
                 "[Exploring Transferability for Randomized Smoothing](https://arxiv.org/abs/2312.09020)",
                 "[Certified Adversarial Robustness via Randomized Smoothing](https://arxiv.org/abs/1902.02918)",
             ],
+            "finetune_first": finetune_first,
+            "base_model": base_model if base_model and _is_on_the_hub(base_model) else None,
         }
-        if finetune_first:
-            words["finetune_first"] = True
-        if base_model is not None and _is_on_the_hub(base_model):
-            words["base_model"] = base_model
         (folder / WORDS).write_text(yaml.safe_dump(words, sort_keys=False, width=140))
     write_card(folder)
 
@@ -321,14 +270,3 @@ def create_card(
 def _is_on_the_hub(name: str) -> bool:
     is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
     return is_name and Path(name).suffix != ".parquet" and not Path(name).exists()
-
-
-def _read_json(folder: Path, name: str) -> Json:
-    path = folder / name
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} cannot be read, but the card needs it: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no results.")
-    return content

@@ -1,6 +1,7 @@
 """A folder as a repository on the Hub: which of its files belong to it, and what is added to load them there."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -15,27 +16,25 @@ from ..core.modeling_mixed_noise_vit import MixedNoiseViTForImageClassification,
 from ..core.pipeline_certified_image_classification import CertifiedImageClassificationPipeline
 from ..reporting.rendering import render
 from ..runs.run_folder import RunFolder
+from ..utils.files import read_json
 from .results_pages import TEMPLATES
 
 Json = dict[str, Any]
 
 _MODEL_FILES = (
     "README.md", "card.yaml", "LICENSE*", "config.json", "preprocessor_config.json", "model*.safetensors",
-    "model.safetensors.index.json", "calibration.json", "*.png", "*.svg", "results/*", ".eval_results/*.yaml",
+    "model.safetensors.index.json", "calibration.json", "*.png", "*.svg", "results/",
 )  # fmt: skip
 _RUN_FILES = (
-    "README.md", "LICENSE*", "certificates.parquet", "run.json", "report.md", "report.json", "*.png", "*.svg", "report/*",
+    "README.md", "LICENSE*", "certificates.parquet", "run.json", "report.md", "report.json", "*.png", "*.svg", "report/",
 )  # fmt: skip
 _NEVER = ("*.jsonl", "*.lock", "*.part")
 """Working files of runs and trainings, in whatever folder."""
 
 _CLASSES: dict[str, tuple[type, str]] = {
-    model_class.__name__: (model_class, auto)
-    for model_class, auto in (
-        (MixedNoiseViTForImageClassification, "AutoModelForImageClassification"),
-        (MixedNoiseViTForCountPrediction, "AutoModel"),
-        (MixedNoiseViTModel, "AutoModel"),
-    )
+    "MixedNoiseViTForImageClassification": (MixedNoiseViTForImageClassification, "AutoModelForImageClassification"),
+    "MixedNoiseViTForCountPrediction": (MixedNoiseViTForCountPrediction, "AutoModel"),
+    "MixedNoiseViTModel": (MixedNoiseViTModel, "AutoModel"),
 }
 """By the name of a model's class: the class, and the Auto class that loads it as remote code."""
 
@@ -89,7 +88,7 @@ def publication_of(folder: str | Path) -> Publication:
     if not folder.is_dir():
         raise ValueError(f"There is no folder {str(folder)!r}.")
     if (folder / "config.json").is_file():
-        config = _read(folder / "config.json")
+        config = read_json(folder / "config.json")
         _check_model(folder, config)
         return _publication(folder, "model", _MODEL_FILES, config)
     if not (folder / "run.json").is_file():
@@ -102,32 +101,18 @@ def publication_of(folder: str | Path) -> Publication:
     return _publication(folder, "dataset", _RUN_FILES, run_folder.read_run())
 
 
-def _publication(
-    folder: Path, kind: Literal["model", "dataset"], patterns: tuple[str, ...], facts: Json
-) -> Publication:
-    subfolders = {pattern.split("/")[0] for pattern in patterns if "/" in pattern}
-    candidates = [file for file in folder.iterdir() if file.is_file()]
-    candidates += [file for name in subfolders for file in (folder / name).rglob("*") if file.is_file()]
+def _publication(folder: Path, kind: Literal["model", "dataset"], patterns: Sequence[str], facts: Json) -> Publication:
+    entries = {path: path.name + "/" * path.is_dir() for path in sorted(folder.iterdir())}
     files = {}
-    for file in sorted(candidates):
-        path = file.relative_to(folder).as_posix()
-        nested = "/" in path  # `*` matches slashes too
-        belongs = any(fnmatch(path, pattern) for pattern in patterns if ("/" in pattern) == nested)
-        if belongs and not any(fnmatch(path, pattern) for pattern in _NEVER):
-            files[path] = file
-    published = {path.split("/")[0] for path in files}
-    left_out = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir() if entry.name not in published)
-    return Publication(folder, kind, files, left_out, facts)
-
-
-def _read(path: Path) -> Json:
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} does not hold a JSON object.")
-    return content
+    for path, name in entries.items():
+        if any(fnmatch(name, pattern) for pattern in patterns):
+            inside = path.rglob("*") if path.is_dir() else [path]
+            files |= {file.relative_to(folder).as_posix(): file for file in inside if file.is_file()}
+    files = {name: files[name] for name in sorted(files) if not any(fnmatch(name, never) for never in _NEVER)}
+    published = {name.split("/")[0] for name in files}
+    return Publication(
+        folder, kind, files, [name for path, name in entries.items() if path.name not in published], facts
+    )
 
 
 def _check_model(folder: Path, config: Json) -> None:
@@ -138,10 +123,8 @@ def _check_model(folder: Path, config: Json) -> None:
             "published here. Use `hf upload` for any other model."
         )
     index = folder / "model.safetensors.index.json"
-    needed = {"model.safetensors"}
-    if index.is_file():
-        needed = set(_read(index).get("weight_map", {}).values())
-    if missing := sorted(file for file in {*needed, "preprocessor_config.json"} if not (folder / file).is_file()):
+    weights = read_json(index).get("weight_map", {}).values() if index.is_file() else ["model.safetensors"]
+    if missing := sorted(file for file in {*weights, "preprocessor_config.json"} if not (folder / file).is_file()):
         raise ValueError(f"{folder} lacks {', '.join(missing)}: save model and image processor to it first.")
 
 
@@ -167,12 +150,10 @@ def _reference(class_of_code: type) -> str:
 def _card_of_run(publication: Publication) -> dict[str, str]:
     """The card of a run. It names the table: `load_dataset` cannot tell which of several kinds of files are the data."""
     readme = publication.files.get("README.md")
-    if readme is None:
-        text = render("run_card", [TEMPLATES], settings=publication.facts.get("settings", {}))
-    else:
-        text = readme.read_text(encoding="utf-8")
+    settings = publication.facts.get("settings", {})
+    text = readme.read_text(encoding="utf-8") if readme else render("run_card", [TEMPLATES], settings=settings)
     card = DatasetCard(text)
     if "configs" not in card.data:
-        files = [{"split": "certificates", "path": "certificates.parquet"}]
-        card.data["configs"] = [{"config_name": "default", "data_files": files}]
+        table = {"split": "certificates", "path": "certificates.parquet"}
+        card.data["configs"] = [{"config_name": "default", "data_files": [table]}]
     return {"README.md": str(card)}

@@ -5,11 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from ..reporting.rendering import format_count, render
-from ..reporting.report import best_shares, render_report
+from ..reporting.report import Json, best_by_radius, render_report
 from ..reporting.results import name_of_figure
 from .count_head_results import count_head_data, count_head_summary
-
-Json = dict[str, Any]
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -38,21 +36,6 @@ def render_results(template: str, results: Json) -> str:
     return render(template, [TEMPLATES], results=results, **(derive(results) if derive else {}))
 
 
-def best_by_radius(report: Json) -> list[Json]:
-    """
-    The certified accuracy at each radius, at the noise level with the largest share.
-
-    Returns:
-        One dict per radius that any noise level counted: radius, share, interval_95, standing, sigma, and the `entry` of the
-        report that it is from.
-    """
-    return [
-        {**share, "sigma": entry["sigma"], "entry": entry}
-        for entry, share in best_shares(report["results"])
-        if share["any_counted"]
-    ]
-
-
 def render_accuracy(reports: dict[str, Json]) -> str:
     """
     The table of a card: certified accuracy at each radius, from the content of `report.json` files by label.
@@ -72,7 +55,7 @@ def _accuracy_table(report: Json) -> Json:
     settings = entry["made_by"].get("settings", {})
     return {
         "figure": name_of_figure(report["guarantee"]),
-        "rows": best_by_radius(report),
+        "rows": best_by_radius(report["results"]),
         "images": entry["num_images"],
         "alpha": entry["alpha"],
         "guarantee": report["guarantee"],

@@ -18,7 +18,7 @@ from .rendering import format_number, render
 from .results import Result, name_of_figure, read_results, shared_guarantee_and_norm
 from .tables import print_table
 
-Report = dict[str, Any]
+Json = dict[str, Any]
 
 SHOWN_PICTURES = 60
 """Example images of one run and noise level."""
@@ -33,7 +33,7 @@ def write_report(
     images: str | None = None,
     split: str | None = None,
     log_guarantee: str | None = None,
-) -> tuple[Report, Path]:
+) -> tuple[Json, Path]:
     """
     Write `report.json`, `report.md` and pictures on finished runs.
 
@@ -68,7 +68,7 @@ def write_report(
     return report, folder
 
 
-def _draw_curves(results: Sequence[Result], report: Report, folder: Path) -> list[dict[str, str]]:
+def _draw_curves(results: Sequence[Result], report: Json, folder: Path) -> list[dict[str, str]]:
     """Draw what the results have data for; the kind, title and file of each picture."""
     label = report["envelope"]["label"] if report["envelope"] else None
     plot_certified_accuracy(results, folder / "certified-accuracy", label)
@@ -103,14 +103,14 @@ def _draw_examples(results: Sequence[Result], folder: Path, dataset: str, split:
     return pictures
 
 
-def print_report(report: Report, console: Console) -> None:
+def print_report(report: Json, console: Console) -> None:
     """Print the tables and notes of a report."""
     print_table(console, name_of_figure(report["guarantee"]), share_rows(report), keys=2)
     print_table(console, "Abstentions, radii, cost", other_rows(report), keys=2)
     console.print(render_notes(report), markup=False, highlight=False)
 
 
-def summarize(results: Sequence[Result], radii: Sequence[float] | None = None, envelope: bool = False) -> Report:
+def summarize(results: Sequence[Result], radii: Sequence[float] | None = None, envelope: bool = False) -> Json:
     """
     What a report says, as a dict ready for JSON; tables and text are made from it alone.
 
@@ -136,7 +136,7 @@ def summarize(results: Sequence[Result], radii: Sequence[float] | None = None, e
     }
 
 
-def _summarize_result(result: Result, radii: Sequence[float]) -> dict[str, Any]:
+def _summarize_result(result: Result, radii: Sequence[float]) -> Json:
     optional = {"p_lower": "p_lower", "num_samples": "num_samples", "guarantees": "guarantee"}
     seconds = [value for value in result.column("seconds") if value is not None]
     counted = [sum(counts) for counts in result.column("counts") if counts and sum(counts)]
@@ -172,7 +172,7 @@ def _summarize_result(result: Result, radii: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def _summarize_envelope(results: Sequence[Result], entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _summarize_envelope(results: Sequence[Result], entries: Sequence[Json]) -> Json:
     if len(results) < 2:
         raise ValueError("An envelope takes two results or more; there is one.")
     images = [{(row["index"], row["label"]) for row in result.rows} for result in results]
@@ -190,32 +190,31 @@ def _summarize_envelope(results: Sequence[Result], entries: Sequence[dict[str, A
         kind = "several sigmas of one model" if len(sigmas) > 1 else "several runs of one model"
     rows = [
         {
-            "radius": share["radius"],
-            "share": share["share"],
-            "standing": "floor" if share["any_floor"] else "counted",
-            "from": entry["title"],
+            "radius": best["radius"],
+            "share": best["share"],
+            "standing": "floor" if best["any_floor"] else "counted",
+            "from": best["entry"]["title"],
         }
-        for entry, share in best_shares(entries)
-        if share["any_counted"]
+        for best in best_by_radius(entries)
     ]
     return {"label": f"best of {kind}", "num_images": len(results[0].rows), "certified_accuracy": rows}
 
 
-def best_shares(entries: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+def best_by_radius(entries: Sequence[Json]) -> list[Json]:
     """
-    At each radius, the result with the largest share, and this share. The share also says whether any result was counted at
-    this radius (`any_counted`), and whether any is a floor only (`any_floor`).
+    The largest share at each radius that any of a report's results counted, with the `entry` that it is from, its `sigma`,
+    and whether the share of any result is a floor only (`any_floor`).
     """
     best = []
     for shares in zip(*(entry["certified_accuracy"] for entry in entries)):
         standings = {share["standing"] for share in shares}
-        number = max(range(len(shares)), key=lambda number: shares[number]["share"])
-        flags = {"any_counted": "counted" in standings, "any_floor": "floor" in standings}
-        best.append((entries[number], shares[number] | flags))
+        if "counted" in standings:
+            share, entry = max(zip(shares, entries), key=lambda pair: pair[0]["share"])
+            best.append({**share, "entry": entry, "sigma": entry["sigma"], "any_floor": "floor" in standings})
     return best
 
 
-def share_rows(report: Report) -> list[dict[str, str]]:
+def share_rows(report: Json) -> list[dict[str, str]]:
     """
     Certified accuracy as a table of text: one row per run and noise level, the interval below each share. A floor is marked
     (`>=`), and has no interval.
@@ -237,11 +236,11 @@ def share_rows(report: Report) -> list[dict[str, str]]:
     return rows
 
 
-def _format_share(share: dict[str, Any]) -> str:
+def _format_share(share: Json) -> str:
     return f"{'>= ' if share['standing'] == 'floor' else ''}{share['share']:.1%}"
 
 
-def other_rows(report: Report) -> list[dict[str, str]]:
+def other_rows(report: Json) -> list[dict[str, str]]:
     """What else a report says of each run and noise level, as a table of text in the order of [`share_rows`]."""
     rows = []
     for entry in report["results"]:
@@ -261,7 +260,7 @@ def other_rows(report: Report) -> list[dict[str, str]]:
     return rows
 
 
-def render_notes(report: Report) -> str:
+def render_notes(report: Json) -> str:
     """What a reader of the tables must know, one paragraph per note."""
     return render(
         "report_notes",
@@ -271,9 +270,9 @@ def render_notes(report: Report) -> str:
     ).strip()
 
 
-def _early_stops(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _early_stops(entries: Sequence[Json]) -> list[Json]:
     """The results that decided radii: one dict for all at which the same radii were decided."""
-    stops: list[dict[str, Any]] = []
+    stops: list[Json] = []
     for entry in entries:
         if entry["decided_radii"]:
             stop = {
@@ -289,7 +288,7 @@ def _early_stops(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return stops
 
 
-def render_report(report: Report) -> str:
+def render_report(report: Json) -> str:
     """A report as Markdown: the table, its notes, the pictures beside `report.json`, and how the runs were made."""
     blank: dict[str, str] = {}  # the envelope has no other figures
     rows = [shares | other for shares, other in zip_longest(share_rows(report), other_rows(report), fillvalue=blank)]

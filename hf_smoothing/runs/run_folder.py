@@ -12,7 +12,7 @@ from tempfile import TemporaryFile
 
 import pyarrow.parquet as pq
 
-from ..utils.files import write_json
+from ..utils.files import read_json, write_json
 from .records import Record, ShardWriter, count_records, is_right, read_shards, repair, shards_in, write_parquet
 
 Pair = tuple[float, int]
@@ -80,15 +80,7 @@ class RunFolder:
         Raises:
             ValueError: where the file is no JSON object.
         """
-        if not self.file.is_file():
-            return {}
-        try:
-            run = json.loads(self.file.read_bytes())
-        except ValueError as error:
-            raise ValueError(f"{self.file} is not JSON: {error}.") from error
-        if not isinstance(run, dict):
-            raise ValueError(f"{self.file} does not hold a JSON object.")
-        return run
+        return read_json(self.file) if self.file.is_file() else {}
 
     def read_settings(self) -> Record:
         """
