@@ -9,10 +9,10 @@ images, and many more draws than there is time to make.
 """
 
 import argparse
-import json
 import statistics
 import timeit
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,9 @@ USUAL = 100 + BUDGET
 """Draws per image of the usual protocol."""
 STAGES = (100, 1_000, 10_000, BUDGET)
 RADII = (0.25, 0.5, 0.75, 1.0)
+ENGINE_REPEATS = 5
+TIMED_DRAWS = 2000
+BATCH_SIZE = 1000
 
 Sampler = Callable[[int], np.ndarray]
 """Class counts of a number of draws."""
@@ -86,14 +89,7 @@ def compare_rules(
         bounds = np.array([wald_draws(p, p_needed, alpha) for p in frequencies[clears].max(1)])
         # no rule can decide an image whose p is very near p_needed: leave out what the budget does not suffice for
         decidable = bounds <= BUDGET / 4
-        decisions = simulate_rules(frequencies, logits, radius, noise, alpha, repeats, generator)
-        draws, claims = (
-            {
-                name: np.array([decision[part] for decision in rule]).reshape(-1, repeats).mean(1)
-                for name, rule in decisions.items()
-            }
-            for part in (1, 0)
-        )
+        draws, claims = simulate_rules(frequencies, logits, radius, noise, alpha, repeats, generator)
         images = np.flatnonzero(clears)[decidable]
         rows.append(
             {
@@ -105,7 +101,7 @@ def compare_rules(
                 "wald": mean(bounds[decidable]),
                 **{f"{name}_clearing": mean(values[images]) for name, values in draws.items()},
                 **{f"{name}_claimed": mean(values[images]) for name, values in claims.items()},
-                **{f"{name}_all": float(values.mean()) for name, values in draws.items()},
+                **{f"{name}_all": mean(values) for name, values in draws.items()},
                 "fixed": USUAL,
             }
         )
@@ -120,33 +116,30 @@ def simulate_rules(
     alpha: float,
     repeats: int,
     generator: np.random.Generator,
-) -> dict[str, list[tuple[bool, int]]]:
-    """For each rule: whether it claims the radius, and its draws; `repeats` times for each image in turn."""
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """For each rule and image, over `repeats` simulations: the mean draws, and the share that claims the radius."""
     rule = SequentialRule(radii=(radius,), alpha=alpha, max_draws=BUDGET)
     decisions: dict[str, list[tuple[bool, int]]] = {"ours": [], "uncut": [], "staged": []}
     for p, image_logits in zip(frequencies, logits):
-
-        def draw(count: int, p: np.ndarray = p) -> np.ndarray:
-            return generator.multinomial(count, p)
-
+        draw = partial(generator.multinomial, pvals=p)
         for _ in range(repeats):
             outcome, draws = simulate(rule, noise, p, CleanPass(image_logits), generator)
             # the clean pass counts as a draw
             decisions["ours"].append((noise.radius(outcome.p_lower, outcome.p_upper) >= radius, 1 + draws))
             decisions["uncut"].append(decide_uncut(draw, radius, noise, alpha))
             decisions["staged"].append(decide_in_stages(draw, radius, noise, alpha))
-    return decisions
+    means = {name: np.reshape(pairs, (-1, repeats, 2)).mean(1) for name, pairs in decisions.items()}
+    return {name: rows[:, 1] for name, rows in means.items()}, {name: rows[:, 0] for name, rows in means.items()}
 
 
 def mean(values: np.ndarray) -> float | None:
     return float(values.mean()) if len(values) else None
 
 
-def measure_seconds(call: Callable[[], Any]) -> float:
-    return timeit.timeit(call, number=1)
+measure_seconds = partial(timeit.timeit, number=1)
 
 
-def compare_engine(smoothed: SmoothedClassifier, pixels: list[torch.Tensor], repeats: int) -> dict[str, Any]:
+def compare_engine(smoothed: SmoothedClassifier, pixels: list[torch.Tensor]) -> dict[str, Any]:
     """Draws per second of the engine, and of the bare forward pass on batches of the same sizes; medians."""
     classifier, sizes = smoothed.base_classifier.classifier, list[int]()
 
@@ -172,7 +165,7 @@ def compare_engine(smoothed: SmoothedClassifier, pixels: list[torch.Tensor], rep
 
     without_lattice = SmoothedClassifier(classifier, GaussianNoise(smoothed.noise.sigma, lattice=False))
     bare, engine, floats = [], [], []
-    for _ in range(repeats):  # in turn, so that a slow moment of the machine affects all three
+    for _ in range(ENGINE_REPEATS):  # in turn, so that a slow moment of the machine affects all three
         bare.append(measure_seconds(classify))
         engine.append(measure_seconds(lambda: certify(smoothed)))
         floats.append(measure_seconds(lambda: certify(without_lattice)))
@@ -189,42 +182,37 @@ def compare_engine(smoothed: SmoothedClassifier, pixels: list[torch.Tensor], rep
 
 
 @torch.inference_mode()
-def estimate_usual_seconds(
-    smoothed: SmoothedClassifier, pixels: torch.Tensor, draws: int, batch_size: int = 1000
-) -> float:
-    """Seconds per image of the usual protocol, one image at a time, extrapolated from `draws` draws."""
+def estimate_usual_seconds(smoothed: SmoothedClassifier, pixels: torch.Tensor) -> float:
+    """Seconds per image of the usual protocol, one image at a time, extrapolated from `TIMED_DRAWS` draws."""
 
     def count_classes() -> None:
-        for first in range(0, draws, batch_size):
-            size = min(batch_size, draws - first)
-            noisy = pixels + smoothed.noise.sigma * torch.randn(size, *pixels.shape)
+        for _ in range(TIMED_DRAWS // BATCH_SIZE):
+            noisy = pixels + smoothed.noise.sigma * torch.randn(BATCH_SIZE, *pixels.shape)
             smoothed.base_classifier.classifier(noisy).logits.argmax(1).bincount(minlength=10)
 
-    return measure_seconds(count_classes) * USUAL / draws
+    return measure_seconds(count_classes) * USUAL / TIMED_DRAWS
 
 
 def show(results: dict[str, Any], console: Console) -> None:
     """The results on the terminal."""
-    rows = []
-    for row in results["draws_to_decide"]:
-        ratio = f"{row['ours_clearing'] / row['wald']:.2f}" if row["wald"] else "-"
-        columns = {
+
+    def number(value: float | None, digits: int = 0) -> str:
+        return "-" if value is None else f"{value:,.{digits}f}"
+
+    rows = [
+        {
             "r": f"{row['radius']:g}",
             "images that clear it": f"{row['of_them_decidable']} of {row['images_that_clear']}",
-            "Wald": row["wald"],
-            "ours": row["ours_clearing"],
-            "/ Wald": ratio,
-            "uncut, n0": row["uncut_clearing"],
-            "staged CP": row["staged_clearing"],
-            "fixed": row["fixed"],
-            "ours, all images": row["ours_all"],
+            "Wald": number(row["wald"]),
+            "ours": number(row["ours_clearing"]),
+            "/ Wald": number(row["wald"] and row["ours_clearing"] / row["wald"], 2),
+            "uncut, n0": number(row["uncut_clearing"]),
+            "staged CP": number(row["staged_clearing"]),
+            "fixed": number(row["fixed"]),
+            "ours, all images": number(row["ours_all"]),
         }
-        rows.append(
-            {
-                name: value if isinstance(value, str) else "-" if value is None else f"{value:,.0f}"
-                for name, value in columns.items()
-            }
-        )
+        for row in results["draws_to_decide"]
+    ]
     sigma, alpha = results["sigma"], results["alpha"]
     print_table(console, f"Mean draws to decide a radius (sigma = {sigma:g}, alpha = {alpha:g})", rows)
     engine = results["engine"]
@@ -235,40 +223,26 @@ def show(results: dict[str, Any], console: Console) -> None:
     )
     console.print(
         f"Deciding r = .25 and .5 takes {results['seconds_an_image']:.2f} s per image, the usual protocol "
-        f"{results['seconds_an_image_usual_protocol_extrapolated']:.0f} s (extrapolated from 2,000 draws)."
+        f"{results['seconds_an_image_usual_protocol_extrapolated']:.0f} s (extrapolated from {TIMED_DRAWS:,} draws)."
     )
 
 
-def parse_args() -> argparse.Namespace:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="model_cards/mixed-noise-vit-nano-cifar10", help="folder of a model")
     parser.add_argument("--sigma", type=float, default=0.5, help="noise level (default: 0.5)")
     parser.add_argument("--alpha", type=float, default=0.001, help="level of the rules (default: 0.001)")
-    parser.add_argument(
-        "--quick", action="store_true", help="fewer images and repeats: under two minutes on two cores"
-    )
+    quick = "fewer images and repeats: under two minutes on two cores"
+    parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--output", type=Path, help="write the results to this JSON file")
-    parser.add_argument(
-        "--engine_only", action="store_true", help="only time the engine, and update an existing --output"
-    )
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = parse_args()
+    args = parser.parse_args()
     num_images, num_draws, repeats = (40, 300, 3) if args.quick else (200, 500, 5)
     console = Console()
     smoothed = SmoothedClassifier.from_pretrained(args.model, GaussianNoise(args.sigma))
     pictures = load_demo_images().select(range(num_images))["image"]
     pixels = [to_pixels(picture, smoothed.preprocessing) for picture in pictures]
     console.print("Timing the engine ...")
-    engine = compare_engine(smoothed, pixels[: 12 if args.quick else 40], repeats=5)
-    if args.engine_only:
-        console.print(engine)
-        if args.output:
-            engine["command"] = command_line()
-            write_json({**json.loads(args.output.read_text()), "engine": engine}, args.output)
-        return
+    engine = compare_engine(smoothed, pixels[: 12 if args.quick else 40])
     console.print(f"Measuring class frequencies with {num_draws} draws of each of {num_images} images ...")
     certificates = smoothed.certify(pixels, "fixed", n0=1, n=num_draws, progress=True)
     counts = np.array([certificate.counts for certificate in certificates])
@@ -288,7 +262,7 @@ def main() -> None:
         "draws_to_decide": compare_rules(counts, logits, args.sigma, args.alpha, repeats),
         "seconds_an_image": measure_seconds(lambda: smoothed.certify(pixels[:20], radii=RADII[:2], max_draws=2000))
         / 20,
-        "seconds_an_image_usual_protocol_extrapolated": estimate_usual_seconds(smoothed, pixels[0], 2000),
+        "seconds_an_image_usual_protocol_extrapolated": estimate_usual_seconds(smoothed, pixels[0]),
         "device": str(smoothed.device),
         "num_threads": torch.get_num_threads(),
         "dtype": "float32",

@@ -8,7 +8,6 @@ for no epoch to end in a measurement.
 """
 
 import argparse
-import json
 import math
 import statistics
 import tempfile
@@ -27,30 +26,29 @@ from hf_smoothing.training.evaluation import EvaluationSettings
 from hf_smoothing.training.optimizer import group_parameters
 from hf_smoothing.training.training_images import ImageSettings, find_class_names
 from hf_smoothing.training.training_loop import TrainingSettings
+from hf_smoothing.utils.files import write_json
 from hf_smoothing.utils.provenance import command_line, package_versions
+
+STEPS = 5  # updates in one measurement
+BATCH_SIZE = 128
+ARCHITECTURE = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "patch_size": 4}
 
 
 def build(names: list[str], args: argparse.Namespace) -> MixedNoiseViTForImageClassification:
     torch.manual_seed(0)
-    config = MixedNoiseViTConfig(
-        hidden_size=args.hidden_size,
-        num_hidden_layers=args.num_hidden_layers,
-        num_attention_heads=args.num_attention_heads,
-        patch_size=args.patch_size,
-        id2label=dict(enumerate(names)),
-        label2id={name: index for index, name in enumerate(names)},
-    )
-    return MixedNoiseViTForImageClassification(config)
+    architecture = {name: getattr(args, name) for name in ARCHITECTURE}
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+    return MixedNoiseViTForImageClassification(MixedNoiseViTConfig(**architecture, **labels))
 
 
-def bare_seconds(model: nn.Module, steps: int, batch_size: int, device: torch.device) -> float:
-    """Time of `steps` updates on one batch."""
+def bare_seconds(model: nn.Module, device: torch.device) -> float:
+    """Time of some updates on one batch."""
     model = model.to(device=device).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(group_parameters(model, 1.5e-3, 0.05, 1.0))
-    pixels = torch.rand(batch_size, 3, 32, 32, device=device)
-    labels = torch.randint(0, 10, (batch_size,), device=device)
+    pixels = torch.rand(BATCH_SIZE, 3, 32, 32, device=device)
+    labels = torch.randint(0, 10, (BATCH_SIZE,), device=device)
     started = 0.0
-    for step in range(-1, steps):
+    for step in range(-1, STEPS):
         if step == 0:  # the first update allocates
             started = time.perf_counter()
         nn.functional.cross_entropy(model(pixels).logits, labels).backward()
@@ -62,18 +60,15 @@ def bare_seconds(model: nn.Module, steps: int, batch_size: int, device: torch.de
     return time.perf_counter() - started
 
 
-def loop_seconds(images_file: Path, steps: int, args: argparse.Namespace) -> float:
+def loop_seconds(images_file: Path, args: argparse.Namespace) -> float:
     """Time of as many updates in the training loop, by the difference of a long and a short training."""
     seconds = []
-    for length in (1, steps + 1):
+    for length in (1, STEPS + 1):
         with tempfile.TemporaryDirectory() as folder:
             image_settings = ImageSettings(str(images_file), sigmas=[0.0, 0.25, 0.5, 1.0])
             images = image_settings.open()
             settings = TrainingSettings(
-                folder,
-                max_train_steps=length,
-                per_device_train_batch_size=args.batch_size,
-                checkpointing_steps="1000000",
+                folder, max_train_steps=length, per_device_train_batch_size=BATCH_SIZE, checkpointing_steps="1000000"
             )
             model, accelerator = build(find_class_names(images), args), settings.create_accelerator()
             results = train_classifier(model, images, image_settings, settings, EvaluationSettings(), accelerator)
@@ -83,13 +78,9 @@ def loop_seconds(images_file: Path, steps: int, args: argparse.Namespace) -> flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=5, help="updates in one measurement (default: 5)")
     parser.add_argument("--repeats", type=int, default=15, help="measurements; their median is reported (default: 15)")
-    parser.add_argument("--batch_size", type=int, default=128, help="images in a batch (default: 128)")
-    parser.add_argument("--hidden_size", type=int, default=128, help="width of the model (default: 128)")
-    parser.add_argument("--num_hidden_layers", type=int, default=4, help="its transformer blocks (default: 4)")
-    parser.add_argument("--num_attention_heads", type=int, default=4, help="its attention heads (default: 4)")
-    parser.add_argument("--patch_size", type=int, default=4, help="pixels a side of a token (default: 4)")
+    for name, default in ARCHITECTURE.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"of the model (default: {default})")
     parser.add_argument("--output", type=Path, help="write the figures to this file")
     args = parser.parse_args()
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
@@ -97,20 +88,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         images_file = Path(folder) / "images.parquet"
         demo = load_demo_images()
-        concatenate_datasets([demo] * math.ceil((args.steps + 2) * args.batch_size / len(demo))).to_parquet(
-            images_file
-        )
+        copies = [demo] * math.ceil((STEPS + 2) * BATCH_SIZE / len(demo))
+        concatenate_datasets(copies).to_parquet(images_file)
         names = demo.features["label"].names
         sides = {
-            "bare": lambda: bare_seconds(build(names, args), args.steps, args.batch_size, device),
-            "loop": lambda: loop_seconds(images_file, args.steps, args),
+            "bare": lambda: bare_seconds(build(names, args), device),
+            "loop": lambda: loop_seconds(images_file, args),
         }
         for repeat in range(args.repeats):
             # in turn, and the first one in turn: a slow moment of the machine must not fall on one side alone
             order = list(sides) if repeat % 2 else list(sides)[::-1]
             seconds = {side: sides[side]() for side in order}
             ratios.append(seconds["bare"] / seconds["loop"])
-            speeds.append(args.steps * args.batch_size / seconds["loop"])
+            speeds.append(STEPS * BATCH_SIZE / seconds["loop"])
     of_median: Any = quantile_test(ratios, p=0.5)
     low, high = of_median.confidence_interval(0.95)
     results = {
@@ -128,8 +118,8 @@ def main() -> None:
         f"{results['images_per_second']:.0f} images/s, {results['ratio']:.3f} of a bare loop (median of {args.repeats}, "
         f"95 % interval {low:.3f} to {high:.3f})"
     )
-    if args.output is not None:
-        args.output.write_text(json.dumps(results, indent=2) + "\n")
+    if args.output:
+        write_json(results, args.output)
 
 
 if __name__ == "__main__":

@@ -36,20 +36,13 @@ from hf_smoothing.utils.files import write_json
 from hf_smoothing.utils.provenance import command_line, package_versions
 
 RADII = (0.25, 0.5, 0.75, 1.0)
+RUN_SETTINGS = ("model_weights", "dataset_fingerprint", "every", "max_samples", "n", "seed")
 
 
 @dataclass(frozen=True)
 class Arm:
-    """
-    A way of training.
-
-    Args:
-        name: name in the results.
-        counts: training data.
-        loss: one of `LOSSES`.
-        own_backbone: whether encoder and classifier are trained too.
-        eval_sigmas: noise levels to evaluate at; by default all.
-    """
+    """A way of training: its name, training data, loss, whether encoder and classifier are trained too, and the noise levels
+    to evaluate at (by default all)."""
 
     name: str
     counts: MeasuredCounts
@@ -59,7 +52,6 @@ class Arm:
 
 
 def select_sigmas(counts: MeasuredCounts, sigmas: Sequence[float]) -> MeasuredCounts:
-    """The counts at some of the noise levels."""
     return counts.select(np.isin(counts.sigmas, sigmas))
 
 
@@ -73,10 +65,7 @@ def list_arms(counts: MeasuredCounts, same_cost: Sequence[MeasuredCounts]) -> li
     """All arms of the study."""
     sigmas = sorted(set(counts.sigmas.tolist()))
     arms = [Arm(loss, counts, loss=loss) for loss in LOSSES]
-    arms += [
-        Arm(f"own backbone, {loss}", counts, loss=loss, own_backbone=True)
-        for loss in ("jensen_shannon", "logistic_normal")
-    ]
+    arms += [Arm(f"own backbone, {loss}", counts, loss, True) for loss in ("jensen_shannon", "logistic_normal")]
     arms += [
         Arm(f"for sigma {sigma:g} alone", select_sigmas(counts, [sigma]), eval_sigmas=[sigma]) for sigma in sigmas
     ]
@@ -140,24 +129,24 @@ def summarize(comparison: Comparison) -> dict[str, Any]:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="base classifier, a mixed-noise ViT")
-    parser.add_argument("--counts", required=True, help="finished run of --method counts, on training images")
-    parser.add_argument(
-        "--same_cost",
-        nargs="*",
-        default=[],
-        help="runs with more draws of fewer images; they and --counts are cut to the draws of the cheapest of them",
-    )
-    parser.add_argument("--run", required=True, help="finished run of --method fixed, on images not trained on")
-    parser.add_argument("--output_dir", required=True, help="folder for arms.json")
-    parser.add_argument("--steps", type=int, default=1000, help="updates per arm (default: 1000)")
-    parser.add_argument("--learning_rate", type=float, default=1e-3, help="peak learning rate (default: 1e-3)")
-    parser.add_argument("--own_backbone_steps", type=int, default=500, help="with an own backbone (default: 500)")
-    parser.add_argument(
-        "--own_backbone_learning_rate", type=float, default=5e-4, help="with an own backbone (default: 5e-4)"
-    )
-    parser.add_argument("--batch_size", type=int, default=128, help="images per batch (default: 128)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
+    for flag, text in {
+        "--model": "base classifier, a mixed-noise ViT",
+        "--counts": "finished run of --method counts, on training images",
+        "--run": "finished run of --method fixed, on images not trained on",
+        "--output_dir": "folder for arms.json",
+    }.items():
+        parser.add_argument(flag, required=True, help=text)
+    cut = "runs with more draws of fewer images; they and --counts are cut to the draws of the cheapest of them"
+    parser.add_argument("--same_cost", nargs="*", default=[], help=cut)
+    for flag, default, text in (
+        ("--steps", 1000, "updates per arm"),
+        ("--learning_rate", 1e-3, "peak learning rate"),
+        ("--own_backbone_steps", 500, "updates with an own backbone"),
+        ("--own_backbone_learning_rate", 5e-4, "peak learning rate with an own backbone"),
+        ("--batch_size", 128, "images per batch"),
+        ("--seed", 0, "seed of everything random"),
+    ):
+        parser.add_argument(flag, type=type(default), default=default, help=f"{text} (default: {default})")
     return parser.parse_args()
 
 
@@ -174,13 +163,7 @@ def main() -> None:
             "radii": RADII,
             "settings": vars(args),
             "judged": {name: measured.settings[name] for name in ("dataset_name", "split", "every", "n", "alpha")},
-            "runs": [
-                {
-                    name: run.settings[name]
-                    for name in ("model_weights", "dataset_fingerprint", "every", "max_samples", "n", "seed")
-                }
-                for run in (counts, *same_cost, measured)
-            ],
+            "runs": [{name: run.settings[name] for name in RUN_SETTINGS} for run in (counts, *same_cost, measured)],
             "arms": [],
             "num_threads": torch.get_num_threads(),
             "versions": package_versions("accelerate"),

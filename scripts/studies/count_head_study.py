@@ -17,6 +17,7 @@ import json
 import math
 import sys
 import timeit
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ from hf_smoothing.utils.files import write_json
 from hf_smoothing.utils.provenance import command_line, package_versions
 
 RADII = (0.0, 0.25, 0.5, 0.75, 1.0)
+SETTINGS = ("model_name_or_path", "dataset_name", "split", "every")
 DELTAS = (0.1, 0.05)
 BUDGET = 100_000
 USUAL = 100 + BUDGET  # draws per image of the usual protocol
@@ -76,13 +78,8 @@ def simulate_draws_to_decide(
     """
     Mean draws of the images whose measured p_A suffices for the radius and that a quarter of the budget can decide.
 
-    Args:
-        comparison: estimates and certificates.
-        logits: `(images, classes)`, the base classifier's logits of the clean images.
-        radius: the radius to decide.
-        draws_a_repeat: an image is simulated once for every so many draws of its Wald bound: a few hard images make up most
-            of the mean and of its error.
-        seed: seed of the simulated draws.
+    An image is simulated once for every `draws_a_repeat` draws of its Wald bound, because a few hard images make up most of
+    the mean and of its error. `logits` are those of the base classifier for the clean images, `(images, classes)`.
     """
     noise = GaussianNoise(comparison.sigma)
     p_needed = noise.probability_needed(radius)
@@ -94,31 +91,31 @@ def simulate_draws_to_decide(
     if not len(images):
         return None
     rule = SequentialRule(radii=(radius,), alpha=comparison.alpha, max_draws=BUDGET)
-    draws_by_name: dict[str, list[list[int]]] = {}
-    claims_by_name: dict[str, list[float]] = {}
+    means: dict[str, list[float]] = defaultdict(list)
+    variances: dict[str, list[float]] = defaultdict(list)
+    claimed: dict[str, list[float]] = defaultdict(list)
     for image in tqdm(images, f"sigma {comparison.sigma:g}, radius {radius:g}", leave=False):
         passes = clean_passes(frequencies[image], comparison.probabilities[image], logits[image])
+        repeats = max(MIN_REPEATS, math.ceil(bounds[image] / draws_a_repeat))
         for name, clean_pass in passes.items():
             draws, claims = [], []
-            for repeat in range(max(MIN_REPEATS, math.ceil(bounds[image] / draws_a_repeat))):
+            for repeat in range(repeats):
                 generator = np.random.default_rng([seed, int(image), repeat])
                 outcome, num_draws = simulate(rule, noise, frequencies[image], clean_pass, generator)
                 draws.append(1 + num_draws)  # the clean pass counts
                 claims.append(noise.radius(outcome.p_lower, outcome.p_upper) >= radius)
-            draws_by_name.setdefault(name, []).append(draws)
-            claims_by_name.setdefault(name, []).append(float(np.mean(claims)))
+            means[name].append(float(np.mean(draws)))
+            variances[name].append(float(np.var(draws, ddof=1)) / repeats)
+            claimed[name].append(float(np.mean(claims)))
     return {
         "sigma": comparison.sigma,
         "radius": radius,
         "images": len(images),
         "wald": float(bounds[images].mean()),
-        "draws": {name: float(np.mean([np.mean(draws) for draws in rows])) for name, rows in draws_by_name.items()},
+        "draws": {name: float(np.mean(values)) for name, values in means.items()},
         # the error of the simulation for these images, not the spread over other images
-        "errors": {
-            name: float(np.sqrt(sum(np.var(draws, ddof=1) / len(draws) for draws in rows)) / len(images))
-            for name, rows in draws_by_name.items()
-        },
-        "claimed": {name: float(np.mean(claims)) for name, claims in claims_by_name.items()},
+        "errors": {name: float(np.sqrt(sum(values)) / len(images)) for name, values in variances.items()},
+        "claimed": {name: float(np.mean(values)) for name, values in claimed.items()},
     }
 
 
@@ -158,12 +155,8 @@ def measure_seconds(
     timings = timeit.repeat(lambda: smoothed.certify(batch[:1], method="counts", n=draws), number=1, repeat=3)
     seconds_per_draw = float(np.median(timings)) / draws
     usual = seconds_per_draw * USUAL
-    seconds = {
-        "estimate": seconds_per_estimate,
-        "usual": usual,
-        "timed_draws": draws,
-        "ratio": usual / seconds_per_estimate,
-    }
+    seconds = {"estimate": seconds_per_estimate, "usual": usual, "timed_draws": draws}
+    seconds["ratio"] = usual / seconds_per_estimate
     if without_head := [row["draws"] for row in sequential if not row["with_head"]]:
         seconds["sequential"] = seconds_per_draw * float(np.mean(without_head))
         seconds["ratio_of_sequential"] = seconds["sequential"] / seconds_per_estimate
@@ -176,11 +169,8 @@ def plot(comparisons: list[Comparison], errors: list[dict[str, Any]], path: Path
     axes = np.atleast_2d(figure.subplots(2, len(comparisons), squeeze=False))
     for comparison, row, (upper, lower) in zip(comparisons, errors, axes.T):
         certified, estimated, agrees = comparison.certified_radii, comparison.estimated_radii, comparison.agrees
-        for images, color, label in (
-            (agrees, "tab:blue", "same class"),
-            (~agrees, "tab:red", "another class, or Monte-Carlo abstains"),
-        ):
-            upper.scatter(certified[images], estimated[images], s=6, alpha=0.5, color=color, label=label)
+        for images, label in ((agrees, "same class"), (~agrees, "another class, or Monte-Carlo abstains")):
+            upper.scatter(certified[images], estimated[images], s=6, alpha=0.5, label=label)
         largest = max(certified.max(), estimated.max(), 1e-3)
         upper.plot([0, largest], [0, largest], color="gray", linewidth=0.8)
         upper.set(title=f"sigma = {comparison.sigma:g}", xlabel="Monte-Carlo radius", ylabel="estimated radius")
@@ -230,17 +220,14 @@ def read_sequential(runs: list[Path], measured: MeasuredCounts, head_weights: st
         shared = ("dataset_name", "split", "every", "max_samples", "alpha", "model_weights")
         if differing := [name for name in shared if result.settings.get(name) != measured.settings[name]]:
             raise ValueError(f"{result.source} has another {', '.join(differing)} than the run of --method fixed.")
-        accuracy = [
-            {"radius": row["radius"], "share": row["share"], "standing": row["standing"]}
-            for row in summarize([result], RADII)["results"][0]["certified_accuracy"]
-        ]
+        accuracy = summarize([result], RADII)["results"][0]["certified_accuracy"]
         rows.append(
             {
                 "sigma": result.sigma,
                 "draws": float(np.mean(result.column("num_samples"))),
                 "budget": result.settings["max_draws"],
                 "with_head": with_head,
-                "accuracy": accuracy,
+                "accuracy": [{name: row[name] for name in ("radius", "share", "standing")} for row in accuracy],
             }
         )
     return rows
@@ -270,33 +257,27 @@ def read_seconds(run: Path) -> float:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    required = {
+    for flag, text in {
         "--model": "base classifier",
         "--count_head": "count head",
         "--run": "finished run of --method fixed, on images not trained on",
         "--output_dir": "folder for study.json and the picture",
-    }
-    for flag, text in required.items():
+    }.items():
         parser.add_argument(flag, required=True, help=text)
     sequential = "finished runs of --method sequential on the same images, without and with the head, to compare with"
     parser.add_argument("--sequential", nargs="*", default=[], help=sequential)
     parser.add_argument("--counts", help="the run that the head was trained on, for its cost")
-    numbers = {
-        "batch_size": (256, "images per forward pass"),
-        "timed_draws": (2048, "draws that measure the rate"),
-        "splits": (200, "random calibration halves"),
-        "expected_n": (10_000, "draws for which the expected Monte-Carlo accuracy is computed too"),
-        "draws_a_repeat": (50, "simulate each image once for so many draws of Wald's bound, and at least 4 times"),
-    }
-    for name, (default, text) in numbers.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default: {default})")
-    parser.add_argument("--device", default="cpu", help="device to compute on (default: cpu)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of splits and simulated draws (default: 0)")
-    args = parser.parse_args()
-    for name in numbers:
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be 1 or more")
-    return args
+    for flag, default, text in (
+        ("--batch_size", 256, "images per forward pass"),
+        ("--timed_draws", 2048, "draws that measure the rate"),
+        ("--splits", 200, "random calibration halves"),
+        ("--expected_n", 10_000, "draws for which the expected Monte-Carlo accuracy is computed too"),
+        ("--draws_a_repeat", 50, "simulate each image once for so many draws of Wald's bound, and at least 4 times"),
+        ("--seed", 0, "seed of splits and simulated draws"),
+        ("--device", "cpu", "device to compute on"),
+    ):
+        parser.add_argument(flag, type=type(default), default=default, help=f"{text} (default: {default})")
+    return parser.parse_args()
 
 
 def study(args: argparse.Namespace) -> None:
@@ -317,29 +298,18 @@ def study(args: argparse.Namespace) -> None:
     calibrated = [row for comparison in comparisons for row in evaluate_own_calibration(comparison, predictor)]
     counting_seconds = None if args.counts is None else read_seconds(Path(args.counts))
     if predictor.calibration is not None and not calibrated:
-        print(
-            f"Left out: the head's own calibration. It is for n={predictor.calibration.n} and "
-            f"alpha={predictor.calibration.alpha:g}, unlike the run, or has too few images for every delta here.",
-            file=sys.stderr,
-        )
+        print("Left out: the head's own calibration. It is for other draws, or has too few images.", file=sys.stderr)
     errors = [compute_errors(comparison, RADII) for comparison in comparisons]
     seconds = measure_seconds(args, smoothed, predictor, measured, sequential)
     simulations = [
-        simulate_draws_to_decide(
-            comparison,
-            logits[measured.sigmas == comparison.sigma],
-            share * comparison.sigma,
-            args.draws_a_repeat,
-            args.seed,
-        )
+        simulate_draws_to_decide(comparison, logits[rows], share * comparison.sigma, args.draws_a_repeat, args.seed)
         for comparison in comparisons
+        for rows in [measured.sigmas == comparison.sigma]
         for share in (0.5, 1.0)
     ]
     results = {
         "command": command_line(),
-        "settings": {
-            name: measured.settings[name] for name in ("model_name_or_path", "dataset_name", "split", "every")
-        },
+        "settings": {name: measured.settings[name] for name in SETTINGS},
         "alpha": measured.settings["alpha"],
         "seed": args.seed,
         "errors": errors,
@@ -347,7 +317,13 @@ def study(args: argparse.Namespace) -> None:
             {"sigma": comparison.sigma, **expect_accuracy(comparison, args.expected_n, RADII)}
             for comparison in comparisons
         ],
-        "conformal": evaluate_halves(comparisons, args.splits, args.seed),
+        "conformal": [
+            {"sigma": comparison.sigma}
+            | evaluate_random_splits(comparison, delta, RADII, args.splits, args.seed, decided=decided)
+            for comparison in comparisons
+            for delta in DELTAS
+            for decided in list_questions(comparison)
+        ],
         "calibrated": calibrated,
         "sequential": sequential,
         "draws_to_decide": [row for row in simulations if row is not None],
@@ -362,19 +338,6 @@ def study(args: argparse.Namespace) -> None:
     write_json(results, folder / "study.json")
     plot(comparisons, errors, folder / "count-head.png")
     show(results)
-
-
-def evaluate_halves(comparisons: list[Comparison], splits: int, seed: int) -> list[dict[str, Any]]:
-    """The claims of calibrations on random halves, for each noise level, delta and question."""
-    return [
-        {
-            "sigma": comparison.sigma,
-            **evaluate_random_splits(comparison, delta, RADII, splits, seed, decided=decided),
-        }
-        for comparison in comparisons
-        for delta in DELTAS
-        for decided in list_questions(comparison)
-    ]
 
 
 def show(results: dict[str, Any]) -> None:

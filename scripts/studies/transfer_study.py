@@ -6,16 +6,15 @@ Example:
 
 Pretraining {mixture of clean and noisy images, clean, one sigma} x norm {LayerNorm, BatchNorm} x finetuning {clean,
 mixture}: six trainings from scratch, twelve finetunings, each evaluated under noise and certified. The default sizes fit two
-CPU cores; for a GPU, raise the steps and the size of the model. To resume an interrupted study, run its command again. Two
-processes share the arms with `--part 1/2` and `--part 2/2`; afterwards a run without --part collects the results. Writes
-OUTPUT_DIR/results.json and a picture.
+CPU cores; for a GPU, raise the steps and the size of the model. To resume an interrupted study, run its command again.
+Writes OUTPUT_DIR/results.json and a picture.
 """
 
 import json
 import math
-import re
 import time
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,6 @@ from hf_smoothing import (
     SequentialRule,
     SmoothedClassifier,
 )
-from hf_smoothing.core.certificates import Certificate
 from hf_smoothing.core.preprocessing import Preprocessing
 from hf_smoothing.data.labelled_images import LabelledImages
 from hf_smoothing.reporting.tables import print_table
@@ -48,7 +46,8 @@ from hf_smoothing.utils.argument_parser import argument_parser, exit_on_error
 from hf_smoothing.utils.files import write_json
 from hf_smoothing.utils.provenance import command_line, package_versions
 
-NORMS = ("layernorm", "batchnorm")
+NORMS = {"layernorm": "LayerNorm", "batchnorm": "BatchNorm"}
+SHARES = (0, 0.5, 1)  # radii to certify at, in units of sigma
 
 
 @dataclass
@@ -78,30 +77,20 @@ class StudySettings:
     max_draws: int = HfArg(default=100, help="most draws per image to certify it")
     alpha: float = HfArg(default=0.001, help="probability that a certificate is wrong")
     seed: int = HfArg(default=0, help="seed of everything random")
-    part: str | None = HfArg(default=None, help="`1/2`: only the first of two parts of the arms; by default all arms")
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[1-9]/[1-9]", self.part or "1/1") or self.part_of_parts[0] >= self.part_of_parts[1]:
-            raise ValueError(f"part={self.part!r} must have a form such as 1/2: the first of two parts.")
         for sigma in self.levels[1:]:  # refuse it now, not after the first training
-            rule = SequentialRule(self.radii(sigma), alpha=self.alpha, max_draws=self.max_draws)
-            rule.check(GaussianNoise(sigma))
-
-    @property
-    def part_of_parts(self) -> tuple[int, int]:
-        """This part, counted from 0, and the number of parts."""
-        part, parts = map(int, (self.part or "1/1").split("/"))
-        return part - 1, parts
+            SequentialRule(**self.rule_settings(sigma)).check(GaussianNoise(sigma))
 
     @property
     def levels(self) -> list[float]:
         """Noise levels to evaluate at."""
         return sorted({0.0, *self.sigmas})
 
-    @staticmethod
-    def radii(sigma: float) -> tuple[float, ...]:
-        """Radii to certify at."""
-        return tuple(sigma * share for share in (0, 0.5, 1))
+    def rule_settings(self, sigma: float) -> dict[str, Any]:
+        """Settings of the rule that certifies at a noise level."""
+        radii = tuple(sigma * share for share in SHARES)
+        return {"radii": radii, "alpha": self.alpha, "max_draws": self.max_draws}
 
     @property
     def mixtures(self) -> dict[str, list[float]]:
@@ -110,18 +99,13 @@ class StudySettings:
 
 
 def train_arm(
-    settings: StudySettings,
-    folder: Path,
-    dataset_name: str,
-    sigmas: list[float],
-    steps: int,
-    base: Path | None,
-    norm: str,
+    settings: StudySettings, folder: Path, sigmas: list[float], norm: str, base: Path | None = None
 ) -> dict[str, Any]:
-    """Train an arm from scratch, or from `base`; of a finished arm only read the results."""
+    """Pretrain an arm, or finetune `base`; of a finished arm only read the results."""
     finished = folder / "results" / "training.json"
     if finished.exists():
         return json.loads(finished.read_text())
+    dataset_name = settings.pretrain_dataset_name if base is None else settings.dataset_name
     image_settings = ImageSettings(dataset_name, sigmas=sigmas, max_train_samples=settings.train_samples)
     images = image_settings.open()
     class_names = find_class_names(images)
@@ -141,7 +125,7 @@ def train_arm(
         model, _ = load_for_finetuning(str(base), class_names)
     training = TrainingSettings(
         str(folder),
-        max_train_steps=steps,
+        max_train_steps=settings.pretrain_steps if base is None else settings.finetune_steps,
         per_device_train_batch_size=settings.batch_size,
         learning_rate=settings.pretrain_learning_rate if base is None else settings.finetune_learning_rate,
         layer_decay=1.0 if base is None else settings.layer_decay,
@@ -149,9 +133,8 @@ def train_arm(
         checkpointing_steps="100",
         resume_from_checkpoint=LATEST,
     )
-    results = train_classifier(
-        model, images, image_settings, training, EvaluationSettings(), training.create_accelerator()
-    )
+    accelerator = training.create_accelerator()
+    results = train_classifier(model, images, image_settings, training, EvaluationSettings(), accelerator)
     for checkpoint in folder.glob("step_*/*"):  # the model is saved: its checkpoint only fills the disk
         checkpoint.unlink()
     return results
@@ -163,29 +146,22 @@ def evaluate_arm(settings: StudySettings, folder: Path, pixels: torch.Tensor, la
     if path.exists():
         return json.loads(path.read_text())
     model = MixedNoiseViTForImageClassification.from_pretrained(folder, dtype=torch.float32).eval()
-    right = {
-        f"{sigma:g}": (
-            predict_majority(model, pixels, sigma, draws=settings.eval_draws, seed=settings.seed) == labels
-        ).tolist()
-        for sigma in settings.levels
-    }
-    certified: dict[str, list[float]] = {}
+    right, certified = {}, {}
+    for sigma in settings.levels:
+        predictions = predict_majority(model, pixels, sigma, draws=settings.eval_draws, seed=settings.seed)
+        right[f"{sigma:g}"] = (predictions == labels).tolist()
     for sigma in settings.levels[1:]:
-        smoothed = SmoothedClassifier(model, GaussianNoise(sigma))
-        certificates: list[Certificate] = smoothed.certify(
-            list(pixels[: settings.certify_samples]),
-            alpha=settings.alpha,
-            radii=settings.radii(sigma),
-            max_draws=settings.max_draws,
-            seed=settings.seed,
+        certificates = SmoothedClassifier(model, GaussianNoise(sigma)).certify(
+            list(pixels[: settings.certify_samples]), seed=settings.seed, **settings.rule_settings(sigma)
         )
         # a wrong prediction is not even certified at radius 0
         certified[f"{sigma:g}"] = [
             certificate.radius if certificate.prediction == label else -1.0
             for certificate, label in zip(certificates, labels.tolist())
         ]
-    write_json({"right": right, "certified_radius": certified}, path)
-    return json.loads(path.read_text())
+    evaluation = {"right": right, "certified_radius": certified}
+    write_json(evaluation, path)
+    return evaluation
 
 
 def compute_share(right: list[bool]) -> dict[str, Any]:
@@ -204,66 +180,53 @@ def compute_difference(first: list[bool], second: list[bool]) -> dict[str, Any]:
 
 def summarize(settings: StudySettings, evaluations: dict[tuple[str, str, str], dict[str, Any]]) -> dict[str, Any]:
     """The tables of the study, as plain values."""
-    rows = []
-    for (pretraining, norm, finetuning), evaluation in evaluations.items():
-        rows.append(
-            {
-                "pretraining": pretraining,
-                "norm": norm,
-                "finetuning": finetuning,
-                "accuracy": {sigma: compute_share(right) for sigma, right in evaluation["right"].items()},
-                "certified_accuracy": {
-                    sigma: {
-                        f"{part * float(sigma):g}": compute_share([radius >= part * float(sigma) for radius in radii])
-                        for part in (0, 0.5, 1)
-                    }
-                    for sigma, radii in evaluation["certified_radius"].items()
-                },
-            }
-        )
-    comparisons = {
-        f"{norm}, mixture minus clean pretraining, both finetuned clean, sigma {sigma:g}": compute_difference(
-            evaluations["mixture", norm, "clean"]["right"][f"{sigma:g}"],
-            evaluations["clean", norm, "clean"]["right"][f"{sigma:g}"],
-        )
+    arms = [
+        {
+            "pretraining": pretraining,
+            "norm": norm,
+            "finetuning": finetuning,
+            "accuracy": {sigma: compute_share(right) for sigma, right in evaluation["right"].items()},
+            "certified_accuracy": {
+                sigma: {
+                    f"{part * float(sigma):g}": compute_share([radius >= part * float(sigma) for radius in radii])
+                    for part in SHARES
+                }
+                for sigma, radii in evaluation["certified_radius"].items()
+            },
+        }
+        for (pretraining, norm, finetuning), evaluation in evaluations.items()
+    ]
+    pairs = {
+        f"{norm}, mixture minus clean pretraining, both finetuned clean": (("mixture", norm), ("clean", norm))
         for norm in NORMS
-        for sigma in settings.levels
-    } | {
-        f"LayerNorm minus BatchNorm, mixture pretraining, finetuned clean, sigma {sigma:g}": compute_difference(
-            evaluations["mixture", "layernorm", "clean"]["right"][f"{sigma:g}"],
-            evaluations["mixture", "batchnorm", "clean"]["right"][f"{sigma:g}"],
+    }
+    pairs["LayerNorm minus BatchNorm, mixture pretraining, finetuned clean"] = (
+        ("mixture", "layernorm"), ("mixture", "batchnorm"),
+    )  # fmt: skip
+    comparisons = {
+        f"{name}, sigma {sigma:g}": compute_difference(
+            *(evaluations[*arm, "clean"]["right"][f"{sigma:g}"] for arm in pair)
         )
+        for name, pair in pairs.items()
         for sigma in settings.levels
     }
-    return {"arms": rows, "comparisons": comparisons}
+    return {"arms": arms, "comparisons": comparisons}
 
 
 def plot(settings: StudySettings, arms: list[dict[str, Any]], path: Path) -> None:
     """Accuracy by noise level, one panel per norm and finetuning."""
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots(2, 2, sharex=True, sharey=True)
-    for row, norm in enumerate(NORMS):
-        for column, finetuning in enumerate(("clean", "mixture")):
-            axis = axes[row, column]
-            for arm in arms:
-                if (arm["norm"], arm["finetuning"]) != (norm, finetuning):
-                    continue
+    finetunings = {"clean": "clean images", "mixture": "the mixture"}
+    for axis, (norm, finetuning) in zip(axes.flat, product(NORMS, finetunings)):
+        for arm in arms:
+            if (arm["norm"], arm["finetuning"]) == (norm, finetuning):
                 shares = np.array([accuracy["share"] for accuracy in arm["accuracy"].values()])
                 low, high = np.array([accuracy["interval_95"] for accuracy in arm["accuracy"].values()]).T
-                axis.errorbar(
-                    settings.levels,
-                    shares,
-                    (shares - low, high - shares),
-                    marker="o",
-                    capsize=2,
-                    label=arm["pretraining"],
-                )
-            title = {"layernorm": "LayerNorm", "batchnorm": "BatchNorm"}[norm]
-            axis.set(
-                title=f"{title}, finetuned on {'clean images' if finetuning == 'clean' else 'the mixture'}",
-                ylim=(0, None),
-            )
-            axis.grid(alpha=0.3)
+                errors, label = (shares - low, high - shares), arm["pretraining"]
+                axis.errorbar(settings.levels, shares, errors, marker="o", capsize=2, label=label)
+        axis.set(title=f"{NORMS[norm]}, finetuned on {finetunings[finetuning]}", ylim=(0, None))
+        axis.grid(alpha=0.3)
     axes[0, 0].legend(title="pretrained on", fontsize=8)
     figure.supxlabel("noise level sigma, in [0, 1] pixels")
     figure.supylabel(f"accuracy: majority of {settings.eval_draws} noisy copies (95 % interval)")
@@ -271,11 +234,9 @@ def plot(settings: StudySettings, arms: list[dict[str, Any]], path: Path) -> Non
 
 
 def study(settings: StudySettings) -> None:
-    """Train and evaluate the arms of this part; without parts, write the results of all arms."""
+    """Train and evaluate all arms; write the results."""
     output_dir, started = Path(settings.output_dir), time.monotonic()
-    fixed_settings = json.loads(
-        json.dumps({name: value for name, value in asdict(settings).items() if name not in ("output_dir", "part")})
-    )
+    fixed_settings = {name: value for name, value in asdict(settings).items() if name != "output_dir"}
     settings_path = output_dir / "settings.json"
     if settings_path.exists() and json.loads(settings_path.read_text()) != fixed_settings:
         raise ValueError(
@@ -284,9 +245,6 @@ def study(settings: StudySettings) -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
     write_json(fixed_settings, settings_path)
     trainings, evaluations = run_arms(settings, output_dir)
-    if settings.part_of_parts[1] > 1:
-        print(f"Part {settings.part} is done. Run the study without --part once all parts are done.")
-        return
     last_training = list(trainings.values())[-1]
     results = {
         "command": command_line(),
@@ -302,11 +260,14 @@ def study(settings: StudySettings) -> None:
     }
     write_json(results, output_dir / "results.json")
     plot(settings, results["arms"], output_dir / "transfer-study.png")
-    rows = []
-    for name, comparison in results["comparisons"].items():
-        low, high = comparison["interval_95"]
-        row = {"comparison": name, "difference": f"{comparison['difference']:+.1%}"}
-        rows.append({**row, "95 % interval": f"{low:+.1%} to {high:+.1%}"})
+    rows = [
+        {
+            "comparison": name,
+            "difference": f"{comparison['difference']:+.1%}",
+            "95 % interval": "{:+.1%} to {:+.1%}".format(*comparison["interval_95"]),
+        }
+        for name, comparison in results["comparisons"].items()
+    ]
     print_table(Console(), "Differences of accuracy", rows)
 
 
@@ -317,25 +278,14 @@ def run_arms(
     trainings: dict[str, dict[str, Any]] = {}
     evaluations: dict[tuple[str, str, str], dict[str, Any]] = {}
     pretrainings = [(name, norm) for norm in NORMS for name in settings.mixtures]
-    part, parts = settings.part_of_parts
-    for number, (name, norm) in list(enumerate(pretrainings, 1))[part::parts]:
+    for number, (name, norm) in enumerate(pretrainings, 1):
         base = output_dir / f"pretrained-{name.replace(' ', '-')}-{norm}"
         print(f"Pretraining {number} of {len(pretrainings)}: {name}, {norm}", flush=True)
-        trainings[base.name] = train_arm(
-            settings,
-            base,
-            settings.pretrain_dataset_name,
-            settings.mixtures[name],
-            settings.pretrain_steps,
-            None,
-            norm,
-        )
+        trainings[base.name] = train_arm(settings, base, settings.mixtures[name], norm)
         for finetuning, sigmas in (("clean", [0.0]), ("mixture", settings.sigmas)):
             folder = output_dir / f"{base.name.replace('pretrained', 'finetuned')}-{finetuning}"
             print(f"  Finetuning on {finetuning} images", flush=True)
-            trainings[folder.name] = train_arm(
-                settings, folder, settings.dataset_name, sigmas, settings.finetune_steps, base, norm
-            )
+            trainings[folder.name] = train_arm(settings, folder, sigmas, norm, base)
             if not evaluations:
                 pixels, labels = read_eval_images(settings, folder)
             evaluations[name, norm, finetuning] = evaluate_arm(settings, folder, pixels, labels)
