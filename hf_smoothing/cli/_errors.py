@@ -12,24 +12,12 @@ from .. import register
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-EXIT_CODES: dict[type[BaseException], int] = {
-    KeyboardInterrupt: 130,
-    ImportError: 2,
-    OSError: 2,
-    RuntimeError: 2,
-    TypeError: 2,
-    ValueError: 2,
-}
-"""The exceptions that become a message, and the exit codes. Any other is a bug and keeps its traceback."""
+ERRORS = (KeyboardInterrupt, ImportError, OSError, RuntimeError, TypeError, ValueError)
+"""The exceptions that become a message. Any other is a bug and keeps its traceback."""
 
 
 def command(app: typer.Typer) -> Callable[[Command], Command]:
-    """
-    Add a function to `app` as a command that can load the models of this package, and whose errors become messages.
-
-    Args:
-        app: the commands.
-    """
+    """Add a function to `app` as a command that can load the models of this package, and whose errors become messages."""
 
     def add(function: Command) -> Command:
         @functools.wraps(function)
@@ -39,18 +27,14 @@ def command(app: typer.Typer) -> Callable[[Command], Command]:
                 function(*args, **kwargs)
             except (typer.Exit, typer.Abort):  # RuntimeErrors by kind
                 raise
-            except tuple(EXIT_CODES) as error:
+            except ERRORS as error:
                 _print_error(error)
-                raise typer.Exit(_exit_code(error)) from None
+                raise typer.Exit(130 if isinstance(error, KeyboardInterrupt) else 2) from None
 
         app.command()(run)
         return function
 
     return add
-
-
-def _exit_code(error: BaseException) -> int:
-    return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
 
 
 def _print_error(error: BaseException) -> None:

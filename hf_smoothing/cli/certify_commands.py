@@ -4,26 +4,13 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from ..runs.settings import ExecutionSettings, RunSettings
+from . import options
 from ._errors import command
-from .options import (
-    Alpha,
-    BatchSize,
-    CountHead,
-    Delta,
-    Denoiser,
-    MaxDraws,
-    Method,
-    Model,
-    NoiseResolution,
-    Seed,
-    Sigma,
-    with_options,
-)
 
 app = typer.Typer()
 
@@ -33,9 +20,9 @@ DEMO_MODEL = "model_cards/mixed-noise-vit-nano-cifar10"
 @command(app)
 def certify(
     images: Annotated[list[str], typer.Argument(help="Pictures: paths or http(s) addresses.")],
-    model: Model,
-    sigma: Sigma = 0.25,
-    alpha: Alpha = 0.001,
+    model: options.Model,
+    sigma: options.Sigma = 0.25,
+    alpha: options.Alpha = 0.001,
     radius: Annotated[
         float | None,
         typer.Option(
@@ -43,14 +30,14 @@ def certify(
             "`--delta`, to claim this radius or nothing.)"
         ),
     ] = None,
-    max_draws: MaxDraws = None,
-    method: Method = "sequential",
-    count_head: CountHead = None,
-    delta: Delta = None,
-    noise_resolution: NoiseResolution = "input",
-    denoiser: Denoiser = None,
-    seed: Seed = 0,
-    batch_size: BatchSize = 128,
+    max_draws: options.MaxDraws = None,
+    method: options.Method = "sequential",
+    count_head: options.CountHead = None,
+    delta: options.Delta = None,
+    noise_resolution: options.NoiseResolution = "input",
+    denoiser: options.Denoiser = None,
+    seed: options.Seed = 0,
+    batch_size: options.BatchSize = 128,
     json_lines: Annotated[
         bool, typer.Option("--json", help="Print one JSON object per picture instead of a table.")
     ] = False,
@@ -64,18 +51,20 @@ def certify(
     Example: `hf-smoothing certify frog.png --model user/repo --sigma 0.5`
     """
     import torch
+    from rich.console import Console
     from transformers import pipeline
 
+    from ..core.certificates import format_radius
     from ..core.loading import loading
     from ..core.validation import parse_noise_resolution
+    from ..reporting.tables import print_table
 
     settings = {"alpha": alpha, "radius": radius, "max_draws": max_draws, "method": method, "seed": seed}
     settings |= {"count_head": count_head, "delta": delta, "denoiser": denoiser}
     settings["noise_resolution"] = parse_noise_resolution(noise_resolution)
+    task = "certified-image-classification"
     with loading(model):
-        pipe = pipeline(
-            "certified-image-classification", model=model, sigma=sigma, batch_size=batch_size, dtype=torch.float32
-        )
+        pipe = pipeline(task, model=model, sigma=sigma, batch_size=batch_size, dtype=torch.float32)
     given = {name: value for name, value in settings.items() if value is not None}
     results = pipe(images, progress=sys.stderr.isatty(), **given)
     if json_lines:
@@ -86,15 +75,6 @@ def certify(
     after = "" if denoiser is None else f", {denoiser} in front of the model"
     deltas = {f", delta = {result['delta']:g} ({result['calibration']})" for result in results if result["delta"]}
     title = f"sigma = {sigma:g}, alpha = {alpha:g}{''.join(sorted(deltas))}, l2 radius in [0, 1] pixels {size}{after}"
-    _print_certificates(title, images, results)
-
-
-def _print_certificates(title: str, images: list[str], results: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-
-    from ..core.certificates import format_radius
-    from ..reporting.tables import print_table
-
     rows = [
         {
             "image": name,
@@ -109,7 +89,7 @@ def _print_certificates(title: str, images: list[str], results: list[dict[str, A
 
 
 @command(app)
-@with_options(RunSettings, ExecutionSettings)
+@options.with_run_options
 def certify_dataset(settings: RunSettings, execution: ExecutionSettings) -> None:
     """
     Certify the images of a dataset: one row per image and sigma in `OUTPUT_DIR/certificates.parquet`.
@@ -128,21 +108,21 @@ def certify_dataset(settings: RunSettings, execution: ExecutionSettings) -> None
 
 @command(app)
 def demo(
-    model: Model = DEMO_MODEL,
+    model: options.Model = DEMO_MODEL,
     output_dir: Annotated[
         Path, typer.Option(help="A new folder for records and pictures, or the folder of a demo to resume.")
     ] = Path("demo"),
-    sigma: Sigma = 0.25,
-    alpha: Alpha = 0.001,
-    max_draws: MaxDraws = 450,
+    sigma: options.Sigma = 0.25,
+    alpha: options.Alpha = 0.001,
+    max_draws: options.MaxDraws = 450,
     count_head: Annotated[
         str | None,
         typer.Option(
             help="A count head, to draw less. By default the one in the folder MODEL-counts, if there is one."
         ),
     ] = None,
-    seed: Seed = 0,
-    batch_size: BatchSize = 128,
+    seed: options.Seed = 0,
+    batch_size: options.BatchSize = 128,
 ) -> None:
     """
     Certify the 200 CIFAR-10 test images that ship with the package, and show the certificates.

@@ -23,8 +23,7 @@ from ..utils.processes import start_processes
 
 DEMO_RADII = [0.0, 0.25, 0.5]
 
-SHOWN_ROWS = 40
-"""Rows of the printed table."""
+SHOWN_ROWS = 40  # of the printed table
 
 
 def find_demo_images() -> str:
@@ -34,13 +33,7 @@ def find_demo_images() -> str:
 
 
 def find_head_beside(model: str, sigma: float) -> str | None:
-    """
-    The count head in the folder `MODEL-counts`; `None` where there is none for this noise level.
-
-    Args:
-        model: folder of the classifier.
-        sigma: noise level, in `[0, 1]` pixels.
-    """
+    """The count head in the folder `MODEL-counts`; `None` where there is none for this noise level."""
     beside = f"{model}-counts"
     if not Path(beside).is_dir():
         return None
@@ -53,18 +46,9 @@ def find_head_beside(model: str, sigma: float) -> str | None:
 
 def run_demo(settings: RunSettings, output_dir: Path, batch_size: int) -> None:
     """
-    Certify the shipped images; write the run, its figures (`demo.json`) and pictures, and print a table.
+    Certify the shipped images at one noise level; write the run, its figures (`demo.json`) and pictures; print a table.
 
-    Args:
-        settings: of the run, at one noise level.
-        output_dir: where to write.
-        batch_size: draws in one forward pass.
-
-    Raises:
-        ImportError: without matplotlib.
-        OSError: for a folder that cannot be written to.
-        ValueError: for a model that cannot be loaded or has other classes, settings out of range, or a folder that holds
-            another run.
+    Raises what [`certify_dataset`] raises, and an `ImportError` without matplotlib.
     """
     started = time.monotonic()
     require_matplotlib()  # before the work
@@ -72,24 +56,17 @@ def run_demo(settings: RunSettings, output_dir: Path, batch_size: int) -> None:
     assert summary is not None  # there is one process
     folder = RunFolder(output_dir)
     run, rows = folder.read_run(), folder.read_records()
-    predictions, radii, labels = ([row[name] for row in rows] for name in ("prediction", "radius", "label"))
+    predictions, radii, labels, guarantees = (
+        [row[name] for row in rows] for name in ("prediction", "radius", "label", "guarantee")
+    )
     title = (
         f"Certified at sigma = {settings.sigmas[0]:g}, alpha = {settings.alpha:g}: no change smaller than r "
         f"({rows[0]['norm']}, [0, 1] pixels) changes the answer"
     )
     pictures, names = load_demo_images(), run["settings"]["label_names"]
-    for file, at_most in (("certificates.png", None), ("certificates-few.png", 30)):
-        picture_of_certificates(
-            lambda index: pictures[index]["image"],
-            predictions,
-            radii,
-            labels,
-            names,
-            title,
-            output_dir / file,
-            at_most=at_most,
-        )
-    guarantees = [row["guarantee"] for row in rows]
+    shown = (lambda index: pictures[index]["image"], predictions, radii, labels, names, title)
+    picture_of_certificates(*shown, output_dir / "certificates.png")
+    picture_of_certificates(*shown, output_dir / "certificates-few.png", at_most=30)
     figures = certified_accuracy(predictions, labels, radii, DEMO_RADII, guarantees=guarantees)
     results = {
         **{name: run[name] for name in ("settings", "command", "versions", "sessions", "num_records")},
@@ -117,9 +94,8 @@ def _print_demo(results: dict[str, Any], rows: list[Record], output_dir: Path) -
         for row in rows[:SHOWN_ROWS]
     ]
     (sigma,), alpha = results["settings"]["sigmas"], results["settings"]["alpha"]
-    print_table(
-        console, f"The first {len(table)} of {len(rows)} pictures (sigma = {sigma:g}, alpha = {alpha:g})", table
-    )
+    title = f"The first {len(table)} of {len(rows)} pictures (sigma = {sigma:g}, alpha = {alpha:g})"
+    print_table(console, title, table)
     console.print(f"Certified accuracy over all {len(rows)} pictures, abstentions counted as wrong [95 % interval]:")
     for row in results["certified_accuracy"]:
         share = f"{format_percent(row['share'])} [{format_interval(row['interval_95'])}]"

@@ -1,7 +1,7 @@
 """The commands that examine models: `calibrate`, `check` and `audit`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -49,8 +49,7 @@ def calibrate(
 def check(
     model: Annotated[str, typer.Argument(help="Image classifier: a name on the Hub or a local folder.")],
     dataset: Annotated[
-        str | None,
-        typer.Option(help="Labelled pictures to look at. Without it, those that ship with the package."),
+        str | None, typer.Option(help="Labelled pictures to look at. Without it, those that ship with the package.")
     ] = None,
     split: Annotated[str, typer.Option(help="Split of the dataset.")] = "test",
     n: Annotated[int, typer.Option(help="Draws per image, for the largest radius.")] = 100_000,
@@ -75,15 +74,10 @@ def check(
     from ..diagnostics.model_check import check_model
     from ..reporting.tables import print_table
 
+    resolution = parse_noise_resolution(noise_resolution)
+    options: dict[str, Any] = {"device": device, "noise_resolution": resolution, "denoiser": denoiser}
     with loading(model):
-        smoothed = SmoothedClassifier.from_pretrained(
-            model,
-            GaussianNoise(0.25),
-            device=device,
-            batch_size=batch_size,
-            noise_resolution=parse_noise_resolution(noise_resolution),
-            denoiser=denoiser,
-        )
+        smoothed = SmoothedClassifier.from_pretrained(model, GaussianNoise(0.25), batch_size=batch_size, **options)
     images = None if dataset is None else LabelledImages(dataset, split=split)
     result = check_model(smoothed, images, n=n, alpha=alpha)
     rows = [

@@ -22,8 +22,20 @@ def match_classes(dataset_names: Sequence[str] | None, model_names: Sequence[str
             it for a label out of range.
     """
     model_keys = [_normalize(name) for name in model_names]
-    indices = _class_indices(dataset_names, model_names, model_keys)
     by_name = {key: index for index, key in enumerate(model_keys) if model_keys.count(key) == 1}
+    indices = list(range(len(model_keys)))
+    names = model_names if dataset_names is None else dataset_names
+    dataset_keys = [_normalize(name) for name in names]
+    model_has_no_names = all(key == f"label{index}" for index, key in enumerate(model_keys))
+    # equal lists may hold a name twice, as ImageNet's do
+    if dataset_keys != model_keys and not (model_has_no_names and len(dataset_keys) == len(model_keys)):
+        unmatched = [name for name, key in zip(names, dataset_keys) if key not in by_name]
+        if unmatched or len(set(dataset_keys)) < len(dataset_keys):
+            raise ValueError(
+                f"The classes of dataset and model do not match{': ' if unmatched else ''}{', '.join(unmatched)}. "
+                f"The dataset has {list(names)}; the model has {list(model_names)}."
+            )
+        indices = [by_name[key] for key in dataset_keys]
 
     def to_class(label: Any) -> int:
         if isinstance(label, str) and dataset_names is None and _normalize(label) in by_name:
@@ -36,27 +48,6 @@ def match_classes(dataset_names: Sequence[str] | None, model_names: Sequence[str
         )
 
     return to_class
-
-
-def _class_indices(
-    dataset_names: Sequence[str] | None, model_names: Sequence[str], model_keys: list[str]
-) -> list[int]:
-    """The class index of the model for each label of the dataset."""
-    by_position = list(range(len(model_keys)))
-    if dataset_names is None:
-        return by_position
-    dataset_keys = [_normalize(name) for name in dataset_names]
-    model_has_no_names = all(key == f"label{index}" for index, key in enumerate(model_keys))
-    # equal lists may hold a name twice, as ImageNet's do
-    if dataset_keys == model_keys or (model_has_no_names and len(dataset_keys) == len(model_keys)):
-        return by_position
-    unmatched = [name for name, key in zip(dataset_names, dataset_keys) if model_keys.count(key) != 1]
-    if unmatched or len(set(dataset_keys)) < len(dataset_keys):
-        raise ValueError(
-            f"The classes of dataset and model do not match{': ' if unmatched else ''}{', '.join(unmatched)}. "
-            f"The dataset has {list(dataset_names)}; the model has {list(model_names)}."
-        )
-    return [model_keys.index(key) for key in dataset_keys]
 
 
 def _normalize(name: str) -> str:

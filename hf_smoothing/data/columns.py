@@ -10,14 +10,7 @@ def find_column(columns: Collection[str], usual_names: Sequence[str], chosen: st
     """
     The column that the user chose, or the one with a usual name.
 
-    Args:
-        columns: columns of the dataset.
-        usual_names: names that such a column usually has.
-        chosen: the user's choice, if any.
-        flag: the flag with which users choose, for the error.
-
-    Raises:
-        ValueError: where there is no such column, or more than one has a usual name; the message lists the columns.
+    Raises a `ValueError` where there is no such column, or several have usual names; it names the `flag` to choose with.
     """
     candidates = [name for name in columns if name in ((chosen,) if chosen is not None else usual_names)]
     if len(candidates) == 1:

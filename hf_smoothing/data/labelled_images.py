@@ -47,8 +47,7 @@ class LabelledImages:
         name: what `load_dataset` takes (a name on the Hub, a local folder), or a Parquet file.
         config_name: configuration of the dataset.
         split: its split.
-        image_column: column of the images; found if it has a usual name.
-        label_column: column of the labels; found if it has a usual name.
+        image_column, label_column: columns of the images and labels; found if they have usual names.
         every: take the images whose index in the split is a multiple of this.
         max_samples: take at most this many images, the first ones.
         spread: with `max_samples`, take a random sample of the split instead, always the same one: splits are often sorted
@@ -99,17 +98,7 @@ class LabelledImages:
             raise ValueError(f"The split {split!r} of {name!r} is empty.")
 
     def bind(self, class_names: Sequence[str], preprocessing: Preprocessing | None) -> "ModelInputs":
-        """
-        The images as inputs of a model.
-
-        Args:
-            class_names: names of the model's classes in the order of its logits.
-            preprocessing: the model's, from a picture to pixels.
-
-        Raises:
-            ValueError: for classes that do not match, or a label outside them. The labels of a stream are checked as they
-                are read.
-        """
+        """The images as inputs of a model, see [`ModelInputs`]."""
         return ModelInputs(self, class_names, preprocessing)
 
     def rows(self) -> Iterator[tuple[int, Callable[[], Row]]]:
@@ -123,11 +112,8 @@ class LabelledImages:
 
     def picture(self, row: Row) -> Image.Image:
         """
-        A row's image, in RGB.
-
-        Raises:
-            ValueError: where there is no image, or its content is not a picture: trying again would not help.
-            OSError: where its file cannot be read, as when a disk is not mounted: trying again may help.
+        A row's image, in RGB. Raises a `ValueError` where there is none, or its content is not a picture; an `OSError`
+        where its file cannot be read, as when a disk is not mounted: trying again may help.
         """
         image = row[self.image_column]
         if image is None:
@@ -137,14 +123,16 @@ class LabelledImages:
 
 class ModelInputs:
     """
-    Images of a dataset as inputs of a model, from [`LabelledImages.bind`]: `pixels, label = inputs[index]`.
-
-    Iterating gives the pixels and the label of each chosen image, in order.
+    Images of a dataset as inputs of a model: `pixels, label = inputs[index]`, and the same of each image on iteration.
 
     Args:
         images: the images.
         class_names: names of the model's classes in the order of its logits.
-        preprocessing: from a picture to pixels.
+        preprocessing: the model's, from a picture to pixels.
+
+    Raises:
+        ValueError: for classes that do not match, or a label outside them. The labels of a stream are checked as they are
+            read.
     """
 
     def __init__(self, images: LabelledImages, class_names: Sequence[str], preprocessing: Preprocessing | None):
@@ -166,37 +154,20 @@ class ModelInputs:
             yield self.pixels(row), self.label(index, row)
 
     def label(self, index: int | str, row: Row) -> int:
-        """
-        The class of a row.
-
-        Args:
-            index: names the image in the error.
-            row: the row.
-
-        Raises:
-            ValueError: for a label outside the classes.
-        """
+        """The class of a row. Raises a `ValueError` that names `index` for a label outside the classes."""
         try:
             return self._to_class(row[self.images.label_column])
         except ValueError as error:
             raise ValueError(f"Image {index}: {error}") from None
 
     def pixels(self, row: Row) -> torch.Tensor:
-        """
-        The pixels of a row's image before the noise, see [`to_pixels`]: `(channels, height, width)` in `[0, 1]`.
-
-        Raises:
-            ValueError: where there is no image, or its content is not a picture.
-            OSError: where its file cannot be read.
-        """
+        """The pixels of a row's [`LabelledImages.picture`] before the noise: `(channels, height, width)` in `[0, 1]`."""
         return to_pixels(self.images.picture(row), self.preprocessing)
 
 
 def _read(path: str) -> bytes:
     try:
-        if "://" in path:  # a stream from elsewhere
-            with fsspec.open(path, "rb") as file:
-                return file.read()
-        return Path(path).read_bytes()
+        with fsspec.open(path, "rb") as file:
+            return file.read()
     except Exception as error:  # each protocol of fsspec has errors of its own
         raise OSError(f"The file {path!r} of the dataset cannot be read: {error}.") from error

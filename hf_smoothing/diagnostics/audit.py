@@ -11,13 +11,11 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..core.loading import loading
 from ..core.noise import GaussianNoise
 from ..core.smoothing import SmoothedClassifier
 from ..core.validation import check_count
 from ..data.labelled_images import ModelInputs
-from ..runs.dataset_run import DTYPES
-from ..runs.identity import describe_classifier, open_images
+from ..runs.identity import describe_classifier, load_classifier, open_images
 from ..runs.run_folder import RunFolder
 from ..utils.files import write_json
 from ..utils.provenance import command_line, package_versions
@@ -174,23 +172,12 @@ def _resize(pixels: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 def _load_classifier(run: Row, device: str, batch_size: int) -> SmoothedClassifier:
     """The classifier of a run, checked to be the one that was certified."""
-    name = run["model_name_or_path"]
-    kwargs = {option: run[option] for option in ("revision", "attn_implementation") if run.get(option) is not None}
-    with loading(name):
-        smoothed = SmoothedClassifier.from_pretrained(
-            name,
-            GaussianNoise(run["sigmas"][0]),
-            batch_size=batch_size,
-            device=device,
-            autocast=DTYPES[run["dtype"]],
-            noise_resolution=run.get("noise_resolution", "input"),
-            denoiser=run.get("denoiser"),
-            **kwargs,
-        )
+    smoothed = load_classifier({**run, "count_head": None}, device, batch_size)
     description = json.loads(json.dumps(describe_classifier(smoothed)))
     if differing := sorted(key for key, value in description.items() if key in run and run[key] != value):
         raise ValueError(
-            f"The model {name!r} is not the one that was certified: it has another {', '.join(differing)}."
+            f"The model {run['model_name_or_path']!r} is not the one that was certified: it has another "
+            f"{', '.join(differing)}."
         )
     return smoothed
 

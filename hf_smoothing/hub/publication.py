@@ -97,7 +97,7 @@ def publication_of(folder: str | Path) -> Publication:
         )
     run_folder = RunFolder(folder)
     run_folder.read_settings()
-    run_folder.check_table()
+    run_folder.read_records(["index"])  # raises where the table is not Parquet
     return _publication(folder, "dataset", _RUN_FILES, run_folder.read_run())
 
 

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from ..core.count_predictor import CountPredictor
-from ..core.loading import weights_digest
+from ..core.loading import loading, weights_digest
 from ..core.noise import GaussianNoise
 from ..core.smoothing import SmoothedClassifier
 from ..core.surrogate_rule import SurrogateRule
@@ -17,29 +17,31 @@ from ..utils.provenance import command_line, package_versions
 from .records import Record
 from .settings import RunSettings
 
+DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
+"""Types of the forward passes by name, as `SmoothedClassifier` takes them: float32 weights, with autocast or without."""
 
-def open_images(settings: Record) -> LabelledImages:
-    """
-    The images of a run.
 
-    Args:
-        settings: the run's, from its `run.json`.
-
-    Raises:
-        ValueError: where they cannot be loaded, or have changed since the run.
-    """
-    images = LabelledImages(
-        settings["dataset_name"],
-        config_name=settings["dataset_config_name"],
-        split=settings["split"],
-        image_column=settings["image_column"],
-        label_column=settings["label_column"],
-    )
-    if settings["dataset_fingerprint"] not in (None, images.fingerprint):
-        raise ValueError(
-            f"{settings['dataset_name']!r} is not what the run certified: its files were changed, copied or touched since."
-        )
+def open_images(settings: Record, streaming: bool = False) -> LabelledImages:
+    """The images of a run. Raises a `ValueError` where they cannot be loaded, or have changed since the run."""
+    names = ("split", "image_column", "label_column", "every", "max_samples")
+    options = {option: settings[option] for option in names}
+    name, config_name = settings["dataset_name"], settings["dataset_config_name"]
+    images = LabelledImages(name, config_name=config_name, streaming=streaming, **options)
+    if settings.get("dataset_fingerprint") not in (None, images.fingerprint):
+        raise ValueError(f"{name!r} is not what the run certified: its files were changed, copied or touched since.")
     return images
+
+
+def load_classifier(settings: Record, device: torch.device | str, batch_size: int) -> SmoothedClassifier:
+    """The smoothed classifier of a run, at its first noise level. Raises a `ValueError` where it cannot be loaded."""
+    names = ("count_head", "noise_resolution", "denoiser", "revision", "attn_implementation")
+    options = {option: settings[option] for option in names if settings.get(option) is not None}
+    name, noise = settings["model_name_or_path"], GaussianNoise(settings["sigmas"][0])
+    autocast = DTYPES[settings["dtype"]]
+    with loading(name):
+        return SmoothedClassifier.from_pretrained(
+            name, noise, batch_size=batch_size, device=device, autocast=autocast, **options
+        )
 
 
 def describe_classifier(smoothed: SmoothedClassifier) -> Record:

@@ -4,6 +4,7 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,23 +53,9 @@ SCHEMA = pa.schema(
 
 
 def record(index: int, label: int, names: Sequence[str], certificate: Certificate) -> Record:
-    """
-    The flat record of a certified image, without the time it took.
-
-    Args:
-        index: position of the image in its split.
-        label: the true class.
-        names: the classes' names.
-        certificate: its certificate; where it abstains, `prediction_name` is null.
-    """
-    return {
-        **dict.fromkeys(SCHEMA.names),
-        **certificate.to_dict(),
-        "index": index,
-        "label": label,
-        "label_name": names[label],
-        "prediction_name": None if certificate.abstains else names[certificate.prediction],
-    }
+    """The record of a certified image, without the seconds; where it abstains, `prediction_name` is null."""
+    prediction_name = None if certificate.abstains else names[certificate.prediction]
+    return {**_image_record(index, label, names), **certificate.to_dict(), "prediction_name": prediction_name}
 
 
 def error_record(
@@ -77,21 +64,9 @@ def error_record(
     """
     The record of an image that could not be certified, and counts as wrong. It has no draws (`num_samples` is 0), and null
     for everything that draws would tell.
-
-    Args:
-        index: position of the image in its split.
-        label: the true class.
-        names: the classes' names.
-        smoothed: the classifier that would have been certified.
-        rule: the rule that would have sampled it.
-        seed: seed of the noise.
-        error: what is wrong with the image.
     """
     return {
-        **dict.fromkeys(SCHEMA.names),
-        "index": index,
-        "label": label,
-        "label_name": names[label],
+        **_image_record(index, label, names),
         "method": rule.method,
         "sigma": smoothed.noise.sigma,
         "alpha": rule.alpha,
@@ -105,6 +80,10 @@ def error_record(
         "denoiser": smoothed.base_classifier.denoiser_name,
         "error": error,
     }
+
+
+def _image_record(index: int, label: int, names: Sequence[str]) -> Record:
+    return {**dict.fromkeys(SCHEMA.names), "index": index, "label": label, "label_name": names[label]}
 
 
 class ShardWriter:
@@ -157,59 +136,37 @@ def shards_in(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.jsonl"))
 
 
-def count_records(folder: Path) -> int:
-    """How many records the shards of a run hold, without a line that is being written."""
-    return sum(shard.read_bytes().count(b"\n") for shard in shards_in(folder))
-
-
-def repair(shard: Path) -> int:
-    """
-    Drop a last line that a killed process or a full disk cut off.
-
-    Returns:
-        The number of bytes dropped.
-
-    Raises:
-        ValueError: where another process is writing to the shard.
-    """
+def repair(shard: Path) -> None:
+    """Drop last lines that a killed process, a full disk or a power cut left incomplete. Errors: see [`ShardWriter`]."""
     lock = _lock(shard)
     try:
-        content = shard.read_bytes()
-        end = len(content)
-        while end:
-            start = content.rfind(b"\n", 0, end - 1) + 1
-            if _is_record(content[start:end]):
-                break
-            end = start
-        if end < len(content):
-            os.truncate(shard, end)  # atomic
-        return len(content) - end
+        lines = shard.read_bytes().splitlines(keepends=True)
+        while lines and _parse(lines[-1]) is None:
+            lines.pop()
+        os.truncate(shard, sum(map(len, lines)))  # atomic
     finally:
         lock.release()
 
 
-def _is_record(line: bytes) -> bool:
-    try:
-        return line.endswith(b"\n") and isinstance(json.loads(line), dict)
-    except ValueError:
-        return False
+def _parse(line: bytes) -> Record | None:
+    """The record in a line; `None` where the line is incomplete."""
+    with suppress(ValueError):
+        row = json.loads(line)
+        if isinstance(row, dict) and line.endswith(b"\n"):
+            return row
+    return None
 
 
 def read_shards(folder: Path) -> Iterator[Record]:
-    """
-    The records of all shards.
-
-    Raises:
-        ValueError: for a line that is not a record; the message names it.
-    """
+    """The records of all shards. Raises a `ValueError` for a line that is not a record."""
     for shard in shards_in(folder):
         with shard.open("rb") as file:
             for number, line in enumerate(file, 1):
-                if not _is_record(line):
+                if (row := _parse(line)) is None:
                     raise ValueError(
                         f"{shard}, line {number}, is not a record: delete the line to certify its image again."
                     )
-                yield json.loads(line)
+                yield row
 
 
 def is_right(row: Record, radius: float) -> bool:

@@ -3,8 +3,8 @@
 import hashlib
 import json
 import uuid
-from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,7 +13,7 @@ from tempfile import TemporaryFile
 import pyarrow.parquet as pq
 
 from ..utils.files import read_json, write_json
-from .records import Record, ShardWriter, count_records, is_right, read_shards, repair, shards_in, write_parquet
+from .records import Record, ShardWriter, is_right, read_shards, repair, shards_in, write_parquet
 
 Pair = tuple[float, int]
 """What a record is about: sigma, and the index of the image in its split."""
@@ -21,7 +21,7 @@ Pair = tuple[float, int]
 
 @dataclass(frozen=True)
 class RunSummary:
-    """How a run ended; as text, what a user wants to read."""
+    """How a run ended; as text, what a user wants to read. An error is the sigma, the index and what is wrong."""
 
     path: Path
     num_records: int
@@ -47,14 +47,12 @@ class RunState:
     Attributes:
         start: a name for this start of the run.
         image_shape: the shape that all images must have; `None` where no image can be read.
-        finished: sigma and index of each image that has a record.
-        before: for each sigma, how many records there are, and how many of them are right.
+        finished: the images that have a record, and whether it is right.
     """
 
     start: str
     image_shape: tuple[int, ...] | None
-    finished: frozenset[Pair]
-    before: dict[float, tuple[int, int]]
+    finished: dict[Pair, bool]
 
 
 class RunFolder:
@@ -74,21 +72,11 @@ class RunFolder:
         self.shards = self.path / "shards"
 
     def read_run(self) -> Record:
-        """
-        The content of `run.json`: `settings`, `sessions`, `command`, `versions`, ...; empty where there is no such file.
-
-        Raises:
-            ValueError: where the file is no JSON object.
-        """
+        """The content of `run.json`, empty where there is none. Raises a `ValueError` where that is no JSON object."""
         return read_json(self.file) if self.file.is_file() else {}
 
     def read_settings(self) -> Record:
-        """
-        The settings of a finished run.
-
-        Raises:
-            ValueError: where the run is not finished.
-        """
+        """The settings of a finished run. Raises a `ValueError` where the run is not finished."""
         run = self.read_run()
         if "settings" not in run or not self.table.is_file() or run.get("finished", True) is None:
             raise ValueError(
@@ -99,14 +87,8 @@ class RunFolder:
 
     def read_records(self, columns: Sequence[str] | None = None) -> list[Record]:
         """
-        The records of a finished run, by sigma and index.
-
-        Args:
-            columns: read only these; by default all of them.
-
-        Raises:
-            FileNotFoundError: where there is no table.
-            ValueError: where the table is not Parquet.
+        The records of a finished run, by sigma and index; of all columns or of those named. Raises a `FileNotFoundError`
+        where there is no table, a `ValueError` where it is not Parquet.
         """
         if not self.table.is_file():
             raise FileNotFoundError(f"{str(self.path)!r} has no {self.table.name}: is the run finished?")
@@ -115,34 +97,20 @@ class RunFolder:
         except (OSError, ValueError) as error:  # pyarrow's errors are among them
             raise ValueError(f"{self.table} cannot be read as Parquet: {error}.") from error
 
-    def check_table(self) -> None:
-        """Raise a `ValueError` where the table is not Parquet."""
-        try:
-            pq.read_schema(self.table)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{self.table} cannot be read as Parquet: {error}.") from error
-
     def table_digest(self) -> str:
         """The SHA-256 of the table."""
         return hashlib.sha256(self.table.read_bytes()).hexdigest()
 
     def check(self, resume: bool) -> None:
         """
-        Check all that can be checked before dataset and model are loaded. Leaves nothing in the folder.
-
-        Args:
-            resume: whether the folder may hold a run.
-
-        Raises:
-            OSError: where the folder cannot be written to.
-            ValueError: for a file, a folder with a run if it may not hold one, a damaged `run.json`.
+        Check all that can be checked before dataset and model are loaded. Leaves nothing in the folder. Raises an `OSError`
+        where it cannot be written to, a `ValueError` for a file, a run unless `resume`, a damaged `run.json`.
         """
         if self.path.is_file():
             raise ValueError(f"output_dir={str(self.path)!r} is a file: choose a folder.")
         shards = self.shards.absolute()
         try:
-            with TemporaryFile(dir=next(folder for folder in (shards, *shards.parents) if folder.exists())):
-                pass
+            TemporaryFile(dir=next(folder for folder in (shards, *shards.parents) if folder.exists())).close()
         except OSError as error:
             raise OSError(f"output_dir={str(self.path)!r} cannot be written to: {error.strerror}.") from error
         if self._read_started() is not None and not resume:
@@ -170,39 +138,25 @@ class RunFolder:
                 f"{self.shards} holds records, but there is no {self.file} that describes them: choose another folder."
             )
         else:
-            run = {
-                "settings": settings,
-                "image_shape": find_shape(),
-                "command": session["command"],
-                "sessions": [],
-            }
+            run = {"settings": settings, "image_shape": find_shape(), "command": session["command"], "sessions": []}
         for shard in shards_in(self.shards):
             repair(shard)
-        session["num_before"] = count_records(self.shards)
-        for last in run["sessions"][-1:]:
-            if "num_new" not in last:  # it was interrupted; sessions of older versions have no num_before
-                last["num_new"] = max(session["num_before"] - last.get("num_before", 0), 0)
-        run["sessions"].append(session)
-        run |= {"versions": _merge_versions(run["sessions"]), "finished": None}
-        write_json(run, self.file)
         radius = min(settings["radii"] or (0.0,))
         finished = {(row["sigma"], row["index"]): is_right(row, radius) for row in read_shards(self.shards)}
-        done = Counter(sigma for sigma, _ in finished)
-        right = Counter(sigma for (sigma, _), counts in finished.items() if counts)
-        return RunState(
-            start=uuid.uuid4().hex,
-            image_shape=run["image_shape"] and tuple(run["image_shape"]),
-            finished=frozenset(finished),
-            before={sigma: (done[sigma], right[sigma]) for sigma in done},
-        )
+        for interrupted in run["sessions"][-1:]:
+            interrupted.setdefault("num_new", max(len(finished) - interrupted["num_before"], 0))
+        run["sessions"].append({**session, "num_before": len(finished)})
+        write_json({**run, "versions": _merge_versions(run["sessions"]), "finished": None}, self.file)
+        shape = run["image_shape"]
+        return RunState(uuid.uuid4().hex, shape and tuple(shape), finished)
 
     def open_shard(self, rank: int) -> ShardWriter:
         """The writer of the shard of one process."""
         return ShardWriter(self.shards / f"records-rank{rank:05d}.jsonl")
 
     def count_records(self) -> int:
-        """How many records the shards hold."""
-        return count_records(self.shards)
+        """How many records the shards hold, without a line that is being written."""
+        return sum(shard.read_bytes().count(b"\n") for shard in shards_in(self.shards))
 
     def finish(self, num_before: int, expected: int | None) -> RunSummary:
         """
@@ -210,20 +164,18 @@ class RunFolder:
 
         Args:
             num_before: records that were there at the start.
-            expected: records that there must be, if that is known.
-
-        Raises:
-            RuntimeError: where records are missing.
+            expected: records that there must be, if that is known. A `RuntimeError` says that some are missing.
         """
         rows = {(row["sigma"], row["index"]): row for row in read_shards(self.shards)}
-        if expected is not None and len(rows) != expected:
+        if expected not in (None, len(rows)):
             raise RuntimeError(
                 f"{len(rows)} records of {expected} are there: run the same command again to certify the rest."
             )
         write_parquet(rows.values(), self.table)
         errors = tuple((sigma, index, row["error"]) for (sigma, index), row in sorted(rows.items()) if row["error"])
+        num_new = len(rows) - num_before
         run = self.read_run()
-        run["sessions"][-1]["num_new"] = len(rows) - num_before
+        run["sessions"][-1]["num_new"] = num_new
         run |= {
             "versions": _merge_versions(run["sessions"]),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -232,44 +184,41 @@ class RunFolder:
             "process_seconds": sum(row["seconds"] for row in rows.values()),
         }
         write_json(run, self.file)
-        return RunSummary(self.table, len(rows), len(rows) - num_before, errors)
+        return RunSummary(self.table, len(rows), num_new, errors)
 
     def _read_started(self) -> Record | None:
         """The content of `run.json` if there is one, checked for what resuming needs."""
         if not self.file.exists():
             return None
-        try:
+        with suppress(KeyError, ValueError):
             run = self.read_run()
-            intact = isinstance(run["settings"], dict) and isinstance(run["sessions"], list) and "image_shape" in run
-        except (KeyError, ValueError):
-            intact = False
-        if not intact:
-            raise ValueError(
-                f"{self.file} is damaged, and without it the records beside it mean nothing: restore it from a copy, or "
-                "choose another folder."
-            )
-        return run
+            if isinstance(run["settings"], dict) and isinstance(run["sessions"], list) and "image_shape" in run:
+                return run
+        raise ValueError(
+            f"{self.file} is damaged, and without it the records beside it mean nothing: restore it from a copy, or "
+            "choose another folder."
+        )
 
 
 def _merge_versions(sessions: list[Record]) -> dict[str, str]:
     """The versions that the records were made with, all of them where sessions differ; a session in progress counts."""
-    versions: dict[str, list[str]] = {}
+    versions: dict[str, dict[str, None]] = {}  # dicts as ordered sets
     for session in sessions:
         if session.get("num_new") != 0:
             for package, version in session["versions"].items():
-                if version not in versions.setdefault(package, []):
-                    versions[package].append(version)
+                versions.setdefault(package, {})[version] = None
     return {package: " and ".join(several) for package, several in versions.items()}
 
 
 def _refuse_other_settings(before: Record, now: Record, folder: Path) -> None:
+    compared = {**before, **now}
     # only one of a stream and a stored dataset has a fingerprint: nothing to compare
-    has_both = None not in (before.get("dataset_fingerprint"), now.get("dataset_fingerprint"))
-    compared = {**before, **now}.keys() - (set() if has_both else {"dataset_fingerprint"})
+    if None in (before.get("dataset_fingerprint"), now.get("dataset_fingerprint")):
+        compared.pop("dataset_fingerprint", None)
     differing = {
         name: f"{name}: {before.get(name)!r} -> {now.get(name)!r}"
-        for name in {**before, **now}
-        if name in compared and before.get(name) != now.get(name)
+        for name in compared
+        if before.get(name) != now.get(name)
     }
     if "dataset_fingerprint" in differing and not {"dataset_name", "dataset_config_name", "split"} & differing.keys():
         differing["dataset_fingerprint"] += " (the dataset's files were changed, copied or touched since)"

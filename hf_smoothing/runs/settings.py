@@ -2,6 +2,7 @@
 
 # ruff: noqa: RUF009 (_option makes a dataclass field)
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -115,18 +116,16 @@ class RunSettings:
         """
         from ..core.noise import GaussianNoise
 
-        noise = GaussianNoise(sigma)
-        radii = None if self.radii is None else tuple(self.radii)
+        noise, radii = GaussianNoise(sigma), self.radii
         reachable = None if radii is None else tuple(radius for radius in radii if self._can_show(radius, noise))
         rule = self._make_rule(reachable or radii)
         rule.check(noise)
         return rule, reachable
 
-    def _make_rule(self, radii: tuple[float, ...] | None) -> "Rule":
+    def _make_rule(self, radii: Sequence[float] | None) -> "Rule":
         from ..core.rules import make_rule
 
-        names = ("max_draws", "alpha", "n0", "n", "tolerance", "delta")
-        options = {name: getattr(self, name) for name in names}
+        options = {name: getattr(self, name) for name in ("max_draws", "alpha", "n0", "n", "tolerance", "delta")}
         return make_rule(self.method, radii=radii, calibration=self._calibration, **options)
 
     @cached_property
@@ -136,9 +135,8 @@ class RunSettings:
         return read_calibration(self.count_head) if self.count_head and self.delta is not None else None
 
     def _can_show(self, radius: float, noise: "GaussianNoise") -> bool:
-        rule = self._make_rule((radius,))
         try:
-            rule.check(noise)
+            self._make_rule((radius,)).check(noise)
         except ValueError:
             return False
         return True

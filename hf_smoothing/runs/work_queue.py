@@ -17,8 +17,7 @@ REFRESH_SECONDS = 0.5
 
 class WorkQueue:
     """
-    The work queue of a run: distributes images across its processes and aggregates their progress through the store of
-    their process group.
+    The work queue of a run.
 
     Args:
         accelerator: the processes.
@@ -39,7 +38,7 @@ class WorkQueue:
         Take items of the work at one sigma, one at a time, until none is left.
 
         All processes walk through the same items in the same order; each takes the one whose turn the shared counter gives
-        it. Asking the counter costs far less than certifying an image, and no process holds work that another could start.
+        it. Asking the counter costs far less than certifying an image.
         """
         turn = self.store.add(f"turn {sigma}", 1) - 1
         for position, item in enumerate(work):
@@ -60,7 +59,7 @@ class WorkQueue:
         self.sent = time.monotonic()
 
     def total(self, name: str) -> int:
-        """The sum over all processes of what was counted under a name."""
+        """The sum over all processes of the counts `images SIGMA`, `right SIGMA` or `draws`."""
         return self.store.add(name, 0)
 
     def finish(self) -> None:
@@ -74,12 +73,7 @@ class WorkQueue:
             self.store.set("failure", f"{type(error).__name__}: {error}")
 
     def all_finished(self) -> bool:
-        """
-        Whether every process has finished.
-
-        Raises:
-            RuntimeError: where a process has failed.
-        """
+        """Whether every process has finished. Raises a `RuntimeError` where one has failed."""
         if self.store.check(["failure"]):
             raise RuntimeError(
                 f"Another process failed ({self.store.get('failure').decode()}). Run the same command again to resume."

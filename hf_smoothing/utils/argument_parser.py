@@ -20,13 +20,7 @@ class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpF
 
 
 def argument_parser(settings: tuple[Any, ...], description: str | None) -> HfArgumentParser:
-    """
-    A parser of dataclasses.
-
-    Args:
-        settings: the dataclasses. Each field becomes a flag.
-        description: what the script does, with examples; shown as it is.
-    """
+    """A parser of dataclasses, whose fields become flags. The description is shown as it is."""
     return HfArgumentParser(settings, description=description, formatter_class=_Help)  # type: ignore[arg-type]
 
 

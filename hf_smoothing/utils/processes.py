@@ -12,12 +12,7 @@ Result = TypeVar("Result")
 
 
 def start_processes(**options: Any) -> Accelerator:
-    """
-    The processes that `accelerate launch` or `torchrun` started; one where neither did.
-
-    Args:
-        options: further ones of `Accelerator`.
-    """
+    """The processes that `accelerate launch` or `torchrun` started, else one. Takes options of `Accelerator`."""
     return Accelerator(
         # without this, accelerate takes each of several processes on CPUs for the only one
         cpu=not torch.accelerator.is_available(),
@@ -34,13 +29,13 @@ def on_main_first(accelerator: Accelerator, call: Callable[[], Result]) -> Resul
     Raises:
         OSError, ValueError: on all processes, where the function raises it.
     """
-    box: list[Any] = [None]
+    results: list[Any] = [None]
     if accelerator.is_main_process:
         try:
-            box = [call()]
+            results = [call()]
         except (OSError, ValueError) as error:
-            box = [error]
-    broadcast_object_list(box)
-    if isinstance(box[0], Exception):
-        raise box[0]
-    return box[0]
+            results = [error]
+    broadcast_object_list(results)
+    if isinstance(results[0], Exception):
+        raise results[0]
+    return results[0]

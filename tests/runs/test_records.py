@@ -46,7 +46,7 @@ def test_shards_become_one_table(tmp_path):
 def test_a_broken_line_in_the_middle_is_named(tmp_path):
     shard = tmp_path / "records-rank0.jsonl"
     shard.write_text('{"a": 1}\n{"a"\n{"a": 3}\n')
-    assert repair(shard) == 0
+    repair(shard)
     with pytest.raises(ValueError, match=r"records-rank0\.jsonl, line 2, is not a record"):
         list(read_shards(tmp_path))
 
@@ -66,7 +66,7 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path):
 def test_a_torn_line_is_dropped(tmp_path, torn, left):
     shard = tmp_path / "records-rank00000.jsonl"
     shard.write_bytes(torn)
-    assert repair(shard) == len(torn) - len(left)
+    repair(shard)
     assert shard.read_bytes() == left
 
 
