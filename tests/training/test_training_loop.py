@@ -356,10 +356,10 @@ def test_pretrain_kill_resume_and_finetune_with_two_processes(processes, tmp_pat
     assert model.config.id2label[6] == "frog"
 
 
-def test_the_two_minutes_of_the_readme(tmp_path):
-    """The command as it is written there, from the root of the repository."""
-    readme = (ROOT / "README.md").read_text()
-    (command,) = re.findall(r"accelerate launch (scripts/finetune\.py (?:.*\\\n)*.* runs/tiny)\n", readme)
+def test_the_short_training_of_the_guide(tmp_path):
+    """The command as it is written there, from the root of the repository, by a real `accelerate launch`."""
+    guide = (ROOT / "scripts" / "README.md").read_text()
+    (command,) = re.findall(r"accelerate launch (scripts/finetune\.py (?:.*\\\n)*.* runs/tiny)\n", guide)
     words = shlex.split(command.replace("\\\n", " ").replace("runs/tiny", str(tmp_path / "tiny")))
     launch = [sys.executable, "-m", "accelerate.commands.launch", *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
