@@ -26,6 +26,8 @@ def datasets_cache(tmp_path_factory) -> Path:
     """A cache for what the tests load with `load_dataset`: nobody needs it later."""
     folder = tmp_path_factory.mktemp("datasets")
     datasets.config.HF_DATASETS_CACHE = folder
+    # seconds to wait for the threads of a stream; those of tiny files end at once
+    datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.5
     os.environ["HF_DATASETS_CACHE"] = str(folder)  # of the processes that tests start
     return folder
 

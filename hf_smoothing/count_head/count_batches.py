@@ -29,7 +29,7 @@ def group_counts_by_image(counts: MeasuredCounts) -> tuple[np.ndarray, torch.Ten
 
 def subsample_counts(counts: torch.Tensor, max_draws: int, generator: np.random.Generator) -> torch.Tensor:
     """
-    Keep some of the draws behind each row of counts, at random: distributed as if no more draws had been made.
+    Keep a random choice of the draws of each row of counts: distributed as if no more draws had been made.
 
     Args:
         counts: `(..., classes)`, whole numbers.
@@ -51,7 +51,7 @@ class CountBatches:
         batch_size: images per batch.
         seed: seed of the order.
         process_index, num_processes: this process, and the number of processes.
-        max_draws: draws per image and noise level; of more draws a random choice is kept, another one in each epoch.
+        max_draws: draws per image and noise level; with more draws, each epoch keeps another random choice.
 
     Raises:
         ValueError: for fewer images than one batch takes.

@@ -1,10 +1,11 @@
-"""Measure the training loop on this machine: its speed over that of a bare loop on the same model and batches.
+"""Benchmark the training loop: its speed relative to a bare loop with the same model and batch size.
 
+Example:
     python scripts/benchmarks/training.py --output training-speed.json
 
-The bare loop does forward, backward, clipping and the optimizer's step on one batch that is at hand; the rest is what
-reading, augmenting, noise, seeding and logging cost. Images are the 200 that ship with the package, as often as it takes
-for no epoch to end in a measurement.
+The bare loop computes forward and backward passes, clips gradients and updates weights, always on the same batch. The
+difference is the cost of reading, augmentation, noise, seeds and logging. The images are the 200 that ship with the package,
+repeated so often that no epoch ends during a measurement.
 """
 
 import argparse
@@ -34,15 +35,18 @@ BATCH_SIZE = 128
 ARCHITECTURE = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "patch_size": 4}
 
 
-def build(names: list[str], args: argparse.Namespace) -> MixedNoiseViTForImageClassification:
+def build_model(class_names: list[str], args: argparse.Namespace) -> MixedNoiseViTForImageClassification:
     torch.manual_seed(0)
     architecture = {name: getattr(args, name) for name in ARCHITECTURE}
-    labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+    labels = {
+        "id2label": dict(enumerate(class_names)),
+        "label2id": {name: index for index, name in enumerate(class_names)},
+    }
     return MixedNoiseViTForImageClassification(MixedNoiseViTConfig(**architecture, **labels))
 
 
-def bare_seconds(model: nn.Module, device: torch.device) -> float:
-    """Time of some updates on one batch."""
+def time_bare_loop(model: nn.Module, device: torch.device) -> float:
+    """Seconds of the updates on one batch."""
     model = model.to(device=device).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(group_parameters(model, 1.5e-3, 0.05, 1.0))
     pixels = torch.rand(BATCH_SIZE, 3, 32, 32, device=device)
@@ -60,8 +64,8 @@ def bare_seconds(model: nn.Module, device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def loop_seconds(images_file: Path, args: argparse.Namespace) -> float:
-    """Time of as many updates in the training loop, by the difference of a long and a short training."""
+def time_training_loop(images_file: Path, args: argparse.Namespace) -> float:
+    """Seconds of as many updates in the training loop: the difference of a long and a short training."""
     seconds = []
     for length in (1, STEPS + 1):
         with tempfile.TemporaryDirectory() as folder:
@@ -70,7 +74,7 @@ def loop_seconds(images_file: Path, args: argparse.Namespace) -> float:
             settings = TrainingSettings(
                 folder, max_train_steps=length, per_device_train_batch_size=BATCH_SIZE, checkpointing_steps="1000000"
             )
-            model, accelerator = build(find_class_names(images), args), settings.create_accelerator()
+            model, accelerator = build_model(find_class_names(images), args), settings.create_accelerator()
             results = train_classifier(model, images, image_settings, settings, EvaluationSettings(), accelerator)
             seconds.append(results["seconds"])
     return seconds[1] - seconds[0]
@@ -81,7 +85,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15, help="measurements; their median is reported (default: 15)")
     for name, default in ARCHITECTURE.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"of the model (default: {default})")
-    parser.add_argument("--output", type=Path, help="write the figures to this file")
+    parser.add_argument("--output", type=Path, help="write the results to this JSON file")
     args = parser.parse_args()
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     ratios, speeds = [], []
@@ -90,19 +94,19 @@ def main() -> None:
         demo = load_demo_images()
         copies = [demo] * math.ceil((STEPS + 2) * BATCH_SIZE / len(demo))
         concatenate_datasets(copies).to_parquet(images_file)
-        names = demo.features["label"].names
-        sides = {
-            "bare": lambda: bare_seconds(build(names, args), device),
-            "loop": lambda: loop_seconds(images_file, args),
+        class_names = demo.features["label"].names
+        loops = {
+            "bare": lambda: time_bare_loop(build_model(class_names, args), device),
+            "loop": lambda: time_training_loop(images_file, args),
         }
         for repeat in range(args.repeats):
-            # in turn, and the first one in turn: a slow moment of the machine must not fall on one side alone
-            order = list(sides) if repeat % 2 else list(sides)[::-1]
-            seconds = {side: sides[side]() for side in order}
+            # alternate their order, so that a slow moment of the machine affects both
+            order = list(loops) if repeat % 2 else list(loops)[::-1]
+            seconds = {name: loops[name]() for name in order}
             ratios.append(seconds["bare"] / seconds["loop"])
             speeds.append(STEPS * BATCH_SIZE / seconds["loop"])
-    of_median: Any = quantile_test(ratios, p=0.5)
-    low, high = of_median.confidence_interval(0.95)
+    median_test: Any = quantile_test(ratios, p=0.5)
+    low, high = median_test.confidence_interval(0.95)
     results = {
         "command": command_line(),
         "images_per_second": statistics.median(speeds),
@@ -111,7 +115,7 @@ def main() -> None:
         "ratios": ratios,
         "device": str(device),
         "num_threads": torch.get_num_threads(),
-        "parameters": sum(parameter.numel() for parameter in build(names, args).parameters()),
+        "parameters": sum(parameter.numel() for parameter in build_model(class_names, args).parameters()),
         "versions": package_versions(),
     }
     print(

@@ -134,7 +134,7 @@ def test_the_engine_claims_what_is_counted_here(bias, radii):
 def test_what_more_draws_can_be_expected_to_certify():
     """Beside what they do certify, of images whose frequencies are known."""
     generator = np.random.default_rng(3)
-    frequencies = generator.dirichlet([3.0, 1.0, 0.5], 3000)
+    frequencies = generator.dirichlet([3.0, 1.0, 0.5], 1500)
     few = np.array([generator.multinomial(200, one) for one in frequencies])
     labels = frequencies.argmax(1)
     bounds = clopper_pearson_lower(few.max(1), 200, ALPHA)
@@ -147,6 +147,6 @@ def test_what_more_draws_can_be_expected_to_certify():
         # the posterior's prior is not that of these images: a point more than chance
         assert abs(row["share"] - measured) < 3 * row["deviation"] + 0.01
         assert abs(claimed["share"] - measured) < 0.02  # a head that is right
-        assert 0 < row["deviation"] < 0.01
+        assert 0 < row["deviation"] < 0.015
     fewer = compute_errors(one, (0.5,))["accuracy"]["monte_carlo"][0]["share"]
     assert fewer < found["monte_carlo"][2]["share"] - 0.03

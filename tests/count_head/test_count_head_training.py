@@ -75,8 +75,7 @@ def test_counts_that_would_mislead_are_refused(counts_dir, tmp_path):
         )
 
 
-@pytest.mark.parametrize("own_backbone", [False, True])
-@pytest.mark.parametrize("loss", ["jensen_shannon", "logistic_normal"])
+@pytest.mark.parametrize(("loss", "own_backbone"), [("jensen_shannon", False), ("logistic_normal", True)])
 def test_a_head_learns_the_counts(counts_dir, tmp_path, own_backbone, loss):
     counts = read_counts(counts_dir)
     base = counts.settings["model_name_or_path"]

@@ -184,7 +184,7 @@ def test_certificates_hold_whatever_the_head_says(linear, small_images, make_hea
             assert certificate.radius >= 0.3
 
 
-def test_heads_that_say_something_else_are_refused(linear, small_images):
+def test_a_head_that_returns_no_frequencies_is_refused(linear, small_images):
     smoothed = SmoothedClassifier(linear, NOISE, count_head=lambda pixels, sigma: linear(pixels))
-    with pytest.raises(ValueError, match="something else than class frequencies"):
+    with pytest.raises(ValueError, match="must return class frequencies"):
         smoothed.certify(small_images, radius=0.3)

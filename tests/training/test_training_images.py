@@ -19,7 +19,7 @@ def opened(path, size=8, **kwargs):
 
 @pytest.fixture(scope="module")
 def grey(tmp_path_factory):
-    """30 images, each of one grey and of another class: what comes out tells which went in."""
+    """30 images, each of its own grey and class, so that pixels tell the image."""
     path = tmp_path_factory.mktemp("grey") / "grey.parquet"
     pictures = [Image.new("RGB", (8, 8), (8 * i, 8 * i, 8 * i)) for i in range(30)]
     features = datasets.Features(
@@ -53,21 +53,21 @@ def test_processes_share_an_epoch_and_each_image_keeps_its_label(grey, streaming
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_an_epoch_can_be_begun_anywhere(demo_parquet, streaming):
+def test_an_epoch_can_start_at_any_batch(demo_parquet, streaming):
     settings = ImageSettings(str(demo_parquet), streaming=streaming, auto_augment="rand-m9-mstd0.5")
     batches = TrainingBatches(
         opened(demo_parquet, 32, streaming=streaming), settings, 32, 25, seed=3, show_progress=False
     )
-    whole = list(batches.epoch(2))
+    all_batches = list(batches.epoch(2))
     torch.rand(5)
-    late = list(batches.epoch(2, first=5))
-    assert len(whole) == 8
-    assert len(late) == 3
-    for (pixels, labels), (pixels_again, labels_again) in zip(whole[5:], late):
+    last_batches = list(batches.epoch(2, first=5))
+    assert len(all_batches) == 8
+    assert len(last_batches) == 3
+    for (pixels, labels), (pixels_again, labels_again) in zip(all_batches[5:], last_batches):
         assert torch.equal(labels, labels_again)
         assert torch.equal(pixels, pixels_again)
     other = next(iter(batches.epoch(3)))
-    assert not torch.equal(other[1], whole[0][1])
+    assert not torch.equal(other[1], all_batches[0][1])
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_augmentation_differs_between_images_and_epochs(grey):
     assert (pixels[..., 4:] == 0).all()  # never flipped: the stripe stays at the left
 
 
-def test_large_images_are_read_when_their_turn_comes(demo_parquet):
+def test_large_images_are_read_for_each_batch(demo_parquet):
     images = opened(demo_parquet, 96)
     batches = TrainingBatches(images, ImageSettings(str(demo_parquet)), 96, 4, seed=0, show_progress=False)
     pixels, _ = next(batches.epoch(0))
@@ -108,14 +108,14 @@ def test_small_images_are_resized_as_for_certification(demo_parquet):
     index, label = 6, 6
     expected = (images[index][0] * 255).round().byte()
     core = expected[:, 4:12, 4:12]  # crops keep the middle, moved by at most two pixels
-    found = [
+    matching = [
         picture
         for picture in pixels[labels == label]
         if any(
             torch.equal(picture[:, 4 + i : 12 + i, 4 + j : 12 + j], core) for i in range(-2, 3) for j in range(-2, 3)
         )
     ]
-    assert len(found) == 1
+    assert len(matching) == 1
 
 
 def test_broken_pictures_and_labels_are_named_before_training(tmp_path):
@@ -127,7 +127,7 @@ def test_broken_pictures_and_labels_are_named_before_training(tmp_path):
         TrainingBatches(opened(path), ImageSettings(str(path)), 8, 2, seed=0, show_progress=False)
 
 
-def test_a_picture_that_is_away_is_named(tmp_path):
+def test_a_missing_file_is_named(tmp_path):
     rows = [{"image": {"bytes": None, "path": str(tmp_path / "gone.png")}, "label": 0}] * 3
     features = datasets.Features(
         {"image": datasets.Image(decode=False), "label": datasets.ClassLabel(names=["a", "b"])}
@@ -144,8 +144,7 @@ def test_a_picture_that_is_away_is_named(tmp_path):
         )
 
 
-def test_some_large_pictures_are_those_chosen_from_the_whole_split(tmp_path):
-    """Large pictures are read when their turn comes, by their place among those chosen."""
+def test_large_images_are_read_by_their_position_in_the_sample(tmp_path):
     rows = [{"image": Image.new("RGB", (72, 72), (8 * i,) * 3), "label": i} for i in range(30)]
     rows[29]["image"] = {"bytes": b"no picture", "path": None}
     features = datasets.Features(
@@ -188,7 +187,7 @@ def test_datasets_without_class_names(tmp_path, labels, names):
         find_class_names(LabelledImages(str(path), split="train", streaming=True))
 
 
-def test_labels_that_are_none(tmp_path):
+def test_labels_that_are_no_classes(tmp_path):
     path = tmp_path / "wrong.parquet"
     rows = {"image": [Image.new("RGB", (8, 8))] * 2, "label": [0.5, 1.5]}
     datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()).to_parquet(path)
@@ -215,8 +214,8 @@ def test_settings_out_of_range_are_refused(wrong):
         ImageSettings("somewhere", **wrong)
 
 
-def test_fewer_images_are_taken_from_the_whole_split(tmp_path):
-    """Many splits are sorted by class."""
+def test_fewer_images_are_a_sample_of_the_split(tmp_path):
+    """Because many splits are sorted by class."""
     path = tmp_path / "sorted.parquet"
     rows = {"image": [Image.new("RGB", (8, 8))] * 40, "label": sorted([0, 1, 2, 3] * 10)}
     datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()).to_parquet(path)

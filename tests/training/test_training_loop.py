@@ -84,19 +84,18 @@ def log(folder):
     return [json.loads(line) for line in (Path(folder) / "training_log.jsonl").read_text().splitlines()]
 
 
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("checkpointing", ["epoch", "4", "5"])
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_training_cut_short_ends_as_if_it_had_not_been(settings, tmp_path, checkpointing, accumulation):
+@pytest.mark.parametrize(("checkpointing", "accumulation"), [("epoch", 1), ("4", 1), ("5", 2)])
+def test_an_interrupted_training_ends_with_the_same_weights(settings, tmp_path, checkpointing, accumulation):
     settings = replace(settings, checkpointing_steps=checkpointing, gradient_accumulation_steps=accumulation)
 
     def evaluate(model):
         return {"weight": model.classifier.weight.sum().item()}
 
-    whole = run(settings, evaluate=evaluate)
+    uninterrupted = run(settings, evaluate=evaluate)
     calls = 0
 
     def failing_loss(model, pixels, labels):
@@ -106,25 +105,25 @@ def test_a_training_cut_short_ends_as_if_it_had_not_been(settings, tmp_path, che
             raise KeyboardInterrupt
         return loss_with_noise(model, pixels, labels)
 
-    cut = replace(settings, output_dir=str(tmp_path / "cut"), resume_from_checkpoint="latest")
+    interrupted = replace(settings, output_dir=str(tmp_path / "interrupted"), resume_from_checkpoint="latest")
     with pytest.raises(KeyboardInterrupt):
-        run(cut, loss=failing_loss, evaluate=evaluate)
-    for state in Path(cut.output_dir).glob("step_*/random_states_*"):  # steps are seeded by their number alone
+        run(interrupted, loss=failing_loss, evaluate=evaluate)
+    for state in Path(interrupted.output_dir).glob("step_*/random_states_*"):  # steps are seeded by their number alone
         state.unlink()
-    gone_on = run(cut, model=build(seed=5, drop_path_rate=0.3), evaluate=evaluate)
-    assert same(weights(cut.output_dir), weights(settings.output_dir))
-    assert log(cut.output_dir) == log(settings.output_dir)
-    assert gone_on["final_loss"] == whole["final_loss"]
+    resumed = run(interrupted, model=build(seed=5, drop_path_rate=0.3), evaluate=evaluate)
+    assert same(weights(interrupted.output_dir), weights(settings.output_dir))
+    assert log(interrupted.output_dir) == log(settings.output_dir)
+    assert resumed["final_loss"] == uninterrupted["final_loss"]
 
 
-def test_without_its_seeds_a_step_would_differ(settings, tmp_path):
+def test_another_seed_gives_other_weights(settings, tmp_path):
     run(settings)
     other = replace(settings, output_dir=str(tmp_path / "other"), seed=1)
     run(other)
     assert not same(weights(other.output_dir), weights(settings.output_dir))
 
 
-def test_accumulated_batches_are_one_large_batch(settings, tmp_path):
+def test_accumulated_batches_equal_one_large_batch(settings, tmp_path):
     large = Batches(16, 6)
     small = Batches(8, 12)
     small.pixels = large.pixels.view(12, 8, 3, 8, 8)
@@ -136,13 +135,13 @@ def test_accumulated_batches_are_one_large_batch(settings, tmp_path):
         torch.testing.assert_close(weights(accumulated.output_dir)[name], weight, atol=2e-4, rtol=1e-3)
 
 
-def test_it_learns(settings):
-    found = run(replace(settings, num_train_epochs=30, ema_decay=0.0), build(), Batches(), plain_loss)
-    assert found["final_loss"] < 0.5
-    assert found["images_seen"] == 30 * 48
+def test_the_loss_falls(settings):
+    results = run(replace(settings, num_train_epochs=15, ema_decay=0.0), build(), Batches(), plain_loss)
+    assert results["final_loss"] < 0.5
+    assert results["images_seen"] == 15 * 48
 
 
-def test_averaged_weights_are_saved(settings, tmp_path):
+def test_the_ema_is_saved(settings, tmp_path):
     run(settings)
     plain = replace(settings, output_dir=str(tmp_path / "plain"), ema_decay=0.0)
     run(plain)
@@ -151,7 +150,7 @@ def test_averaged_weights_are_saved(settings, tmp_path):
     assert same({name: last[name] for name in weights(plain.output_dir)}, weights(plain.output_dir))
 
 
-def test_frozen_parts_stay_as_they_are(settings):
+def test_frozen_parameters_do_not_change(settings):
     model = build(drop_path_rate=0.5)
     model.mixed_noise_vit.requires_grad_(False)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -161,21 +160,23 @@ def test_frozen_parts_stay_as_they_are(settings):
     after = weights(settings.output_dir)
     changed = {name for name in after if not torch.equal(after[name], before[name])}
     assert changed == {"classifier.weight", "classifier.bias"}
-    assert torch.equal(features[0], features[1])  # no dropped paths in there
+    assert torch.equal(features[0], features[1])  # no dropped paths in frozen layers
 
 
-def test_groups_of_parameters():
+def test_parameter_groups():
     model = build()
     encoder = model.mixed_noise_vit.encoder
-    of = {id(parameter): group for group in group_parameters(model, 1.0, 0.1, 0.5) for parameter in group["params"]}
-    assert len(of) == len(list(model.parameters()))
-    rates = [of[id(block.attn.qkv.weight)]["lr"] for block in encoder.blocks]
+    groups = {
+        id(parameter): group for group in group_parameters(model, 1.0, 0.1, 0.5) for parameter in group["params"]
+    }
+    assert len(groups) == len(list(model.parameters()))
+    rates = [groups[id(block.attn.qkv.weight)]["lr"] for block in encoder.blocks]
     assert rates[1] == 2 * rates[0]
     assert rates[2] == 2 * rates[1]
-    assert of[id(encoder.pos_embed)]["lr"] == rates[0] / 2
-    assert of[id(model.classifier.weight)]["lr"] == 1
-    decaying = {name for name, one in model.named_parameters() if of[id(one)]["weight_decay"] > 0}
-    assert all(one.ndim > 1 for name, one in model.named_parameters() if name in decaying)
+    assert groups[id(encoder.pos_embed)]["lr"] == rates[0] / 2
+    assert groups[id(model.classifier.weight)]["lr"] == 1
+    decaying = {name for name, parameter in model.named_parameters() if groups[id(parameter)]["weight_decay"] > 0}
+    assert all(parameter.ndim > 1 for name, parameter in model.named_parameters() if name in decaying)
     assert "mixed_noise_vit.encoder.pos_embed" not in decaying
     assert "classifier.weight" in decaying
     assert {group["lr"] for group in group_parameters(model, 1.0, 0.1, 1.0)} == {1.0}
@@ -198,22 +199,22 @@ def test_a_checkpoint_of_another_training_is_refused(settings):
     other = {
         **fixed_settings,
         "config": {"stem": "conv", "norm_layer": "batchnorm"},
-    }  # of which only what differs is named
+    }  # the error names only what differs
     with pytest.raises(ValueError, match=r"other settings \(config\.norm_layer: 'layernorm' -> 'batchnorm'\)"):
         run(again, fixed_settings=other)
     with pytest.raises(ValueError, match="no checkpoint at 'nowhere'"):
         run(replace(settings, resume_from_checkpoint="nowhere"))
 
 
-def test_a_finished_training_is_not_trained_on(settings):
-    whole = run(settings)
+def test_resuming_a_finished_training_changes_nothing(settings):
+    finished = run(settings)
     before = log(settings.output_dir)
     again = run(replace(settings, resume_from_checkpoint="latest"))
     assert log(settings.output_dir) == before
-    assert again["final_loss"] == whole["final_loss"]
+    assert again["final_loss"] == finished["final_loss"]
 
 
-def test_killed_while_the_model_is_saved_it_is_saved_by_the_next_start(settings):
+def test_resuming_saves_the_model_if_its_saving_was_interrupted(settings):
     settings = replace(settings, checkpointing_steps="6", resume_from_checkpoint="latest", num_train_epochs=1)
 
     def fail(model):
@@ -225,12 +226,12 @@ def test_killed_while_the_model_is_saved_it_is_saved_by_the_next_start(settings)
     assert weights(settings.output_dir)
 
 
-def test_a_training_that_comes_to_nothing_leaves_the_last_checkpoint_as_it_was(settings):
-    """Steps of a size beyond all numbers, whose losses would be looked at much later."""
+def test_weights_that_are_not_finite_do_not_replace_a_checkpoint(settings):
+    """Even if the loss is not logged yet."""
     settings = replace(settings, checkpointing_steps="2", logging_steps=1000, ema_decay=0.0)
     steps = []
 
-    def breaks(model, pixels, labels):
+    def breaking_loss(model, pixels, labels):
         steps.append(len(steps))
         if len(steps) == 4:
             with torch.no_grad():
@@ -238,17 +239,17 @@ def test_a_training_that_comes_to_nothing_leaves_the_last_checkpoint_as_it_was(s
         return plain_loss(model, pixels, labels)
 
     with pytest.raises(FloatingPointError, match="no longer finite by step 4"):
-        run(settings, loss=breaks)
+        run(settings, loss=breaking_loss)
     (checkpoint,) = Path(settings.output_dir).glob("step_*")
     assert checkpoint.name == "step_2"
-    assert all(torch.isfinite(one).all() for one in load_file(checkpoint / "model.safetensors").values())
+    assert all(torch.isfinite(weight).all() for weight in load_file(checkpoint / "model.safetensors").values())
     assert not (Path(settings.output_dir) / "model.safetensors").exists()
 
 
-def test_a_training_may_go_on_from_an_earlier_checkpoint_than_its_last(settings):
+def test_resuming_from_an_earlier_checkpoint(settings):
     settings = replace(settings, checkpointing_steps="4", num_train_epochs=2)
     run(settings)
-    whole = weights(settings.output_dir)
+    uninterrupted = weights(settings.output_dir)
     other = replace(settings, output_dir=settings.output_dir + "-2")
 
     def for_six_steps(left, *given):
@@ -262,13 +263,12 @@ def test_a_training_may_go_on_from_an_earlier_checkpoint_than_its_last(settings)
     shutil.copytree(Path(other.output_dir) / "step_4", earlier)
     with pytest.raises(KeyboardInterrupt):
         run(replace(other, resume_from_checkpoint="latest"), loss=partial(for_six_steps, count(6, -1)))
-    assert (Path(other.output_dir) / "step_8").is_dir()  # which the one from step 4 on will come to again
+    assert (Path(other.output_dir) / "step_8").is_dir()  # the training resumed from step 4 reaches step 8 again
     run(replace(other, resume_from_checkpoint=str(earlier)))
-    for name, one in weights(other.output_dir).items():
-        assert torch.equal(one, whole[name])
+    assert same(weights(other.output_dir), uninterrupted)
 
 
-def test_a_finished_model_without_checkpoints_is_not_trained_over(settings):
+def test_a_finished_model_without_checkpoints_is_not_overwritten(settings):
     results = Path(settings.output_dir) / "results"
     results.mkdir(parents=True)
     (results / "training.json").write_text("{}")
@@ -276,7 +276,7 @@ def test_a_finished_model_without_checkpoints_is_not_trained_over(settings):
         run(replace(settings, resume_from_checkpoint="latest"))
 
 
-def test_a_loss_that_is_not_finite_ends_the_training(settings):
+def test_a_loss_that_is_not_finite_stops_the_training(settings):
     with pytest.raises(FloatingPointError, match="by step 4"):
         run(settings, loss=lambda *given: plain_loss(*given) * float("nan"))
 
@@ -332,27 +332,27 @@ def kill_after_a_checkpoint(processes, folder, command):
 
 
 def test_pretrain_kill_resume_and_finetune_with_two_processes(processes, tmp_path):
-    whole, killed, fine = tmp_path / "whole", tmp_path / "killed", tmp_path / "fine"
+    pretrained, killed, finetuned = tmp_path / "pretrained", tmp_path / "killed", tmp_path / "finetuned"
     pretrain = ("scripts/pretrain.py", *TINY, *SMALL, "--output_dir")
-    done = processes.run(*pretrain, whole)
+    done = processes.run(*pretrain, pretrained)
     assert done.returncode == 0, done.stderr
     kill_after_a_checkpoint(processes, killed, (*pretrain, killed))
     done = processes.run(*pretrain, killed)
     assert done.returncode == 0, done.stderr
-    assert same(weights(killed), weights(whole))
-    assert log(killed) == log(whole)
+    assert same(weights(killed), weights(pretrained))
+    assert log(killed) == log(pretrained)
 
     done = processes.run(
         "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "scripts/finetune.py", *TINY,
-        "--model_name_or_path", whole, "--output_dir", fine, "--eval_split", "train", "--eval_samples", "20",
+        "--model_name_or_path", pretrained, "--output_dir", finetuned, "--eval_split", "train", "--eval_samples", "20",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    results = json.loads((fine / "results" / "training.json").read_text())
+    results = json.loads((finetuned / "results" / "training.json").read_text())
     assert results["num_processes"] == 2
     assert results["images_seen"] == 3 * 200
     assert set(results["evaluation"]) == {f"majority_accuracy_sigma_{sigma}" for sigma in ("0", "0.25", "0.5", "1")}
     assert results["continues"]["settings"]["sigmas"] == [0, 0.25, 0.5, 1]
-    model = MixedNoiseViTForImageClassification.from_pretrained(fine)
+    model = MixedNoiseViTForImageClassification.from_pretrained(finetuned)
     assert model.config.id2label[6] == "frog"
 
 
