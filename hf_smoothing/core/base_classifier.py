@@ -18,15 +18,7 @@ class BaseClassifier:
     """
     Denoises, resizes, normalises and classifies.
 
-    Args:
-        classifier: maps normalised pixels at the input size to logits `(batch, classes)`, or to an output with `logits`. A
-            `torch.nn.Module` is put into evaluation mode.
-        preprocessing: the steps between noise and network.
-        denoiser: maps noisy pixels and sigma to pixels of the same shape, each image on its own; or its name, see
-            [`DENOISERS`]. A `torch.nn.Module` is put into evaluation mode and onto the device.
-        device: where to compute; by default where the module is, else the CPU.
-        autocast: type of the forward passes, where torch considers it safe.
-        compile: run the classifier through `torch.compile`.
+    The arguments are those of [`SmoothedClassifier`]. Modules are put into evaluation mode, the denoiser onto the device.
 
     Raises:
         ValueError: for a module with weights that are not finite, an unknown denoiser.
@@ -91,17 +83,11 @@ class BaseClassifier:
 
     def __call__(self, groups: Sequence[torch.Tensor], sigma: float) -> torch.Tensor:
         """
-        Classify one batch.
+        Logits `(batch, classes)` of one batch; a `ValueError` for an output of another shape.
 
         Args:
             groups: pixels with noise, each group `(draws, channels, height, width)`. Sizes may differ between groups.
             sigma: the noise level, for the denoiser; at 0 it is skipped.
-
-        Returns:
-            Logits `(batch, classes)`.
-
-        Raises:
-            ValueError: for an output of another shape.
         """
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             pixels = torch.cat([self.denoise_and_resize(group, sigma) for group in groups])

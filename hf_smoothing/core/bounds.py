@@ -5,6 +5,7 @@ scalars). `successes` of `trials` draws hit the class in question. Nothing here 
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -45,8 +46,6 @@ class OddsPrior:
     def for_budget(cls, max_trials: int, alpha: float) -> "OddsPrior":
         """
         Steps from 4.5 (p close to 1) down to the smallest that a quarter of the draws can distinguish from a null of 1/2.
-
-        Smaller steps would only take weight from those that the budget can distinguish.
         """
         # near 1/2, a step in log-odds has a divergence of step^2/8
         smallest = math.sqrt(8 * -math.log(alpha) / (max_trials / 4))
@@ -102,9 +101,7 @@ def _counts(successes: ArrayLike, trials: ArrayLike) -> tuple[FloatArray, FloatA
 
 
 def _check_prior(prior: Prior) -> None:
-    if isinstance(prior, OddsPrior):
-        return
-    if not (0 < prior[0] < np.inf and 0 < prior[1] < np.inf):
+    if not isinstance(prior, OddsPrior) and not (0 < prior[0] < np.inf and 0 < prior[1] < np.inf):
         raise ValueError(f"prior={prior} must be two positive numbers, the parameters of a Beta distribution.")
 
 
@@ -156,10 +153,7 @@ def _log_e_value(hits: FloatArray, draws: FloatArray, null: FloatArray, prior: P
 
 
 def log_e_value(
-    successes: ArrayLike,
-    trials: ArrayLike,
-    null_probability: ArrayLike,
-    prior: Prior = JEFFREYS,
+    successes: ArrayLike, trials: ArrayLike, null_probability: ArrayLike, prior: Prior = JEFFREYS
 ) -> FloatArray:
     """
     Logarithm of the e-value of `trials` draws against the hypothesis `p <= null_probability`.
@@ -173,8 +167,7 @@ def log_e_value(
         successes: hits, 0 to `trials`.
         trials: draws; 0 gives 0.
         null_probability: the threshold p0, in (0, 1).
-        prior: parameters of the Beta distribution, or an [`OddsPrior`]. A bad prior costs draws, never validity, as long
-            as it is fixed before the first counted draw.
+        prior: fixed before the first counted draw. A bad one costs draws, never validity.
 
     Returns:
         `log E`; `-inf` where the evidence for p > p0 is below what float64 can hold.
@@ -192,10 +185,7 @@ def log_e_value(
 
 
 def confidence_sequence_lower(
-    successes: ArrayLike,
-    trials: ArrayLike,
-    alpha: ArrayLike,
-    prior: Prior = JEFFREYS,
+    successes: ArrayLike, trials: ArrayLike, alpha: ArrayLike, prior: Prior = JEFFREYS
 ) -> FloatArray:
     """
     Lower confidence bound of a binomial probability that holds at all numbers of draws at once.
@@ -206,21 +196,13 @@ def confidence_sequence_lower(
 
     There is only one such p0 with an [`OddsPrior`]: each alternative multiplies the e-value of a hit by
     `exp(step) / (1 + p0 (exp(step) - 1))` and that of a miss by `1 / (1 + p0 (exp(step) - 1))`, and both fall as p0
-    increases. With a cut Beta prior, the mass that the cut removes could in principle make the e-value rise. For
-    Beta(1/2, 1/2) the likelihood ratio outweighs that wherever the e-value matters. For other Beta priors the tests find no
-    exception, but there is no proof: the sampling rule uses an [`OddsPrior`] only.
+    increases. For Beta priors the tests find no exception, but there is no proof: the mass that the cut removes could make
+    the e-value rise. The sampling rule uses an [`OddsPrior`] only.
 
-    Args:
-        successes: hits, 0 to `trials`.
-        trials: draws; 0 gives the bound 0.
-        alpha: probability that the bound ever exceeds the true value, in (0, 1).
-        prior: see [`log_e_value`].
+    Args and errors as for [`log_e_value`]; `alpha` is in (0, 1), and without draws the bound is 0.
 
     Returns:
         The bound, rounded down by at most a billionth of its distance to `successes/trials`.
-
-    Raises:
-        ValueError: as [`log_e_value`].
     """
     hits, draws = _counts(successes, trials)
     check_probability("alpha", alpha)
@@ -266,16 +248,11 @@ def draws_to_reject(null_probability: float, alpha: float, prior: Prior = JEFFRE
         ValueError: for a probability outside (0, 1).
     """
     check_probability("alpha", alpha)
-    threshold = -np.log(alpha)
 
     def rejects(draws: int) -> bool:
-        return bool(log_e_value(draws, draws, null_probability, prior) >= threshold)
+        return bool(log_e_value(draws, draws, null_probability, prior) >= -np.log(alpha))
 
     most = 1
     while not rejects(most):
         most *= 2
-    least = most // 2
-    while most - least > 1:
-        middle = (least + most) // 2
-        least, most = (least, middle) if rejects(middle) else (middle, most)
-    return most
+    return bisect_left(range(most), True, lo=most // 2, key=rejects)  # `most` if no smaller number rejects

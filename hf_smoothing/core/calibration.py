@@ -30,8 +30,7 @@ class Calibration:
     get a radius, a larger share of those is too large.
 
     The claim is the radius of the shifted prediction. To decide a few radii, it is the largest of them that the shifted
-    prediction reaches, which needs less lowering: an estimate between two radii claims only the lower one. To decide a
-    single radius, only the order matters in which the head ranks the images.
+    prediction reaches, which needs less lowering: an estimate between two radii claims only the lower one.
 
     Args:
         predicted: for each noise level, in `[0, 1]` pixels, the predicted log-odds of p_A of the images.
@@ -73,13 +72,7 @@ class Calibration:
         return f"{self.dataset}; Monte-Carlo with n = {self.n:,}"
 
     def count_shared_images(self, sigma: float, probabilities: FloatArray) -> int:
-        """
-        Count how many of some images are calibration images: those with the same prediction to the ninth digit.
-
-        Args:
-            sigma: a calibrated noise level.
-            probabilities: `(images, classes)`, the predictions.
-        """
+        """How many rows of predictions `(images, classes)` are, to the ninth digit, those of calibration images."""
         predicted = _log_odds(probabilities.max(1))
         same = np.abs(predicted[:, None] - self._at(sigma)[0]) < 1e-9
         return int((same.any(1) & (np.abs(predicted) < 27)).sum())  # near 0 and 1 no digits are left
@@ -105,12 +98,7 @@ class Calibration:
     def shift(self, sigma: float, delta: float, p_needed: Sequence[float] | None = None) -> float:
         """
         How far predictions are lowered at this noise level, in log-odds. Below 0 they are raised: they are too large for a
-        smaller share of images than delta. -64 claims whatever draws can prove.
-
-        Args:
-            sigma: a calibrated noise level.
-            delta: share of images about which claims may be wrong, in (0, 1).
-            p_needed: as in [`scores`].
+        smaller share of images than delta. -64 claims whatever draws can prove. `sigma` and `p_needed` as in [`scores`].
 
         Raises:
             ValueError: for a level that was not calibrated, or a delta that needs more images.
@@ -135,9 +123,7 @@ class Calibration:
         level = next((level for level in self.predicted if math.isclose(level, sigma, rel_tol=1e-6)), None)
         if level is None:
             known = ", ".join(f"{level:g}" for level in self.predicted)
-            raise ValueError(
-                f"sigma={sigma:g} was not calibrated, only {known} was: calibrate it, or leave delta out."
-            )
+            raise ValueError(f"sigma={sigma:g} was not calibrated, only {known} was: calibrate it or omit delta.")
         return np.array(self.predicted[level]), np.array(self.allowed[level])
 
     def shifted_lower_bound(self, probability: ArrayLike, shift: float) -> NDArray[np.float64]:
@@ -151,12 +137,7 @@ class Calibration:
         return (_log_odds(probability)[..., None] - _allowed(p_needed, self.n, self.alpha) > shift).sum(-1)
 
     def check(self, conditions: Mapping[str, str | None]) -> None:
-        """
-        Raise a `ValueError` if the conditions have changed since the head was calibrated.
-
-        Args:
-            conditions: the present ones.
-        """
+        """Raise a `ValueError` if these conditions differ from those under which the head was calibrated."""
         changed = [name for name, value in self.conditions.items() if conditions.get(name) != value]
         if changed:
             raise ValueError(
@@ -165,25 +146,17 @@ class Calibration:
             )
 
     def save(self, path: Path) -> None:
-        """Write it as JSON."""
-        # JSON has no infinity
-        columns = {
-            name: {
-                repr(sigma): [None if value == math.inf else value for value in row] for sigma, row in column.items()
+        """Write it as JSON, which has no infinity."""
+        content = asdict(self)
+        for name in ("predicted", "allowed"):
+            content[name] = {
+                sigma: [None if value == math.inf else value for value in row] for sigma, row in content[name].items()
             }
-            for name, column in (("predicted", self.predicted), ("allowed", self.allowed))
-        }
-        path.write_text(json.dumps({**asdict(self), **columns}, indent=1) + "\n")
+        path.write_text(json.dumps(content, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> "Calibration":
-        """
-        Read a file written by [`save`].
-
-        Raises:
-            OSError: if there is no such file.
-            ValueError: for a file that holds something else.
-        """
+        """Read a file written by [`save`]. Raises a `ValueError` for a file that holds something else."""
         try:
             content: dict[str, Any] = json.loads(path.read_text())
             for name in ("predicted", "allowed"):
@@ -200,8 +173,8 @@ def estimate_lower_bound(probability: ArrayLike, n: int, alpha: float) -> NDArra
     """
     Estimate the Clopper-Pearson bound of `n` draws with `n * probability` hits. It bounds nothing, since nothing was drawn.
 
-    The paper rounds hits down to integers; here the bound is continuous between them. This matters for few draws: no p below
-    1 would round down to `n` hits, so the largest radii, which need all hits, could never be estimated.
+    The paper rounds hits down to integers. Here the bound is continuous between them: no p below 1 would round down to `n`
+    hits, so the largest radii could never be estimated.
 
     Source: Accelerated Smoothing (arXiv 2402.07498), section 4.
     """
@@ -210,11 +183,7 @@ def estimate_lower_bound(probability: ArrayLike, n: int, alpha: float) -> NDArra
 
 
 def compare_estimates(
-    probabilities: FloatArray,
-    predictions: NDArray[np.int64],
-    p_lower: NDArray[np.float64],
-    n: int,
-    alpha: float,
+    probabilities: FloatArray, predictions: NDArray[np.int64], p_lower: NDArray[np.float64], n: int, alpha: float
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """
     Compare estimates with Monte-Carlo certificates of the same images.
@@ -236,9 +205,7 @@ def compare_estimates(
 def _allowed(p_lower: ArrayLike, n: int, alpha: float) -> NDArray[np.float64]:
     """Log-odds of the prediction for which [`estimate_lower_bound`] is `p_lower`; infinity where it takes all draws."""
     hits = special.bdtrik(1 - alpha, n, np.asarray(p_lower, np.float64)) + 1
-    return np.where(
-        hits <= n - 1e-6, special.logit(np.minimum(hits / n, 1.0)), np.inf
-    )  # no number of hits suffices for a p above 1
+    return np.where(hits <= n - 1e-6, special.logit(np.minimum(hits / n, 1.0)), np.inf)
 
 
 _LARGEST_SHIFT = 64.0

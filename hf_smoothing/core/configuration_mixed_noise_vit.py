@@ -17,52 +17,32 @@ class MixedNoiseViTConfig(PreTrainedConfig):
     one model serves every noise level (arXiv 2312.09020).
 
     Args:
-        image_size (`int`, defaults to 32):
-            Height and width of the input, in pixels. A multiple of `patch_size`.
-        patch_size (`int`, defaults to 4):
-            Pixels of the input per token and side. With `stem="conv"` a power of two.
-        num_channels (`int`, defaults to 3):
-            Channels of the input.
-        hidden_size (`int`, defaults to 192):
-            Width of the transformer. A multiple of `num_attention_heads`.
-        num_hidden_layers (`int`, defaults to 12):
-            Number of transformer blocks.
-        num_attention_heads (`int`, defaults to 3):
-            Attention heads of each block.
-        mlp_ratio (`float`, defaults to 4.0):
-            Width of a block's MLP as a multiple of `hidden_size`.
-        stem (`str`, defaults to `"conv"`):
-            How pixels become tokens: `"patch"` is one linear map per patch, `"conv"` a small residual convolutional trunk
+        image_size: height and width of the input, in pixels. A multiple of `patch_size`.
+        patch_size: pixels of the input per token and side. With `stem="conv"` a power of two.
+        num_channels: channels of the input.
+        hidden_size: width of the transformer. A multiple of `num_attention_heads`.
+        num_hidden_layers: number of transformer blocks.
+        num_attention_heads: attention heads of each block.
+        mlp_ratio: width of a block's MLP as a multiple of `hidden_size`.
+        stem: how pixels become tokens: `"patch"` is one linear map per patch, `"conv"` a small residual convolutional trunk
             with batch-independent norms. The trunk learns far faster in short training.
-        norm_layer (`str`, defaults to `"layernorm"`):
-            `"layernorm"`, or `"batchnorm"` for ablations: robustness does not transfer through batch statistics.
-        pooling (`str`, defaults to `"avg"`):
-            `"avg"` averages the patch tokens, `"token"` reads a class token.
-        class_token (`bool`, *optional*):
-            Whether there is a class token. Defaults to `pooling == "token"`.
-        num_register_tokens (`int`, defaults to 0):
-            Extra learned tokens.
-        position_embed_prefix_tokens (`bool`, defaults to `True`):
-            Whether class and register tokens have position embeddings of their own.
-        pre_norm (`bool`, defaults to `False`):
-            Whether tokens are normalised before the first block.
-        qkv_bias (`bool`, defaults to `True`), qk_norm (`bool`, defaults to `False`):
-            Bias of the attention projections; normalisation of queries and keys.
-        layer_scale_init (`float`, *optional*):
-            Initial value of a learned scale on each residual branch; none by default.
-        norm_eps (`float`, defaults to 1e-6):
-            Epsilon of the normalisation layers.
-        dropout (`float`, defaults to 0.0), drop_path_rate (`float`, defaults to 0.0):
-            Dropout in front of the classifier; stochastic depth of the last block (linear from 0 at the first).
-        initializer_range (`float`, defaults to 0.02):
-            Standard deviation of the truncated normal initialisation.
-        image_mean (`list[float]`, defaults to 0.5 per channel), image_std (`list[float]`, defaults to 0.5 per channel):
-            `pixel_values` are in `[0, 1]`, noise included; the model itself subtracts the mean and divides by the standard
-            deviation. Noise levels and radii therefore always refer to `[0, 1]` pixels.
-
-        count_sigmas (`list[float]`, *optional*):
-            Noise levels that a count head ([`MixedNoiseViTForCountPrediction`]) was trained for, in `[0, 1]` pixels. It
-            predicts for every level from the smallest to the largest of them.
+        norm_layer: `"layernorm"`, or `"batchnorm"` for ablations: robustness does not transfer through batch statistics.
+        pooling: `"avg"` averages the patch tokens, `"token"` reads a class token.
+        class_token: whether there is a class token; by default where `pooling == "token"`.
+        num_register_tokens: extra learned tokens.
+        position_embed_prefix_tokens: whether class and register tokens have position embeddings of their own.
+        pre_norm: whether tokens are normalised before the first block.
+        qkv_bias: whether the attention projections have a bias.
+        qk_norm: whether queries and keys are normalised.
+        layer_scale_init: initial value of a learned scale on each residual branch; none by default.
+        norm_eps: epsilon of the normalisation layers.
+        dropout: dropout in front of the classifier.
+        drop_path_rate: stochastic depth of the last block (linear from 0 at the first).
+        initializer_range: standard deviation of the truncated normal initialisation.
+        image_mean, image_std: one value per channel, 0.5 by default. `pixel_values` are in `[0, 1]`, noise included; the
+            model itself normalises them. Noise levels and radii therefore always refer to `[0, 1]` pixels.
+        count_sigmas: noise levels that a count head ([`MixedNoiseViTForCountPrediction`]) was trained for, in `[0, 1]`
+            pixels. It predicts for every level from the smallest to the largest of them.
 
     Raises:
         ValueError: for inconsistent values; the message names the value and the fix.

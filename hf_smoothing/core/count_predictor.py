@@ -82,7 +82,7 @@ class CountPredictor:
         predictor = cls(model, read_calibration(name, **model_kwargs) if calibrated else None, device)
         if class_names is not None and list(class_names) != predictor.class_names:
             raise ValueError(
-                f"The count head {name!r} has the classes {predictor.class_names}, the classifier {list(class_names)}."
+                f"The count head {name!r} has the classes {predictor.class_names}, not {list(class_names)}."
             )
         if image_processor is not None:
             with loading(name):
@@ -97,32 +97,14 @@ class CountPredictor:
     @torch.inference_mode()
     def __call__(self, pixels: torch.Tensor, sigma: float) -> torch.Tensor:
         """
-        Predict class frequencies under noise.
-
-        Args:
-            pixels: clean images `(batch, channels, height, width)` in `[0, 1]`.
-            sigma: noise level, in `[0, 1]` pixels.
-
-        Returns:
-            Expected class frequencies `(batch, classes)`, of sum 1.
-
-        Raises:
-            ValueError: for a noise level that the head was not trained for.
+        Expected class frequencies under noise, `(batch, classes)` of sum 1, of clean images `(batch, channels, height,
+        width)` in `[0, 1]`. Raises a `ValueError` for a noise level that the head was not trained for.
         """
         return self.model(pixels.to(self.device, self.dtype), sigma=sigma).probabilities
 
 
 def read_calibration(model_name_or_path: str, **hub_kwargs: Any) -> Calibration | None:
-    """
-    Read the calibration of a count head, if there is one.
-
-    Args:
-        model_name_or_path: a count head on the Hub or in a local folder.
-        hub_kwargs: such as `revision`.
-
-    Raises:
-        ValueError: for a file that holds something else.
-    """
+    """The calibration of a count head on the Hub or in a local folder, if it has one. `hub_kwargs` as `revision`."""
     path = cached_file(
         model_name_or_path,
         CALIBRATION_FILE,

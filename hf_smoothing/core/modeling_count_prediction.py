@@ -11,6 +11,9 @@ from transformers.utils import ModelOutput
 from .configuration_mixed_noise_vit import MixedNoiseViTConfig
 from .modeling_mixed_noise_vit import MixedNoiseViTModel, MixedNoiseViTPreTrainedModel
 
+_EPSILON = 1e-6
+"""Tolerance of noise levels, which come in float32, and the variance of a single token."""
+
 
 @dataclass
 class CountPredictionOutput(ModelOutput):
@@ -63,8 +66,7 @@ def logistic_normal(logits: torch.Tensor, counts: torch.Tensor, log_spread: torc
     Args:
         logits: `(batch, classes)`.
         counts: `(batch, classes)`, numbers of draws.
-        log_spread: `(batch,)`, logarithm of the standard deviation of the errors, clamped to [-4, 2]. Errors are drawn from
-            torch's global generator, in pairs of opposite sign.
+        log_spread: `(batch,)`, logarithm of the standard deviation of the errors (torch's generator), clamped to [-4, 2].
     """
     errors = torch.randn(len(logits), _ERRORS // 2, logits.shape[1], dtype=logits.dtype, device=logits.device)
     errors = log_spread.clamp(-4, 2).exp()[:, None, None] * torch.cat([errors, -errors], 1)
@@ -82,8 +84,8 @@ centre."""
 
 def kullback_leibler(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """
-    Mean Kullback-Leibler divergence of the measured from the predicted frequencies: [`soft_cross_entropy`] minus the entropy
-    of the measured ones. It has the same gradient, and is 0 for a right prediction. Arguments as [`jensen_shannon`].
+    Mean Kullback-Leibler divergence of the measured from the predicted frequencies: [`soft_cross_entropy`], and its
+    gradient, minus the entropy of the measured ones. Arguments as [`jensen_shannon`].
     """
     return nn.functional.kl_div(logits.log_softmax(1), targets, reduction="batchmean")
 
@@ -148,13 +150,8 @@ class MixedNoiseViTForCountPrediction(MixedNoiseViTPreTrainedModel):
 
     def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """
-        The features of the count head: the pooled output, then mean and standard deviation over the tokens of each block.
-
-        Args:
-            pixel_values: clean images `(batch, channels, height, width)` in `[0, 1]`.
-
-        Returns:
-            `(batch, (1 + 2 * num_hidden_layers) * hidden_size)`.
+        The features of clean images: the pooled output, then mean and standard deviation over the tokens of each block,
+        `(batch, (1 + 2 * num_hidden_layers) * hidden_size)`.
         """
         encoded = self.mixed_noise_vit(pixel_values, output_hidden_states=True)
         features = [encoded.pooler_output]
@@ -217,10 +214,6 @@ class MixedNoiseViTForCountPrediction(MixedNoiseViTPreTrainedModel):
                 loss_value = logistic_normal(rows, targets, log_spread.to(exact).flatten())
         output = CountPredictionOutput(loss=loss_value, logits=logits, probabilities=logits.softmax(-1))
         return output if return_dict is not False else output.to_tuple()
-
-
-_EPSILON = 1e-6
-"""Tolerance of noise levels, which come in float32, and the variance of a single token."""
 
 
 __all__ = ["CountPredictionOutput", "MixedNoiseViTForCountPrediction"]

@@ -64,8 +64,7 @@ class ConvTrunk(nn.Module):
         self.blocks = nn.Sequential(*(ResidualBlock(narrow, wide, norm_layer) for narrow, wide in pairwise(widths)))
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        features = self.conv(pixel_values.contiguous(memory_format=torch.channels_last))
-        return self.blocks(features)
+        return self.blocks(self.conv(pixel_values.contiguous(memory_format=torch.channels_last)))
 
 
 def _embed_layer(config: MixedNoiseViTConfig) -> Any:
@@ -203,16 +202,13 @@ class MixedNoiseViTModel(MixedNoiseViTPreTrainedModel):
                 "Resize with its image processor."
             )
         pixel_values = (pixel_values.to(self.image_mean.dtype) - self.image_mean) / self.image_std
-        block_outputs = None
+        blocks = None
         if output_hidden_states:
-            last, block_outputs = self.encoder.forward_intermediates(pixel_values, output_fmt="NLC")
+            last, blocks = self.encoder.forward_intermediates(pixel_values, output_fmt="NLC")
         else:
             last = self.encoder.forward_features(pixel_values)
-        output = BaseModelOutputWithPooling(
-            last_hidden_state=last,
-            pooler_output=self.encoder.forward_head(last),
-            hidden_states=None if block_outputs is None else tuple(block_outputs),
-        )
+        pooled = self.encoder.forward_head(last)
+        output = BaseModelOutputWithPooling(last, pooled, None if blocks is None else tuple(blocks))
         return output if return_dict is not False else output.to_tuple()
 
 
@@ -252,11 +248,8 @@ class MixedNoiseViTForImageClassification(MixedNoiseViTPreTrainedModel):
         Returns:
             `logits` of shape `(batch, num_labels)`, and `loss` where labels were given.
         """
-        pooled = self.mixed_noise_vit(pixel_values).pooler_output
-        logits = self.classifier(pooled)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(labels, logits, self.config, **loss_kwargs)
+        logits = self.classifier(self.mixed_noise_vit(pixel_values).pooler_output)
+        loss = None if labels is None else self.loss_function(labels, logits, self.config, **loss_kwargs)
         output = ImageClassifierOutput(loss=loss, logits=logits)
         return output if return_dict is not False else output.to_tuple()
 

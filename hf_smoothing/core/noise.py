@@ -55,10 +55,10 @@ def image_key(image: torch.Tensor, seed: int) -> int:
 @dataclass(frozen=True)
 class SmoothingNoise(ABC):
     """
-    Independent noise on every pixel and channel, symmetric, of standard deviation `sigma` in units of `[0, 1]` pixels.
+    Independent, symmetric noise on every pixel and channel.
 
     Args:
-        sigma: standard deviation.
+        sigma: standard deviation, in units of `[0, 1]` pixels.
         lattice: draw 8-bit images on the exact lattice (see the top of this file). Other images are drawn in plain floats.
 
     Raises:
@@ -74,26 +74,16 @@ class SmoothingNoise(ABC):
     def __post_init__(self) -> None:
         if not isinstance(self.sigma, Real) or isinstance(self.sigma, bool) or not 0 < self.sigma < math.inf:
             raise ValueError(
-                f"sigma={self.sigma!r} must be a positive, finite number: the standard deviation of the noise in units of "
-                "[0, 1] pixels, such as 0.25."
+                f"sigma={self.sigma!r} must be positive and finite: in units of [0, 1] pixels, such as 0.25."
             )
 
     @abstractmethod
     def radius(self, p_a: float, p_b: float | None = None) -> float:
-        """
-        The radius certified by bounds of the probabilities under noise.
-
-        Args:
-            p_a: lower bound of the top class's probability.
-            p_b: upper bound of every other class's; `1 - p_a` if None.
-
-        Returns:
-            The radius; 0 where `p_a <= p_b`.
-        """
+        """See [`NoiseDistribution`]."""
 
     @abstractmethod
     def probability_needed(self, radius: float, p_b: float | None = None) -> float:
-        """The probability that the top class must exceed to be certified at `radius`, `p_b` as above; 1 if none suffices."""
+        """See [`NoiseDistribution`]; 1 if no probability suffices."""
 
     @abstractmethod
     def standard_numpy(self, generator: np.random.Generator, shape: tuple[int, ...], dtype: type) -> np.ndarray:
@@ -108,19 +98,16 @@ class SmoothingNoise(ABC):
         return coordinates * 2.0**-50 * (80 * self.sigma * 255 * LATTICE_STEPS + 2)
 
     def noisy_copies(self, image: torch.Tensor, key: int) -> "NoisyImage":
-        """
-        The noisy copies of one image, drawn on its device if that is the CPU or CUDA.
-
-        Args:
-            image: `(channels, height, width)`, float32 in `[0, 1]`.
-            key: key of its generator, see [`image_key`].
-        """
+        """The noisy copies of an image (as [`to_pixels`] returns them); the key of its generator is [`image_key`]'s."""
         return NoisyImage(self, image, key)
 
 
 class NoisyImage:
     """
     The noisy copies of one image in a fixed order, and the radii that probabilities under them certify.
+
+    They are drawn on the image's device if that is the CPU or CUDA. Radii and probabilities needed are those of the
+    distribution, corrected for the error of the sampler.
 
     Attributes:
         sampling: `"lattice"` where sums are exact, `"float"` where they are not (pixels between the 8-bit levels).
@@ -133,6 +120,7 @@ class NoisyImage:
 
     def __init__(self, noise: SmoothingNoise, image: torch.Tensor, key: int):
         self.noise = noise
+        self.sigma = noise.sigma
         self.image = image
         levels = (image * 255).round()
         exact = noise.lattice and noise.sigma <= _LARGEST_LATTICE_SIGMA and torch.equal(levels / 255, image)
@@ -140,32 +128,25 @@ class NoisyImage:
         self.slack = noise.total_variation(image.numel()) if exact else 0.0
         self.steps = levels * LATTICE_STEPS
         self.on_cuda = image.device.type == "cuda"
-        if not self.on_cuda:  # other devices draw on the CPU too: some have no float64
-            self.numpy_generator = np.random.Generator(np.random.Philox(key=key))
-        else:
+        if self.on_cuda:
             self.torch_generator = torch.Generator(image.device).manual_seed(key & (2**63 - 1))
             self.ahead = image.new_empty((0, *image.shape))
-
-    @property
-    def sigma(self) -> float:
-        """Standard deviation of the noise, in `[0, 1]` pixels."""
-        return self.noise.sigma
+        else:  # other devices draw on the CPU too: some have no float64
+            self.numpy_generator = np.random.Generator(np.random.Philox(key=key))
 
     def radius(self, p_a: float, p_b: float | None = None) -> float:
-        """As that of the distribution, for bounds of the probabilities under the sampler."""
         return self.noise.radius(p_a - self.slack, (1 - p_a if p_b is None else p_b) + self.slack)
 
     def probability_needed(self, radius: float, p_b: float | None = None) -> float:
-        """As that of the distribution, for probabilities under the sampler."""
         return self.noise.probability_needed(radius, None if p_b is None else p_b + self.slack) + self.slack
 
     def draw(self, count: int) -> torch.Tensor:
         """The next `count` copies, `(count, channels, height, width)`."""
         if self.on_cuda:
             return self._draw_with_torch(count)
-        shape = (count, *self.image.shape)
         dtype = np.float64 if self.sampling == "lattice" else np.float32
-        return self._add(torch.from_numpy(self.noise.standard_numpy(self.numpy_generator, shape, dtype)))
+        standard = self.noise.standard_numpy(self.numpy_generator, (count, *self.image.shape), dtype)
+        return self._add(torch.from_numpy(standard))
 
     def _draw_with_torch(self, count: int) -> torch.Tensor:
         parts = [self.ahead]
@@ -237,12 +218,8 @@ class UniformNoise(SmoothingNoise):
         return (uniform * 2 - 1) * dtype(math.sqrt(3))
 
     def standard_torch(self, generator: torch.Generator, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        return (
-            torch.rand(shape, generator=generator, device=generator.device, dtype=dtype)
-            .mul_(2)
-            .sub_(1)
-            .mul_(math.sqrt(3))
-        )
+        uniform = torch.rand(shape, generator=generator, device=generator.device, dtype=dtype)
+        return uniform.mul_(2).sub_(1).mul_(math.sqrt(3))
 
 
 @dataclass(frozen=True)

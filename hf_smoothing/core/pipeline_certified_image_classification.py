@@ -35,15 +35,10 @@ class CertifiedImageClassificationPipeline(Pipeline):
       `"surrogate"` with `delta` claims the largest of them that it can.
     - `method` (`"sequential"`): or `"fixed"`, the usual protocol with a fixed number of draws; or `"surrogate"`, which draws
       nothing and returns the count head's estimate.
+    - `max_draws`: the most draws per image. `tolerance`, `n0`, `n`, `delta`: see [`make_rule`].
     - `count_head`: a count head on the Hub or in a local folder. With it, `sequential` draws less.
-    - `noise_resolution` (`"input"`): where noise is added, and so the pixels that the radius is about: the network's input,
-      the picture at its `"native"` size, or a number of pixels a side.
-    - `denoiser`: a denoiser in front of the model, part of what is certified: a callable, or `"wiener"`.
-    - `delta`: for `"surrogate"`, the share of pictures about which a calibrated count head may be wrong.
-    - `max_draws`: the most draws per image.
-    - `tolerance`, `n0`, `n`: see [`make_rule`].
+    - `noise_resolution` (`"input"`), `denoiser`, `batch_size` (128): see [`SmoothedClassifier`].
     - `seed` (0): the same seed gives an image the same noise, and so the same certificate, whatever the batch size.
-    - `batch_size` (128): draws per forward pass; several images share one.
     - `progress` (`False`): show a progress bar.
 
     Takes a path, an `http(s)` address, a PIL image, or a list or `datasets` column of these. For any other iterable (a
@@ -136,7 +131,6 @@ class CertifiedImageClassificationPipeline(Pipeline):
         return self._classifiers[key].with_noise(GaussianNoise(sigma))
 
     def preprocess(self, input_: Any, smoothed: SmoothedClassifier) -> torch.Tensor:
-        """A picture as pixels in `[0, 1]`, `(channels, height, width)`, at the size at which noise is added."""
         return to_pixels(input_, smoothed.preprocessing)
 
     def _forward(
@@ -157,7 +151,6 @@ class CertifiedImageClassificationPipeline(Pipeline):
         return in_order(smoothed.certify_stream(images, rule, seed=seed, progress=progress, total=total))
 
     def _load_count_head(self, name: str) -> CountPredictor:
-        """Load the count head of that name, once for all calls."""
         if name not in self._count_heads:
             names = [self.model.config.id2label[index] for index in range(self.model.config.num_labels)]
             self._count_heads[name] = CountPredictor.from_pretrained(

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torchvision.transforms import Compose
 from torchvision.transforms.v2 import functional
 
 from .image_loading import load_image
@@ -41,22 +42,16 @@ class Preprocessing:
         """
         Part an image processor of transformers (or timm's) at the noise.
 
-        Args:
-            processor: the image processor.
-            noise_resolution: where noise is added. A radius is about the pixels to which it is added.
-
         Raises:
             ValueError: for a processor whose steps cannot be parted, with the reason; for an invalid resolution.
         """
         check_noise_resolution(noise_resolution)
         get_steps = _timm_steps if hasattr(processor, "val_transforms") else _transformers_steps
         picture_to_input, mean, std = get_steps(processor)
-        at_input = cls(picture_to_input, None, mean, std, "input")
-        if noise_resolution == "input":
-            preprocessing = at_input
-        else:
-            picture_to_pixels = _keep_size if noise_resolution == "native" else _ResizeToSquare(noise_resolution)
-            preprocessing = cls(picture_to_pixels, _resize_after_noise(processor), mean, std, noise_resolution)
+        preprocessing = at_input = cls(picture_to_input, None, mean, std, "input")
+        if noise_resolution != "input":
+            sides = None if noise_resolution == "native" else [noise_resolution] * 2
+            preprocessing = cls(_Resize(sides), _resize_after_noise(processor), mean, std, noise_resolution)
         _check_against_processor(processor, at_input, preprocessing)
         return preprocessing
 
@@ -83,9 +78,7 @@ def to_pixels(image: Any, preprocessing: Preprocessing | None = None) -> torch.T
     """
     if not isinstance(image, torch.Tensor):
         if preprocessing is None:
-            raise ValueError(
-                f"A {type(image).__name__} needs an image processor: pass image_processor=... or tensors."
-            )
+            raise ValueError(f"A {type(image).__name__} needs an image processor: pass image_processor or tensors.")
         image = preprocessing.picture_to_pixels(load_image(image))
     if image.ndim != 3:
         raise ValueError(f"An image has shape {tuple(image.shape)}, but must have (channels, height, width).")
@@ -133,8 +126,8 @@ def _check_against_processor(processor: Any, at_input: Preprocessing, preprocess
     pixels = at_input.normalize(at_input.picture_to_pixels(picture)[None])
     if expected.shape != pixels.shape or not torch.allclose(expected.float(), pixels, atol=1e-4):
         raise ValueError(
-            f"{type(processor).__name__} does more than resize, crop, rescale and normalise, so its steps cannot be parted "
-            "at the noise. Pass tensors in [0, 1] and a base classifier that does the rest itself."
+            f"{type(processor).__name__} does more than resize, crop, rescale and normalise: it cannot be parted at the "
+            "noise. Pass tensors in [0, 1] and a base classifier that does the rest itself."
         )
     if preprocessing.resize is None:
         return
@@ -148,29 +141,21 @@ def _check_against_processor(processor: Any, at_input: Preprocessing, preprocess
         )
 
 
-def _keep_size(picture: Image.Image) -> torch.Tensor:
-    return functional.pil_to_tensor(picture)
-
-
 @dataclass(frozen=True)
-class _ResizeToSquare:
-    side: Any
+class _Resize:
+    sides: Any
+    """Height and width; `None` keeps the size."""
 
     def __call__(self, picture: Image.Image) -> torch.Tensor:
-        return functional.resize(functional.pil_to_tensor(picture), [self.side, self.side], antialias=True)
+        pixels = functional.pil_to_tensor(picture)
+        return pixels if self.sides is None else functional.resize(pixels, self.sides, antialias=True)
 
 
 def _transformers_steps(processor: Any) -> tuple[PictureStep, Any, Any]:
     name = type(processor).__name__
-    for step, verb in (
-        ("do_pad", "pads"),
-        ("do_color_quantize", "quantises colours"),
-        ("do_split_image", "splits the image"),
-    ):
+    for step in ("do_pad", "do_color_quantize", "do_split_image"):
         if getattr(processor, step, None):
-            raise ValueError(
-                f"{name} {verb} ({step}), which cannot be parted from the noise. Pass tensors and a callable."
-            )
+            raise ValueError(f"{name} has {step}=True, which cannot be parted from the noise: pass tensors in [0, 1].")
     if not hasattr(processor, "do_rescale") or not hasattr(processor, "do_normalize"):
         raise ValueError(
             f"{name} does not say how it rescales and normalises, so its normalisation cannot be moved after the noise. "
@@ -189,12 +174,11 @@ def _transformers_steps(processor: Any) -> tuple[PictureStep, Any, Any]:
         options = {"include_top": False}
 
     def picture_to_input(picture: Image.Image) -> torch.Tensor:
-        pixels = processor(picture, do_rescale=False, do_normalize=False, return_tensors="pt", **options)[
-            "pixel_values"
-        ]
+        inputs = processor(picture, do_rescale=False, do_normalize=False, return_tensors="pt", **options)
+        pixels = inputs["pixel_values"]
         if pixels.ndim != 4 or len(pixels) != 1:
             raise ValueError(
-                f"{name} makes pixels of shape {tuple(pixels.shape)} of one picture, but must make one image."
+                f"{name} makes pixels of shape {tuple(pixels.shape)}, but must make one image of a picture."
             )
         return pixels[0].float() / 255
 
@@ -207,32 +191,23 @@ def _timm_steps(processor: Any) -> tuple[PictureStep, Any, Any]:
     kinds = [type(step).__name__ for step in steps]
     if kinds[-1:] != ["Normalize"] or kinds.count("Normalize") != 1:
         raise ValueError(
-            f"timm's transforms {kinds} do not end with their normalisation: it cannot be moved after the noise."
+            f"timm's transforms {kinds} do not end with normalisation: it cannot be moved after the noise."
         )
-
-    def picture_to_input(picture: Image.Image) -> torch.Tensor:
-        pixels: Any = picture
-        for step in steps[:-1]:
-            pixels = step(pixels)
-        return pixels
-
     mean, std = (tuple(torch.as_tensor(values).flatten().tolist()) for values in (steps[-1].mean, steps[-1].std))
-    return picture_to_input, mean, std
+    return Compose(steps[:-1]), mean, std
 
 
 def _resize_after_noise(processor: Any) -> PixelStep:
     """A step that resizes and crops noisy pixels as the processor does pictures."""
     if hasattr(processor, "val_transforms"):
         steps = {type(step).__name__: step for step in processor.val_transforms.transforms}
-        unknown = set(steps) - {"Resize", "CenterCrop", "MaybeToTensor", "ToTensor", "Normalize"}
-        if unknown:
+        if unknown := set(steps) - {"Resize", "CenterCrop", "MaybeToTensor", "ToTensor", "Normalize"}:
             raise ValueError(
-                f"timm's transforms {sorted(unknown)} are not available after the noise: use noise_resolution='input'."
+                f"timm's {sorted(unknown)} are not available after the noise: use noise_resolution='input'."
             )
-        size = steps["Resize"].size if "Resize" in steps else None
-        resample = steps["Resize"].interpolation if "Resize" in steps else functional.InterpolationMode.BICUBIC
-        crop = steps["CenterCrop"].size if "CenterCrop" in steps else None
-        return _ResizeAndCrop(_to_list(size), resample, _to_list(crop), rounds_down=False)
+        resize, crop = steps.get("Resize"), getattr(steps.get("CenterCrop"), "size", None)
+        resample = getattr(resize, "interpolation", functional.InterpolationMode.BICUBIC)
+        return _ResizeAndCrop(_to_list(getattr(resize, "size", None)), resample, _to_list(crop), rounds_down=False)
     size = _get_size(processor) if processor.do_resize else None
     crop = _height_and_width(processor.crop_size) if getattr(processor, "do_center_crop", False) else None
     if size is not None and (share := getattr(processor, "crop_pct", None)) is not None:  # ConvNeXt's way
@@ -269,10 +244,7 @@ def _get_size(processor: Any) -> list[int]:
         return _height_and_width(size)
     if "shortest_edge" in size and "longest_edge" not in size:
         return [size["shortest_edge"]]
-    raise ValueError(
-        f"{type(processor).__name__} resizes to {size}, which is not available after the noise: use "
-        "noise_resolution='input'."
-    )
+    raise ValueError(f"Resizing to {size} is not available after the noise: use noise_resolution='input'.")
 
 
 def _height_and_width(size: Any) -> list[int]:

@@ -21,7 +21,6 @@ class NamedRule(Rule, Protocol):
     @classmethod
     def from_settings(cls, *args: Any, **settings: Any) -> Rule:  # with *args, rules may name the settings they take
         """Make the rule from those settings in `takes` that users gave: `alpha` always, `radius` as `radii`, no `None`."""
-        ...
 
 
 RULES: dict[str, type[NamedRule]] = {

@@ -1,6 +1,7 @@
 """The sampler: fills forward passes with noisy draws of several images and passes their class counts to the rule."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,23 +20,17 @@ _FIRST_DRAWS = 8
 """Roughly how many draws each image requests after its clean pass."""
 
 
+@dataclass(eq=False)
 class ActiveImage:
-    """
-    An image that is being sampled. Without a run it waits for its clean pass, from which the rule starts one.
+    """An image that is being sampled. Without a run it waits for its clean pass, from which the rule starts one."""
 
-    Attributes:
-        position: of the image among all.
-        noisy: its noisy copies.
-        num_samples: forward passes spent on it.
-        wanted: forward passes that it waits for; 0 when it is finished.
-    """
-
-    def __init__(self, position: int, noisy: NoisyImage):
-        self.position = position
-        self.noisy = noisy
-        self.num_samples = 0
-        self.wanted = 1
-        self.run: Run | None = None
+    position: int
+    noisy: NoisyImage
+    num_samples: int = 0
+    """Forward passes spent on it."""
+    wanted: int = 1
+    """Forward passes that it waits for; 0 when it is finished."""
+    run: Run | None = None
 
     def start(self, run: Run) -> None:
         self.run = run
@@ -61,39 +56,23 @@ class ActiveImage:
             self.wanted = self.run.next_draws()
 
 
+@dataclass
 class Sampler:
     """
-    Samples images under a rule. Every forward pass is filled with draws of as many images as it takes.
+    Samples images under a rule. Every forward pass is filled with `batch_size` draws, of as many images as it takes.
 
-    Args:
-        base_classifier: classifies the draws.
-        noise: the smoothing distribution.
-        rule: decides how many draws each image gets.
-        seed: seed of the noise.
-        batch_size: draws per forward pass.
-        count_head: replaces the base classifier in the clean pass.
-        progress: a bar to update.
+    The count head, if any, replaces the base classifier in the clean pass.
     """
 
-    def __init__(
-        self,
-        base_classifier: BaseClassifier,
-        noise: SmoothingNoise,
-        rule: Rule,
-        *,
-        seed: int,
-        batch_size: int,
-        count_head: CountHead | None = None,
-        progress: ProgressBar | None = None,
-    ):
-        self.base_classifier = base_classifier
-        self.noise = noise
-        self.rule = rule
-        self.seed = seed
-        self.batch_size = batch_size
-        self.count_head = count_head
-        self.progress = progress
-        self._first_batch = True
+    base_classifier: BaseClassifier
+    noise: SmoothingNoise
+    rule: Rule
+    seed: int
+    batch_size: int
+    count_head: CountHead | None
+    progress: ProgressBar | None
+
+    _first_batch = True
 
     @torch.inference_mode()
     def sample(self, images: Iterable[torch.Tensor]) -> Iterator[ActiveImage]:
@@ -181,15 +160,14 @@ class Sampler:
         batch: list[tuple[ActiveImage, int]] = []
         room = self.batch_size
         for image in active:
-            if room == 0:
-                break
-            batch.append((image, min(image.wanted, room)))
-            room -= batch[-1][1]
+            if draws := min(image.wanted, room):
+                batch.append((image, draws))
+                room -= draws
         logits = self.base_classifier([image.draw(draws) for image, draws in batch], self.noise.sigma)
         counts = _count_classes(logits, [draws for _, draws in batch])
         if not bool(torch.isfinite(logits).all()):
             raise ValueError(
-                "The base classifier returned logits that are not finite: its certificates would mean nothing."
+                "The base classifier returned logits that are not finite: no certificate would mean anything."
             )
         first_row = 0
         for (image, draws), image_counts in zip(batch, counts):
@@ -205,9 +183,7 @@ class Sampler:
 def _count_classes(logits: torch.Tensor, draws: Sequence[int]) -> NDArray[np.int64]:
     """Class counts `(images, classes)` from logits `(rows, classes)`: `draws[i]` rows for image i."""
     num_images, num_classes = len(draws), logits.shape[1]
-    images = torch.repeat_interleave(
-        torch.arange(num_images, device=logits.device), torch.tensor(draws, device=logits.device)
-    )
+    images = torch.repeat_interleave(torch.tensor(draws, device=logits.device))  # i, draws[i] times
     votes = images * num_classes + logits.argmax(1)
     return torch.bincount(votes, minlength=num_images * num_classes).view(-1, num_classes).cpu().numpy()
 

@@ -23,31 +23,20 @@ class NoiseDistribution(Protocol):
     @property
     def sigma(self) -> float:
         """Its standard deviation, in `[0, 1]` pixels."""
-        ...
 
     def radius(self, p_a: float, p_b: float | None = None) -> float:
         """
         The radius certified where the top class has probability `p_a` or more and every other class `p_b` or less
         (`1 - p_a` if None); 0 where these bounds prove nothing.
         """
-        ...
 
     def probability_needed(self, radius: float, p_b: float | None = None) -> float:
         """The probability that the top class must exceed to be certified at `radius`; `p_b` as for `radius`."""
-        ...
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """
-    What a run proved.
-
-    Attributes:
-        prediction: a class index, or `ABSTAIN`.
-        p_lower: lower bound of the probability of that class.
-        p_upper: upper bound of the probability of every other class.
-        delta, calibration: set where the claim holds for most images only, as in [`Certificate`].
-    """
+    """What a run proved; fields as in [`Certificate`]."""
 
     prediction: int
     p_lower: float
@@ -80,15 +69,12 @@ class Run(Protocol):
 
     def next_draws(self) -> int:
         """How many draws the run wants next; 0 when it is finished. Pass the counts of all of them to `update` at once."""
-        ...
 
     def update(self, counts: Counts) -> None:
         """Take the class counts, shape `(classes,)`, of the draws that `next_draws` asked for."""
-        ...
 
     def outcome(self) -> Outcome:
         """What has been proved so far."""
-        ...
 
 
 class Rule(Protocol):
@@ -99,22 +85,17 @@ class Rule(Protocol):
 
     @property
     def guarantee(self) -> Guarantee: ...
-
     @property
     def alpha(self) -> float: ...
-
     @property
     def budget(self) -> int:
         """The most draws that one image can take."""
-        ...
 
     def check(self, noise: NoiseDistribution) -> None:
         """Raise a `ValueError` if the rule can never claim what it is asked to."""
-        ...
 
     def start(self, noise: NoiseDistribution, clean: CleanPass) -> Run:
         """Start an image, given the result of its clean pass; all zeros unless `uses_clean_pass`."""
-        ...
 
 
 def probability_in_reach(noise: NoiseDistribution, radius: float) -> float:

@@ -8,23 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
-from .bounds import (
-    OddsPrior,
-    clopper_pearson_lower,
-    confidence_sequence_lower,
-    draws_to_reject,
-    log_e_value,
-)
+from .bounds import OddsPrior, clopper_pearson_lower, confidence_sequence_lower, draws_to_reject, log_e_value
 from .certificates import Guarantee
-from .sampling_rule import (
-    ABSTENTION,
-    CleanPass,
-    Counts,
-    NoiseDistribution,
-    Outcome,
-    probability_in_reach,
-    too_few,
-)
+from .sampling_rule import ABSTENTION, CleanPass, Counts, NoiseDistribution, Outcome, probability_in_reach, too_few
 from .validation import check_count, check_radii, check_share
 
 _PRIOR_FLOOR = 0.5
@@ -67,8 +53,7 @@ class SequentialRule:
     - with `radii`: once every radius is claimed, or the next one is out of reach.
     - without: once the radius is known to the relative `tolerance`, or the budget can no longer prove any.
 
-    In both cases the certificate carries the largest radius that was proved, which may exceed those asked for. All bounds
-    hold together at alpha, so every smaller radius holds too.
+    The certificate carries the largest radius that was proved, which may exceed those asked for.
 
     Args:
         radii: radii to decide; `None` finds the radius.
@@ -139,8 +124,9 @@ class SequentialRule:
         return (1 - _UPPER_SHARE) * (1 - self.weight_floor) * (1 - _RANK_DECAY) * self.alpha
 
     def start(self, noise: NoiseDistribution, clean: CleanPass) -> "_SequentialRun":
-        weights = class_weights(clean.scores, self.weight_floor)
-        return _SequentialRun(self, noise, weights, self._prior_for(noise, clean))
+        return _SequentialRun(
+            self, noise, class_weights(clean.scores, self.weight_floor), self._prior_for(noise, clean)
+        )
 
     def _prior_for(self, noise: NoiseDistribution, clean: CleanPass) -> OddsPrior:
         """The prior of the lower bounds, moved by a count head's prediction if there is one."""
@@ -153,8 +139,7 @@ class SequentialRule:
         if radii is None:  # the radius that will probably be claimed
             most = _lower_bound(self.max_draws, self.max_draws, self._largest_alpha, prior)
             radii = ((1 - self.tolerance) * noise.radius(min(float(special.expit(log_odds)), most)),)
-        nulls = [noise.probability_needed(radius) for radius in radii]
-        distances = [log_odds - float(special.logit(null)) for null in nulls]
+        distances = [log_odds - float(special.logit(noise.probability_needed(radius))) for radius in radii]
         return prior.reweight(distances, _PRIOR_SPREAD, _PRIOR_FLOOR)
 
 
@@ -163,10 +148,7 @@ def class_weights(scores: NDArray[np.float64], floor: float) -> NDArray[np.float
     Shares of alpha from scores known before the first draw: `(classes,)`, positive, of sum 1.
 
     Only the ranking of the scores counts: their values differ in the last bit between batch sizes, certificates must not.
-
-    Args:
-        scores: `(classes,)`, such as the logits of the clean image.
-        floor: the part that is split equally.
+    The part `floor` is split equally.
     """
     ranks = np.empty(len(scores), np.int64)
     ranks[np.argsort(-scores, kind="stable")] = np.arange(len(scores))
@@ -176,15 +158,7 @@ def class_weights(scores: NDArray[np.float64], floor: float) -> NDArray[np.float
 
 @dataclass(frozen=True)
 class Tally:
-    """
-    What the class counts of an image come to.
-
-    Attributes:
-        top: the class drawn most often.
-        hits: how often it was drawn.
-        runner_up: how often the class in second place was drawn.
-        draws: how many draws there were.
-    """
+    """Class counts of an image: the class drawn most often, its draws, those of the class in second place, all draws."""
 
     top: int
     hits: float
@@ -229,12 +203,12 @@ class _SequentialRun:
     def update(self, counts: Counts) -> None:
         self.counts += counts
         tally = Tally.from_counts(self.counts)
-        claims = 0
-        if self.rule.radii is None:
-            wanted = self._draws_to_find_radius(tally)
-        else:
-            claims = self._claim_radii(tally)
-            wanted = self._draws_to_decide_radii(tally)
+        claims = False
+        while self.unclaimed and self._proves(self.unclaimed[0], tally):
+            self.unclaimed.pop(0)
+            claims = True
+        decides = self.rule.radii is not None
+        wanted = self._draws_to_decide_radii(tally) if decides else self._draws_to_find_radius(tally)
         self.wanted = min(wanted, self.rule.max_draws - tally.draws)
         # at every claim too: later draws may prove less, and the claim stands
         if claims or not self.wanted:
@@ -242,13 +216,6 @@ class _SequentialRun:
 
     def outcome(self) -> Outcome:
         return self.best
-
-    def _claim_radii(self, tally: Tally) -> int:
-        """Claim the radii that the tally proves; how many there are."""
-        before = len(self.unclaimed)
-        while self.unclaimed and self._proves(self.unclaimed[0], tally):
-            self.unclaimed.pop(0)
-        return before - len(self.unclaimed)
 
     def _draws_to_decide_radii(self, tally: Tally) -> int:
         """Draws until the next look; 0 once every radius is claimed or the next one is out of reach."""

@@ -38,18 +38,16 @@ class SmoothedClassifier:
         noise: the smoothing distribution, such as `GaussianNoise(0.25)`.
         batch_size: draws per forward pass, of one image or of several.
         device: where draws are made and classified; by default where the module is, else the CPU.
-        image_processor: an image processor of transformers. With it, paths, addresses and PIL images are accepted besides
-            tensors. Its normalisation is applied after the noise.
+        image_processor: of transformers. With it, paths, addresses and PIL images are accepted besides tensors. Its
+            normalisation is applied after the noise.
         noise_resolution: where noise is added: at the network's `"input"`, at the `"native"` size of the picture, or at a
-            number of pixels a side. The step that resizes pictures to the input is then part of the base classifier, and a
-            radius is about the pixels to which noise was added.
-        denoiser: maps noisy pixels `(batch, channels, height, width)` and sigma to pixels of the same shape, each image on
-            its own; part of the base classifier (arXiv 2003.01908). With it a model trained on clean pictures can be
+            number of pixels a side. A radius is about these pixels; resizing them to the input is part of the classifier.
+        denoiser: a [`Denoiser`] or its name, part of the base classifier. With it a model trained on clean pictures can be
             smoothed.
         class_names: names of the classes, in the order of the logits.
         autocast: run the forward passes in `torch.bfloat16` (or another type) where torch considers it safe; by default
-            they run in the type of the weights. Certificates record it.
-        compile: run the base classifier through `torch.compile`. Certificates record it.
+            they run in the type of the weights.
+        compile: run the base classifier through `torch.compile`.
         count_head: maps clean pixels and sigma to the class frequencies expected under noise, `(batch, classes)` of sum 1,
             such as a [`CountPredictor`]. `sequential` saves draws with it, `surrogate` does not draw at all.
         calibration: of the count head, for `surrogate` with `delta`; by default the one that it brings.
@@ -83,15 +81,13 @@ class SmoothedClassifier:
         self.noise = noise
         self.batch_size = batch_size
         self.image_processor = image_processor
-        self.preprocessing = (
-            None if image_processor is None else Preprocessing.from_image_processor(image_processor, noise_resolution)
-        )
+        self.preprocessing: Preprocessing | None = None
+        if image_processor is not None:
+            self.preprocessing = Preprocessing.from_image_processor(image_processor, noise_resolution)
+        elif noise_resolution != "input":
+            raise ValueError(f"noise_resolution={noise_resolution!r} needs an image processor, which can resize.")
         self.base_classifier = BaseClassifier(base_classifier, self.preprocessing, denoiser, device, autocast, compile)
         self.device = self.base_classifier.device
-        if self.preprocessing is None and noise_resolution != "input":
-            raise ValueError(
-                f"noise_resolution={noise_resolution!r} needs an image processor, which knows how to resize."
-            )
         self.noise_resolution = str(noise_resolution)
         self.class_names = class_names
 
@@ -101,29 +97,21 @@ class SmoothedClassifier:
         model_name_or_path: str | Path,
         noise: SmoothingNoise,
         *,
-        batch_size: int = 128,
         device: torch.device | str | None = None,
+        count_head: str | Path | None = None,
+        batch_size: int = 128,
         autocast: torch.dtype | None = None,
         compile: bool = False,
-        count_head: str | Path | None = None,
         noise_resolution: NoiseResolution = "input",
         denoiser: Denoiser | str | None = None,
         **model_kwargs: Any,
     ) -> "SmoothedClassifier":
         """
-        Smooth any image classifier that `AutoModelForImageClassification` loads.
+        Smooth any image classifier that `AutoModelForImageClassification` loads, from the Hub or a local folder.
 
-        Args:
-            model_name_or_path: a model on the Hub or a local folder, with an image processor.
-            noise: the smoothing distribution.
-            batch_size: draws per forward pass.
-            device: where to put the model; by default the CPU.
-            autocast: type of the forward passes, see the class.
-            compile: use `torch.compile`, see the class.
-            count_head: a count head on the Hub or in a local folder; its calibration comes with it.
-            noise_resolution: where noise is added, see the class.
-            denoiser: part of the base classifier, see the class.
-            model_kwargs: passed on to `from_pretrained`. `dtype` is `torch.float32` by default. Certificates record it.
+        `count_head` too is a name on the Hub or a folder; its calibration comes with it. The model is put on `device`, by
+        default the CPU. The other settings are those of [`SmoothedClassifier`]; further ones (`model_kwargs`) are passed on
+        to transformers' `from_pretrained`, with a `dtype` of `torch.float32` by default.
         """
         model_kwargs.setdefault("dtype", torch.float32)
         model = AutoModelForImageClassification.from_pretrained(model_name_or_path, **model_kwargs)
@@ -134,23 +122,10 @@ class SmoothedClassifier:
         if device is not None:
             model = model.to(device)
         names = [name for _, name in sorted(model.config.id2label.items())]
-        head = None
-        if count_head is not None:
-            head = CountPredictor.from_pretrained(
-                count_head, device=device, class_names=names, image_processor=processor
-            )
-        return cls(
-            model,
-            noise,
-            batch_size=batch_size,
-            image_processor=processor,
-            noise_resolution=noise_resolution,
-            denoiser=denoiser,
-            class_names=names,
-            autocast=autocast,
-            compile=compile,
-            count_head=head,
-        )
+        shared = {"class_names": names, "image_processor": processor}
+        head = None if count_head is None else CountPredictor.from_pretrained(count_head, device=device, **shared)
+        options = {"batch_size": batch_size, "autocast": autocast, "compile": compile, "denoiser": denoiser}
+        return cls(model, noise, count_head=head, noise_resolution=noise_resolution, **shared, **options)
 
     def with_noise(self, noise: SmoothingNoise) -> "SmoothedClassifier":
         """
@@ -170,15 +145,9 @@ class SmoothedClassifier:
             raise ValueError(f"The count head knows {known} noise, not {noise.name}.")
 
     @overload
-    def certify(
-        self, images: Images, method: str = ..., *, seed: int = ..., progress: bool = ..., **settings: Any
-    ) -> list[Certificate]: ...
-
+    def certify(self, images: Images, method: str = ..., **settings: Any) -> list[Certificate]: ...
     @overload
-    def certify(
-        self, images: Iterator[Any], method: str = ..., *, seed: int = ..., progress: bool = ..., **settings: Any
-    ) -> Iterator[Certificate]: ...
-
+    def certify(self, images: Iterator[Any], method: str = ..., **settings: Any) -> Iterator[Certificate]: ...
     def certify(
         self,
         images: Images | Iterator[Any],
@@ -198,13 +167,11 @@ class SmoothedClassifier:
                 (only ask the count head: an estimate, or with `delta` and its calibration a claim about most images).
             seed: seed of the noise. The same seed gives an image the same noise, whatever other images there are.
             progress: show a progress bar.
-            settings: of the method, see [`make_rule`]: `alpha`, `radius`, `radii`, `max_draws`, `tolerance`, `n0`, `n`,
-                `delta`.
+            settings: of the method, such as `alpha` and `radius`, see [`make_rule`].
 
         Returns:
-            One certificate per image: a list, or an iterator if `images` is one. The iterator yields each certificate once
-            it and those before it are finished, and reads ahead no more than fills a batch. ([`certify_stream`] does not
-            wait for those before.)
+            One certificate per image: a list, or an iterator if `images` is one, which reads ahead no more than fills a
+            batch.
 
         Raises:
             ValueError: for invalid settings or images that are not pixels, before the first draw; for logits that are not
@@ -230,26 +197,19 @@ class SmoothedClassifier:
             "model_weights": self.base_classifier.classifier,
             "head_weights": getattr(self.count_head, "model", None),
         }
-        self.calibration.check(
-            {
-                **{name: weights_digest(module) for name, module in modules.items() if isinstance(module, nn.Module)},
-                "noise": self.noise.name,
-                "noise_resolution": self.noise_resolution,
-                "denoiser": self.base_classifier.denoiser_name,
-                "dtype": self.base_classifier.precision,
-            }
-        )
+        digests = {name: weights_digest(module) for name, module in modules.items() if isinstance(module, nn.Module)}
+        smoothing = {
+            "noise": self.noise.name,
+            "noise_resolution": self.noise_resolution,
+            "denoiser": self.base_classifier.denoiser_name,
+            "dtype": self.base_classifier.precision,
+        }
+        self.calibration.check(digests | smoothing)
 
     @overload
-    def predict(
-        self, images: Images, n: int = ..., alpha: float = ..., *, seed: int = ..., progress: bool = ...
-    ) -> list[int]: ...
-
+    def predict(self, images: Images, n: int = ..., alpha: float = ..., **options: Any) -> list[int]: ...
     @overload
-    def predict(
-        self, images: Iterator[Any], n: int = ..., alpha: float = ..., *, seed: int = ..., progress: bool = ...
-    ) -> Iterator[int]: ...
-
+    def predict(self, images: Iterator[Any], n: int = ..., alpha: float = ..., **options: Any) -> Iterator[int]: ...
     def predict(
         self,
         images: Images | Iterator[Any],
@@ -260,16 +220,9 @@ class SmoothedClassifier:
         progress: bool = False,
     ) -> list[int] | Iterator[int]:
         """
-        Predictions without a radius: class indices, or `ABSTAIN` (-1) where `n` draws leave doubt.
+        Predictions without a radius: class indices, or `ABSTAIN` (-1) where `n` draws leave doubt, see [`PredictRule`].
 
-        Args:
-            images: as for [`certify`].
-            n: draws per image.
-            alpha: probability of a prediction other than the smoothed classifier's.
-            seed: seed of the noise.
-            progress: show a progress bar.
-
-        Source: Cohen et al. 2019 (arXiv 1902.02918), algorithm PREDICT.
+        Takes images and returns a list or an iterator as [`certify`] does.
         """
         certificates = self._certify_in_order(images, PredictRule(n, alpha), seed, progress)
         predictions = (certificate.prediction for certificate in certificates)
@@ -302,8 +255,7 @@ class SmoothedClassifier:
         Holds only as many images at a time as fill a batch.
 
         Args:
-            images: an iterable, finite or not, of pixels as [`to_pixels`] returns them: each a float32 tensor
-                `(channels, height, width)` in `[0, 1]`.
+            images: an iterable, finite or not, of pixels as [`to_pixels`] returns them.
             rule: the sampling rule, such as `SequentialRule(radii=(0.5,))`.
             seed: seed of the noise.
             progress: show a progress bar.
@@ -317,15 +269,7 @@ class SmoothedClassifier:
         if total is None and isinstance(images, Sized):
             total = len(images)
         bar = ProgressBar(total, rule.budget) if progress else None
-        sampler = Sampler(
-            self.base_classifier,
-            self.noise,
-            rule,
-            seed=seed,
-            batch_size=self.batch_size,
-            count_head=self.count_head,
-            progress=bar,
-        )
+        sampler = Sampler(self.base_classifier, self.noise, rule, seed, self.batch_size, self.count_head, bar)
         try:
             for image in sampler.sample(images):
                 yield image.position, self._certificate(image, rule, seed)

@@ -199,7 +199,7 @@ def test_processors_whose_steps_cannot_be_parted_are_refused_with_the_reason():
     padding = ViTImageProcessor(size=SQUARE)
     padding.do_pad = True
     for processor, settings, message in (
-        (padding, {}, "pads"),
+        (padding, {}, "do_pad=True"),
         (Inverting(size=SQUARE), {}, "does more than resize"),
         (object(), {}, "does not say how it rescales"),
         (ViTImageProcessor(size=SQUARE), {"noise_resolution": "big"}, "noise_resolution='big'"),
