@@ -46,6 +46,7 @@ class BaseClassifier:
         self.compiled = compile
         self.autocast = autocast
         self.preprocessing = preprocessing
+        self.resize = None if preprocessing is None else preprocessing.resize
         if isinstance(denoiser, str) and denoiser not in DENOISERS:
             raise ValueError(f"denoiser={denoiser!r} is unknown: use {', '.join(DENOISERS)}, or pass a callable.")
         self.denoiser = DENOISERS[denoiser] if isinstance(denoiser, str) else denoiser
@@ -69,11 +70,6 @@ class BaseClassifier:
         """The type of the forward passes, as certificates record it."""
         dtype = str(self.autocast or self.dtype).removeprefix("torch.")
         return dtype if self.autocast is None else f"{dtype} autocast"
-
-    @property
-    def resizes(self) -> bool:
-        """Whether it takes pixels of any size."""
-        return self.preprocessing is not None and self.preprocessing.resize is not None
 
     def num_classes(self, pixels: torch.Tensor) -> int:
         """The number of classes, from one forward pass over `pixels` `(channels, height, width)` at the first call."""
@@ -106,6 +102,4 @@ class BaseClassifier:
             pixels = self.denoiser(pixels, sigma)
             if pixels.shape != shape:
                 raise ValueError(f"The denoiser made {tuple(pixels.shape)} of pixels of shape {tuple(shape)}.")
-        if self.preprocessing is None or self.preprocessing.resize is None:
-            return pixels
-        return self.preprocessing.resize(pixels)
+        return pixels if self.resize is None else self.resize(pixels)

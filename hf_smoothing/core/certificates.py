@@ -22,20 +22,17 @@ class Certificate:
             pixels at the resolution at which the noise was added. Full precision; 0 on abstention.
         guarantee: `per_input`: the claim is wrong with probability at most alpha over the draws, whatever the model.
             `marginal`: over exchangeable calibration and test images, see `delta`. `none`: an estimate.
-        method: name of the rule that decided.
-        noise: name of the smoothing distribution.
-        norm: the norm in which the radius is measured.
+        method, noise, norm: names of the rule that decided, of the smoothing distribution, and of the norm of the radius.
         sampling: `lattice` where picture and noise were added exactly; `float` where they were not, which an adversarial
             base classifier could exploit.
         sigma: standard deviation of the noise, in `[0, 1]` pixels.
         alpha: probability of a wrong claim.
-        p_lower: lower bound of the probability of `prediction` under noise, on which the radius rests.
-        p_upper: upper bound of the probability of every other class, on which it rests too.
+        p_lower, p_upper: what the radius rests on: a lower bound of the probability of `prediction` under noise, and an
+            upper bound of that of every other class.
         counts: how often each class was predicted in the counted draws.
         num_samples: forward passes spent on the image, selection draws included.
         seed: seed of the noise.
-        dtype: floating-point type of the forward passes.
-        compiled: whether they went through `torch.compile`.
+        dtype, compiled: type of the forward passes, and whether they went through `torch.compile`.
         noise_resolution: where noise was added, and so the pixels that the radius is about: the network's `input`, the
             picture at its `native` size, or a number of pixels a side.
         denoiser: the denoiser in front of the classifier, if any; it is part of what is certified.
@@ -67,7 +64,6 @@ class Certificate:
 
     @property
     def abstains(self) -> bool:
-        """Whether nothing is claimed."""
         return self.prediction == ABSTAIN
 
     def to_dict(self) -> dict[str, Any]:

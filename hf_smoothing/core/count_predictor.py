@@ -26,12 +26,9 @@ class CountPredictor:
         model: the count head.
         calibration: made by `hf-smoothing calibrate`.
         device: where to put it; by default where it is.
-
-    Attributes:
-        noise: the kind of noise that its counts were drawn with.
     """
 
-    noise = GaussianNoise.name
+    noise = GaussianNoise.name  # of its counts
 
     def __init__(
         self,
@@ -81,16 +78,14 @@ class CountPredictor:
         check_loaded_weights(name, info, ())
         predictor = cls(model, read_calibration(name, **model_kwargs) if calibrated else None, device)
         if class_names is not None and list(class_names) != predictor.class_names:
-            raise ValueError(
-                f"The count head {name!r} has the classes {predictor.class_names}, not {list(class_names)}."
-            )
+            raise ValueError(f"Count head {name!r} has the classes {predictor.class_names}, not {list(class_names)}.")
         if image_processor is not None:
             with loading(name):
                 own = AutoImageProcessor.from_pretrained(name, **model_kwargs)
             if not make_same_pixels(own, image_processor):
                 raise ValueError(
-                    f"The count head {name!r} was trained with other preprocessing than the classifier's (size, crop or "
-                    "interpolation): train it with the classifier's image processor."
+                    f"The count head {name!r} was trained with other preprocessing (size, crop or interpolation) than the "
+                    "classifier's: train it with the classifier's image processor."
                 )
         return predictor
 

@@ -12,15 +12,7 @@ from .validation import check_count
 
 @dataclass(frozen=True)
 class CountRule:
-    """
-    Count the classes of `n` draws and claim nothing: the training data of a count head (arXiv 2402.07498).
-
-    Args:
-        n: draws.
-
-    Raises:
-        ValueError: for a setting out of range.
-    """
+    """Count the classes of `n` draws and claim nothing: the training data of a count head (arXiv 2402.07498)."""
 
     n: int = 64
 

@@ -22,9 +22,6 @@ class FixedRule:
         alpha: probability of a wrong certificate, in (0, 1).
         radius: a radius that must be in reach; used only to refuse an `n` that can never prove it.
 
-    Raises:
-        ValueError: for a setting out of range.
-
     Source: Cohen et al. 2019 (arXiv 1902.02918), algorithm CERTIFY and theorem 1.
     """
 
@@ -72,9 +69,7 @@ class _FixedRun:
         self.counts = np.zeros(num_classes, np.int64)
 
     def next_draws(self) -> int:
-        if self.selected is None:
-            return self.rule.n0
-        return self.rule.n - int(self.counts.sum())
+        return self.rule.n0 if self.selected is None else self.rule.n - int(self.counts.sum())
 
     def update(self, counts: Counts) -> None:
         if self.selected is None:

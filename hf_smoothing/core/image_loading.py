@@ -69,10 +69,9 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
             raise ValueError(
                 f"{name} has {image.mode!r} pixels from {grey.min():g} to {grey.max():g}: scale them to 8 bits (0 to 255)."
             )
+        top = 1 if image.mode == "F" and grey.max() <= 1 else 255
         if image.mode.startswith("I;16") or grey.max() > 255:
             top = 65535
-        else:
-            top = 1 if image.mode == "F" and grey.max() <= 1 else 255
         return Image.fromarray(np.rint(grey * (255 / top)).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         layer = image.convert("RGBA")

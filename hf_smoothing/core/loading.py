@@ -32,7 +32,8 @@ def check_loaded_weights(model: str, info: Mapping[str, Any], reinitialized: tup
         info: the loading info of `from_pretrained(..., output_loading_info=True)`.
         reinitialized: prefixes of weights that may be missing, superfluous, or of another shape, such as the head's.
     """
-    keys = [key if isinstance(key, str) else key[0] for kind in _MISFITS for key in info.get(kind, ())]
+    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    keys = [key if isinstance(key, str) else key[0] for kind in kinds for key in info.get(kind, ())]
     if misfits := sorted({key for key in keys if not key.startswith(reinitialized)}):
         more = "" if len(misfits) < 4 else f" and {len(misfits) - 3} more"
         raise ValueError(
@@ -41,16 +42,11 @@ def check_loaded_weights(model: str, info: Mapping[str, Any], reinitialized: tup
         )
 
 
-_MISFITS = ("missing_keys", "unexpected_keys", "mismatched_keys")
-
-
 def check_weights(module: nn.Module) -> None:
     """Raise a `ValueError` that names the first weights that are not finite."""
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise ValueError(
-                f"The weights of {name!r} are not all finite: the checkpoint is broken or was not loaded."
-            )
+            raise ValueError(f"The weights of {name!r} are not all finite: the checkpoint is broken or not loaded.")
 
 
 def weights_digest(model: Any) -> str:

@@ -160,12 +160,7 @@ class MixedNoiseViTPreTrainedModel(PreTrainedModel):
 
 
 class MixedNoiseViTModel(MixedNoiseViTPreTrainedModel):
-    """
-    The encoder without a head.
-
-    Takes `pixel_values` of shape `(batch, channels, image_size, image_size)` in `[0, 1]` (noise may leave that range;
-    it is never clipped, since the certificates are for the unclipped noise).
-    """
+    """The encoder without a head. Noise may leave `[0, 1]`: it is never clipped, since certificates are for all of it."""
 
     def __init__(self, config: MixedNoiseViTConfig):
         super().__init__(config)

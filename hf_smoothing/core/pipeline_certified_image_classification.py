@@ -84,9 +84,7 @@ class CertifiedImageClassificationPipeline(Pipeline):
             return super().__call__(inputs, **kwargs)
         # by its attribute, since `datasets` need not be installed where this file is remote code
         if not isinstance(inputs, Iterable) or isinstance(inputs, dict) or hasattr(inputs, "column_names"):
-            raise TypeError(
-                f"A {type(inputs).__name__} is no image: pass a picture, a list of them or a column of a dataset."
-            )
+            raise TypeError(f"A {type(inputs).__name__} is no image: pass a picture, a list or a column of a dataset.")
         return super().__call__((image for image in inputs), **kwargs)
 
     def get_iterator(

@@ -22,9 +22,6 @@ class PredictRule:
         n: draws.
         alpha: probability of returning another class than the smoothed classifier's, in (0, 1).
 
-    Raises:
-        ValueError: for a setting out of range.
-
     Source: Cohen et al. 2019 (arXiv 1902.02918), algorithm PREDICT and proposition 1.
     """
 

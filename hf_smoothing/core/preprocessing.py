@@ -64,14 +64,12 @@ class Preprocessing:
 
 def to_pixels(image: Any, preprocessing: Preprocessing | None = None) -> torch.Tensor:
     """
-    Convert an image to the pixels to which noise is added.
+    Convert an image to the pixels to which noise is added: a float32 tensor `(channels, height, width)` in `[0, 1]`, on the
+    CPU.
 
     Args:
         image: a tensor `(channels, height, width)`, float in `[0, 1]` or uint8; or anything that [`load_image`] takes.
         preprocessing: converts pictures to pixels.
-
-    Returns:
-        A float32 tensor `(channels, height, width)` in `[0, 1]`, on the CPU.
 
     Raises:
         ValueError: for a tensor that does not hold pixels, or a picture without an image processor.
@@ -177,9 +175,7 @@ def _transformers_steps(processor: Any) -> tuple[PictureStep, Any, Any]:
         inputs = processor(picture, do_rescale=False, do_normalize=False, return_tensors="pt", **options)
         pixels = inputs["pixel_values"]
         if pixels.ndim != 4 or len(pixels) != 1:
-            raise ValueError(
-                f"{name} makes pixels of shape {tuple(pixels.shape)}, but must make one image of a picture."
-            )
+            raise ValueError(f"{name} makes pixels of shape {tuple(pixels.shape)}, but must make one image.")
         return pixels[0].float() / 255
 
     is_identity = not any(mean) and all(value == 1 for value in std)
@@ -190,9 +186,7 @@ def _timm_steps(processor: Any) -> tuple[PictureStep, Any, Any]:
     steps = list(processor.val_transforms.transforms)
     kinds = [type(step).__name__ for step in steps]
     if kinds[-1:] != ["Normalize"] or kinds.count("Normalize") != 1:
-        raise ValueError(
-            f"timm's transforms {kinds} do not end with normalisation: it cannot be moved after the noise."
-        )
+        raise ValueError(f"timm's transforms {kinds} do not end with Normalize: it cannot be moved after the noise.")
     mean, std = (tuple(torch.as_tensor(values).flatten().tolist()) for values in (steps[-1].mean, steps[-1].std))
     return Compose(steps[:-1]), mean, std
 
@@ -202,14 +196,13 @@ def _resize_after_noise(processor: Any) -> PixelStep:
     if hasattr(processor, "val_transforms"):
         steps = {type(step).__name__: step for step in processor.val_transforms.transforms}
         if unknown := set(steps) - {"Resize", "CenterCrop", "MaybeToTensor", "ToTensor", "Normalize"}:
-            raise ValueError(
-                f"timm's {sorted(unknown)} are not available after the noise: use noise_resolution='input'."
-            )
+            raise ValueError(f"timm's {sorted(unknown)} do not work after the noise: use noise_resolution='input'.")
         resize, crop = steps.get("Resize"), getattr(steps.get("CenterCrop"), "size", None)
         resample = getattr(resize, "interpolation", functional.InterpolationMode.BICUBIC)
         return _ResizeAndCrop(_to_list(getattr(resize, "size", None)), resample, _to_list(crop), rounds_down=False)
     size = _get_size(processor) if processor.do_resize else None
-    crop = _height_and_width(processor.crop_size) if getattr(processor, "do_center_crop", False) else None
+    crop = processor.crop_size if getattr(processor, "do_center_crop", False) else None
+    crop = None if crop is None else [crop["height"], crop["width"]]
     if size is not None and (share := getattr(processor, "crop_pct", None)) is not None:  # ConvNeXt's way
         (edge,) = size
         # below 384 pixels it resizes to a bit more than the input and crops; from there on it resizes to a square
@@ -241,14 +234,10 @@ class _ResizeAndCrop:
 def _get_size(processor: Any) -> list[int]:
     size = dict(processor.size)
     if {"height", "width"} <= size.keys():
-        return _height_and_width(size)
+        return [size["height"], size["width"]]
     if "shortest_edge" in size and "longest_edge" not in size:
         return [size["shortest_edge"]]
     raise ValueError(f"Resizing to {size} is not available after the noise: use noise_resolution='input'.")
-
-
-def _height_and_width(size: Any) -> list[int]:
-    return [size["height"], size["width"]]
 
 
 def _to_list(size: Any) -> list[int] | None:

@@ -7,11 +7,8 @@ from tqdm.auto import tqdm
 
 class ProgressBar:
     """
-    Shows finished images, draws per second and the time left. An image in progress counts by the part of its budget used.
-
-    Args:
-        total: number of images, if known.
-        budget: the most draws per image.
+    Shows finished images, draws per second and the time left. An image in progress counts by the part of its budget used:
+    `budget` is the most draws per image. `total` is the number of images, if known.
     """
 
     def __init__(self, total: int | None, budget: int):
@@ -23,11 +20,7 @@ class ProgressBar:
         self.bar = tqdm(total=total, desc="certifying", bar_format="{desc} " + counts + "{postfix}")
 
     def update(self, finished: Sequence[int], in_progress: Sequence[int]) -> None:
-        """
-        Args:
-            finished: draws of each image that has finished since the last update.
-            in_progress: draws so far of each image in progress.
-        """
+        """Draws of each image that has finished since the last update, and so far of each image in progress."""
         self.finished += len(finished)
         self.draws_of_finished += sum(finished)
         elapsed = self.bar.format_dict["elapsed"] or 1e-9

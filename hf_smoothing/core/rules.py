@@ -66,17 +66,9 @@ def make_rule(
         raise ValueError("Give radius or radii, not both.")
     if radii is not None and not isinstance(radii, Sequence):
         raise ValueError(f"radii={radii!r} must be a list of radii; one alone is `radius`.")
-    settings: dict[str, Any] = {
-        "alpha": alpha,
-        "radius": radius,
-        "radii": radii,
-        "max_draws": max_draws,
-        "n0": n0,
-        "n": n,
-        "tolerance": tolerance,
-        "delta": delta,
-        "calibration": None if delta is None else calibration,
-    }
+    settings: dict[str, Any] = {"alpha": alpha, "radius": radius, "radii": radii, "max_draws": max_draws}
+    settings |= {"n0": n0, "n": n, "tolerance": tolerance, "delta": delta}
+    settings |= {"calibration": None if delta is None else calibration}
     settings = {name: value for name, value in settings.items() if value is not None}
     rule = RULES[method]
     for name, value in settings.items():

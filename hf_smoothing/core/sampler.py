@@ -79,14 +79,11 @@ class Sampler:
         """
         Yield images as they finish, in any order. Holds only as many images at a time as fill a batch.
 
-        Args:
-            images: pixels on the CPU, float32 tensors `(channels, height, width)` in `[0, 1]`. All of one shape, unless the
-                base classifier resizes them.
+        Takes pixels as [`to_pixels`] returns them, all of one shape unless the base classifier resizes them.
 
         Raises:
             TypeError: for images that are not float32 tensors.
-            ValueError: for images of different shapes, logits that are not finite, or a count head that does not return
-                frequencies.
+            ValueError: for different shapes, logits that are not finite, or a count head that returns no frequencies.
         """
         waiting = enumerate(self._check(images))
         active: list[ActiveImage] = []
@@ -108,13 +105,12 @@ class Sampler:
                 )
 
     def _check(self, images: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-        """The images, each checked as it comes."""
         shape: torch.Size | None = None
         for position, pixels in enumerate(images):
             if not isinstance(pixels, torch.Tensor) or pixels.dtype != torch.float32:
                 raise TypeError(f"Image {position} is no float32 tensor: convert it with preprocessing.to_pixels.")
             shape = shape or pixels.shape
-            if pixels.shape != shape and not self.base_classifier.resizes:
+            if pixels.shape != shape and self.base_classifier.resize is None:
                 raise ValueError(
                     f"Image {position} has shape {tuple(pixels.shape)}, the first one {tuple(shape)}: make the sizes equal."
                 )
@@ -122,7 +118,7 @@ class Sampler:
 
     def _admit(self, waiting: Iterator[tuple[int, torch.Tensor]], active: list[ActiveImage]) -> None:
         """Add waiting images until the active ones want a batch of draws."""
-        wanted = sum(self._expected_draws(image) for image in active)
+        wanted = sum(map(self._expected_draws, active))
         while wanted < self.batch_size and (item := next(waiting, None)) is not None:
             active.append(self._activate(*item))
             wanted += self._expected_draws(active[-1])
@@ -166,9 +162,7 @@ class Sampler:
         logits = self.base_classifier([image.draw(draws) for image, draws in batch], self.noise.sigma)
         counts = _count_classes(logits, [draws for _, draws in batch])
         if not bool(torch.isfinite(logits).all()):
-            raise ValueError(
-                "The base classifier returned logits that are not finite: no certificate would mean anything."
-            )
+            raise ValueError("The base classifier returned logits that are not finite: it cannot be certified.")
         first_row = 0
         for (image, draws), image_counts in zip(batch, counts):
             image.num_samples += draws

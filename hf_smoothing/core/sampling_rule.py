@@ -50,16 +50,12 @@ ABSTENTION = Outcome(ABSTAIN, 0.0, 1.0)
 
 @dataclass(frozen=True)
 class CleanPass:
-    """
-    The result of one pass over the clean image.
-
-    Attributes:
-        scores: `(classes,)`: the base classifier's logits, or the prediction of a count head.
-        frequencies: whether the scores come from a count head: expected class frequencies under noise, of sum 1.
-    """
+    """The result of one pass over the clean image."""
 
     scores: NDArray[np.float64]
+    """`(classes,)`: the base classifier's logits, or the prediction of a count head."""
     frequencies: bool = False
+    """Whether the scores come from a count head: expected class frequencies under noise, of sum 1."""
 
 
 class Run(Protocol):
@@ -78,7 +74,7 @@ class Run(Protocol):
 
 
 class Rule(Protocol):
-    """Settings of a sampling rule, checked at construction; `start` begins the sampling of one image."""
+    """Settings of a sampling rule; one out of range is a `ValueError` at construction. `start` begins an image."""
 
     method: ClassVar[str]
     uses_clean_pass: ClassVar[bool]

@@ -16,26 +16,19 @@ from .validation import check_count, check_radii, check_share
 _PRIOR_FLOOR = 0.5
 """The share of the prior's weight that a count head cannot move: a wrong head costs at most log(1/0.5) of evidence. If it
 moved more, a head would cost about as many draws where it is wrong as it saves where it is right."""
-
 _PRIOR_SPREAD = 0.9
 """Assumed standard deviation of the error of the log-odds that a count head predicts. A smaller one costs more draws where a
 head is wrong than it saves where it is right."""
-
 _ROUNDING = 16
 """Predicted log-odds are rounded to this fraction of a unit."""
-
 _RANK_DECAY = 0.1
 """About how often the prediction under noise is not the class ranked next on the clean image."""
-
 _UPPER_SHARE = 0.05
 """The part of alpha for the upper bounds. It adds less than 1 % to the draws of a claim that does not need them."""
-
 _ALPHA_STOP = 0.03
 """Level of the intervals that show a radius to be out of reach: it costs some claims at worst, never validity."""
-
 _BISECTIONS = 20
 """Steps of the search for a bound of the runner-up; a radius that needs more steps is left to the next look."""
-
 _ALPHA_KNOWN = 0.05
 """Level of the upper end of the radius that `tolerance` is measured against; informative only."""
 
@@ -65,9 +58,6 @@ class SequentialRule:
             the rank that a count head predicts.
         prior: prior of the e-processes; by default the [`OddsPrior`] for `max_draws`. A count head moves half of its weight
             to where it expects p; a wrong head costs draws, never validity.
-
-    Raises:
-        ValueError: for a setting out of range.
 
     Source: Ville's inequality for the mixture e-process of [`log_e_value`]; the radius is theorem 1 of Cohen et al. 2019
     (arXiv 1902.02918) for Gaussian noise.

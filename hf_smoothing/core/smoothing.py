@@ -115,10 +115,9 @@ class SmoothedClassifier:
         """
         model_kwargs.setdefault("dtype", torch.float32)
         model = AutoModelForImageClassification.from_pretrained(model_name_or_path, **model_kwargs)
-        hub_options = ("revision", "token", "trust_remote_code", "subfolder", "cache_dir", "local_files_only")
-        processor = AutoImageProcessor.from_pretrained(
-            model_name_or_path, **{name: model_kwargs[name] for name in hub_options if name in model_kwargs}
-        )
+        hub_options = {"revision", "token", "trust_remote_code", "subfolder", "cache_dir", "local_files_only"}
+        hub_kwargs = {name: model_kwargs[name] for name in hub_options & model_kwargs.keys()}
+        processor = AutoImageProcessor.from_pretrained(model_name_or_path, **hub_kwargs)
         if device is not None:
             model = model.to(device)
         names = [name for _, name in sorted(model.config.id2label.items())]
@@ -193,10 +192,8 @@ class SmoothedClassifier:
         """Raise a `ValueError` if the count head was calibrated with other weights, noise or preprocessing."""
         if self.calibration is None:
             return
-        modules = {
-            "model_weights": self.base_classifier.classifier,
-            "head_weights": getattr(self.count_head, "model", None),
-        }
+        classifier, head = self.base_classifier.classifier, getattr(self.count_head, "model", None)
+        modules = {"model_weights": classifier, "head_weights": head}
         digests = {name: weights_digest(module) for name, module in modules.items() if isinstance(module, nn.Module)}
         smoothing = {
             "noise": self.noise.name,

@@ -28,13 +28,11 @@ class SurrogateRule:
     Args:
         n: the number of draws that the prediction stands for.
         alpha: level of the bound that these draws would give.
-        delta: the share of images about which the claim may be wrong, in (0, 1). `calibration` says how far the prediction
-            must be lowered for that, or may be raised. It is a share of all images, not of those that get a radius. Without
-            it the radius is an estimate that guarantees nothing.
+        delta: the share of images about which the claim may be wrong, in (0, 1), see [`Calibration`]. Without it the radius
+            is an estimate that guarantees nothing.
         calibration: of the head, with the same `n` and `alpha`.
-        radii: with `delta`, the radii to decide: the certificate carries the largest of them that can be claimed. This
-            lowers predictions less than claiming each image's own radius. A radius of 0 asks for the prediction alone.
-            Choose the radii before you see results.
+        radii: with `delta`, the radii to decide: the certificate carries the largest of them that can be claimed. A radius
+            of 0 asks for the prediction alone. Choose the radii before you see results.
 
     Raises:
         ValueError: for a setting out of range, a calibration with other draws, or radii of an estimate.
@@ -67,14 +65,11 @@ class SurrogateRule:
             check_radii(self.radii)
         check_share("delta", self.delta)
         if self.calibration is None:
-            raise ValueError(
-                f"delta={self.delta:g} takes a calibrated count head: run hf-smoothing calibrate, or leave it out."
-            )
+            raise ValueError(f"delta={self.delta:g} takes a calibrated count head: run hf-smoothing calibrate.")
         for name in ("n", "alpha"):
-            if getattr(self, name) != getattr(self.calibration, name):
-                raise ValueError(
-                    f"{name}={getattr(self, name)} is not that of the calibration, {getattr(self.calibration, name)}."
-                )
+            value, calibrated = getattr(self, name), getattr(self.calibration, name)
+            if value != calibrated:
+                raise ValueError(f"{name}={value} is not that of the calibration, {calibrated}.")
 
     @classmethod
     def from_settings(cls, **settings: Any) -> "SurrogateRule":
@@ -117,10 +112,8 @@ class _SurrogateRun:
         else:
             needed = probabilities_proving(rule.radii, noise)
             claimed = int(calibration.count_claimed_radii(frequencies[top], rule.shift(noise), needed))
-            p_lower, claims_a_radius = (
-                [0.0, *needed][claimed],
-                claimed > 0,
-            )  # a radius of 0, if asked for, is a claim too
+            p_lower = [0.0, *needed][claimed]
+            claims_a_radius = claimed > 0  # a radius of 0, if asked for, is a claim too
         claims = claims_a_radius or noise.radius(p_lower) > 0
         outcome = Outcome(top, p_lower, 1 - p_lower) if claims else ABSTENTION
         source = None if rule.delta is None or calibration is None else calibration.description

@@ -1,4 +1,4 @@
-"""Checks of settings: each raises an error that names the value."""
+"""Checks of settings: each raises a `ValueError` that names the value and says what it must be."""
 
 import math
 from collections.abc import Sequence
@@ -13,33 +13,32 @@ NoiseResolution = Literal["input", "native"] | int
 
 
 def check_probability(name: str, value: ArrayLike) -> None:
-    """Raise a `ValueError` that names the value unless all of `value` lies strictly between 0 and 1."""
     values = np.asarray(value, np.float64)[()]
     if not ((values > 0) & (values < 1)).all():
         raise ValueError(f"{name}={value!r} must lie strictly between 0 and 1.")
 
 
 def check_count(name: str, value: int) -> None:
-    """Raise a `ValueError` that names the value unless it is a whole number above 0."""
+
     if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name}={value!r} must be a whole number, 1 or more.")
 
 
 def check_share(name: str, value: float) -> None:
-    """Raise a `ValueError` that names the value unless it is a single number strictly between 0 and 1."""
+    """As [`check_probability`], for a single number."""
     if not isinstance(value, Real) or isinstance(value, bool):
         raise ValueError(f"{name}={value!r} must be a number strictly between 0 and 1.")
     check_probability(name, value)
 
 
 def check_radius(radius: float) -> None:
-    """Raise a `ValueError` unless it is a finite number, 0 or above."""
+
     if not isinstance(radius, Real) or isinstance(radius, bool) or not 0 <= radius < math.inf:
         raise ValueError(f"radius={radius!r} must be a finite number, 0 or above.")
 
 
 def check_radii(radii: Sequence[float]) -> None:
-    """Raise a `ValueError` unless these are one or more valid radii."""
+
     if not radii:
         raise ValueError("radii=() asks for nothing: give one or more radii, or None to find the radius.")
     for radius in radii:
@@ -47,7 +46,6 @@ def check_radii(radii: Sequence[float]) -> None:
 
 
 def check_noise_resolution(value: NoiseResolution) -> None:
-    """Raise a `ValueError` unless it is `input`, `native` or a whole number above 0."""
     if value not in ("input", "native") and not (isinstance(value, int) and value > 0):
         raise ValueError(
             f"noise_resolution={value!r} must be 'input' (the network's), 'native' (the picture's own) or a number of "
