@@ -243,9 +243,6 @@ _PRECISION = 1e-9
 def draws_to_reject(null_probability: float, alpha: float, prior: Prior = JEFFREYS) -> int:
     """
     The fewest draws, all of them hits, with which [`log_e_value`] reaches `log(1/alpha)` against `p <= null_probability`.
-
-    Raises:
-        ValueError: for a probability outside (0, 1).
     """
     check_probability("alpha", alpha)
 

@@ -82,11 +82,8 @@ class Calibration:
         Scores of the images, ascending.
 
         Args:
-            sigma: a calibrated noise level.
+            sigma: a calibrated noise level; another one is a `ValueError`.
             p_needed: the probabilities that the radii to decide need; `None` to claim each image's own radius.
-
-        Raises:
-            ValueError: for a level that was not calibrated.
         """
         predicted, allowed = self._at(sigma)
         if p_needed is None:

@@ -97,12 +97,9 @@ class MixedNoiseViTConfig(PreTrainedConfig):
         for name, allowed in (("stem", STEMS), ("norm_layer", NORM_LAYERS), ("pooling", POOLINGS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {allowed}.")
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}."
-            )
-        if self.image_size % self.patch_size:
-            raise ValueError(f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}.")
+        for name, part in (("hidden_size", "num_attention_heads"), ("image_size", "patch_size")):
+            if getattr(self, name) % getattr(self, part):
+                raise ValueError(f"{name}={getattr(self, name)} is not a multiple of {part}={getattr(self, part)}.")
         if self.stem == "conv" and self.patch_size & (self.patch_size - 1):
             raise ValueError(
                 f'stem="conv" halves the image at every stage: patch_size={self.patch_size} must be a power of two.'

@@ -14,10 +14,7 @@ def wiener(pixels: torch.Tensor, sigma: float, window: int = 5) -> torch.Tensor:
     Denoise without training: move every pixel towards the mean of its window, the more so the less the window varies beyond
     what noise explains.
 
-    Args:
-        pixels: `(batch, channels, height, width)` with noise.
-        sigma: standard deviation of the noise, in the units of the pixels.
-        window: side of the window, odd.
+    Takes the arguments of a [`Denoiser`] and the side of the window, odd.
 
     Source: Lee, IEEE Transactions on Pattern Analysis and Machine Intelligence 2 (1980).
     """

@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
-
 from .bounds import clopper_pearson_lower
 from .certificates import Guarantee
+from .count_rule import CountRun
 from .sampling_rule import ABSTENTION, CleanPass, Counts, NoiseDistribution, Outcome, check_reach
 from .validation import check_count, check_radius, check_share
 
@@ -61,21 +60,21 @@ class FixedRule:
         return _FixedRun(self, noise, len(clean.scores))
 
 
-class _FixedRun:
+class _FixedRun(CountRun):
     def __init__(self, rule: FixedRule, noise: NoiseDistribution, num_classes: int):
+        super().__init__(rule.n, num_classes)
         self.rule = rule
         self.noise = noise
         self.selected: int | None = None
-        self.counts = np.zeros(num_classes, np.int64)
 
     def next_draws(self) -> int:
-        return self.rule.n0 if self.selected is None else self.rule.n - int(self.counts.sum())
+        return self.rule.n0 if self.selected is None else super().next_draws()
 
     def update(self, counts: Counts) -> None:
         if self.selected is None:
             self.selected = int(counts.argmax())  # selection draws are not counted again
         else:
-            self.counts += counts
+            super().update(counts)
 
     def outcome(self) -> Outcome:
         if self.selected is None:

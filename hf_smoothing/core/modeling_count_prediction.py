@@ -84,8 +84,8 @@ centre."""
 
 def kullback_leibler(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """
-    Mean Kullback-Leibler divergence of the measured from the predicted frequencies: [`soft_cross_entropy`], and its
-    gradient, minus the entropy of the measured ones. Arguments as [`jensen_shannon`].
+    Mean Kullback-Leibler divergence of the measured from the predicted frequencies: [`soft_cross_entropy`] minus the entropy
+    of the measured ones. It has the same gradient, and is 0 for a right prediction. Arguments as [`jensen_shannon`].
     """
     return nn.functional.kl_div(logits.log_softmax(1), targets, reduction="batchmean")
 

@@ -73,9 +73,7 @@ class SmoothingNoise(ABC):
 
     def __post_init__(self) -> None:
         if not isinstance(self.sigma, Real) or isinstance(self.sigma, bool) or not 0 < self.sigma < math.inf:
-            raise ValueError(
-                f"sigma={self.sigma!r} must be positive and finite, in units of [0, 1] pixels: e.g. 0.25."
-            )
+            raise ValueError(f"sigma={self.sigma!r} must be positive and finite, in [0, 1] pixels: such as 0.25.")
 
     @abstractmethod
     def radius(self, p_a: float, p_b: float | None = None) -> float:

@@ -121,10 +121,10 @@ class SmoothedClassifier:
         if device is not None:
             model = model.to(device)
         names = [name for _, name in sorted(model.config.id2label.items())]
-        shared = {"class_names": names, "image_processor": processor}
+        shared: dict[str, Any] = {"class_names": names, "image_processor": processor}
         head = None if count_head is None else CountPredictor.from_pretrained(count_head, device=device, **shared)
-        options = {"batch_size": batch_size, "autocast": autocast, "compile": compile, "denoiser": denoiser}
-        return cls(model, noise, count_head=head, noise_resolution=noise_resolution, **shared, **options)
+        shared |= {"batch_size": batch_size, "autocast": autocast, "compile": compile, "denoiser": denoiser}
+        return cls(model, noise, count_head=head, noise_resolution=noise_resolution, **shared)
 
     def with_noise(self, noise: SmoothingNoise) -> "SmoothedClassifier":
         """
@@ -247,9 +247,8 @@ class SmoothedClassifier:
         total: int | None = None,
     ) -> Iterator[tuple[int, Certificate]]:
         """
-        Certify images as they come and yield `(position, certificate)` as they finish, in any order.
-
-        Holds only as many images at a time as fill a batch.
+        Certify images as they come and yield `(position, certificate)` as they finish, in any order. Holds only as many
+        images at a time as fill a batch.
 
         Args:
             images: an iterable, finite or not, of pixels as [`to_pixels`] returns them.

@@ -8,10 +8,10 @@ from numpy.typing import NDArray
 
 from .calibration import Calibration, estimate_lower_bound
 from .certificates import Guarantee
+from .count_rule import CountRun
 from .sampling_rule import (
     ABSTENTION,
     CleanPass,
-    Counts,
     NoiseDistribution,
     Outcome,
     check_reach,
@@ -100,9 +100,9 @@ class SurrogateRule:
         return _SurrogateRun(self, noise, clean.scores)
 
 
-class _SurrogateRun:
+class _SurrogateRun(CountRun):
     def __init__(self, rule: SurrogateRule, noise: NoiseDistribution, frequencies: NDArray[np.float64]):
-        self.counts = np.zeros(len(frequencies), np.int64)
+        super().__init__(0, len(frequencies))
         top = int(frequencies.argmax())
         calibration, claims_a_radius = rule.calibration, False
         if rule.delta is None or calibration is None:
@@ -118,12 +118,6 @@ class _SurrogateRun:
         outcome = Outcome(top, p_lower, 1 - p_lower) if claims else ABSTENTION
         source = None if rule.delta is None or calibration is None else calibration.description
         self._outcome = replace(outcome, delta=rule.delta, calibration=source)
-
-    def next_draws(self) -> int:
-        return 0
-
-    def update(self, counts: Counts) -> None:
-        raise AssertionError("a surrogate asks for no draws")
 
     def outcome(self) -> Outcome:
         return self._outcome
