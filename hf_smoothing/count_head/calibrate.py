@@ -87,32 +87,14 @@ def _shift(calibration: Calibration, sigma: float, delta: float, p_needed: list[
 
 
 def refuse_training_images(count_head: Path, settings: dict[str, Any]) -> None:
-    """
-    Refuse a run whose images the count head may have been trained on.
-
-    Args:
-        count_head: folder of the count head.
-        settings: settings of the run.
-
-    Raises:
-        ValueError: if the head's training data and the run share a split.
-    """
+    """Raise a `ValueError` if a run of these settings shares a split with the training data of the head in a folder."""
     training = count_head / "results" / "training.json"
     if training.exists():
         refuse_shared_images(json.loads(training.read_text())["counts"], settings)
 
 
 def refuse_shared_images(training_settings: dict[str, Any], settings: dict[str, Any]) -> None:
-    """
-    Refuse a run that may share images with the run that a count head was trained on.
-
-    Args:
-        training_settings: settings of the run that the head was trained on.
-        settings: settings of the other run.
-
-    Raises:
-        ValueError: if the runs share a split of a dataset.
-    """
+    """Raise a `ValueError` if a run shares a split of a dataset with the run that a count head was trained on."""
 
     def resolve(name: str) -> str:
         return str(Path(name).resolve()) if Path(name).exists() else name

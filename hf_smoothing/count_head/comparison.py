@@ -118,21 +118,12 @@ def predict_counts(
 
 
 def compare_with_certificates(measured: MeasuredCounts, probabilities: FloatArray) -> list[Comparison]:
-    """
-    Compare predictions with certificates, at each noise level.
-
-    Args:
-        measured: counts and certificates of a run of method `fixed`.
-        probabilities: `(rows, classes)`, predicted for its rows.
-    """
+    """Compare predictions `(rows, classes)` with the certificates of a run of method `fixed`, at each noise level."""
     return [
         Comparison(
             float(sigma),
             probabilities[rows],
-            measured.counts[rows],
-            measured.predictions[rows],
-            measured.p_lower[rows],
-            measured.labels[rows],
+            *(getattr(measured, name)[rows] for name in ("counts", "predictions", "p_lower", "labels")),
             measured.settings["alpha"],
         )
         for sigma in np.unique(measured.sigmas)

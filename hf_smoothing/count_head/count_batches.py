@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from ..training.training_images import Batch
+from ..training.batches import Batch, Batches
 from .measured_counts import MeasuredCounts
 
 
@@ -41,16 +41,14 @@ def subsample_counts(counts: torch.Tensor, max_draws: int, generator: np.random.
     return torch.from_numpy(np.array(kept)).to(counts.dtype).view_as(counts)
 
 
-class CountBatches:
+class CountBatches(Batches):
     """
-    Batches of images with their counts, for one process. Their order depends only on the seed and the epoch.
+    Batches of images with their counts, for one process.
 
     Args:
         inputs: `(images, ...)`: pixels (uint8) or features.
         targets: `(images, levels, 1 + classes)`: sigma, then the counts.
-        batch_size: images per batch.
-        seed: seed of the order.
-        process_index, num_processes: this process, and the number of processes.
+        batch_size, seed, process_index, num_processes: see [`Batches`].
         max_draws: draws per image and noise level; with more draws, each epoch keeps another random choice.
 
     Raises:
@@ -67,25 +65,11 @@ class CountBatches:
         num_processes: int = 1,
         max_draws: int | None = None,
     ):
-        self.inputs, self.targets, self.seed = inputs, targets, seed
-        self.batch_size, self.max_draws = batch_size, max_draws
-        self.total: int | None = len(inputs)
-        self.process_index, self.num_processes = process_index, num_processes
-        if not len(self):
-            raise ValueError(
-                f"{self.total} images do not fill a batch of {batch_size} on {num_processes} processes: take a smaller "
-                "per_device_train_batch_size."
-            )
-
-    def __len__(self) -> int:
-        """Batches per epoch; a last batch that is not full is left out."""
-        return len(self.inputs) // (self.batch_size * self.num_processes)
+        super().__init__(len(inputs), batch_size, seed, process_index, num_processes)
+        self.inputs, self.targets, self.max_draws = inputs, targets, max_draws
 
     def epoch(self, number: int, first: int = 0) -> Iterator[Batch]:
-        """Inputs and targets of an epoch, from batch `first` on."""
-        order = np.random.default_rng([self.seed, number]).permutation(len(self.inputs))
-        order = order[: len(self) * self.num_processes * self.batch_size]
-        for images in order.reshape(len(self), self.num_processes, self.batch_size)[first:, self.process_index]:
+        for images in self.shuffle(number)[first:]:
             targets = self.targets[images]
             if self.max_draws is not None:
                 generator = np.random.default_rng([self.seed, number, int(images[0])])

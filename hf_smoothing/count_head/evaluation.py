@@ -23,10 +23,7 @@ def compute_errors(comparison: Comparison, radii: Sequence[float], bins: int = 1
     where Monte-Carlo abstains or predicts another class. An estimate is too small where it is not too large, and below the
     radius that Monte-Carlo certifies for any class.
 
-    Args:
-        comparison: estimates and certificates.
-        radii: radii of the certified accuracy.
-        bins: bins of the calibration curve, with equally many images each.
+    The certified accuracy is that at `radii`; the calibration curve has `bins` with equally many images each.
     """
     estimated, certified, agrees = comparison.estimated_radii, comparison.certified_radii, comparison.agrees
     errors = estimated - np.where(agrees, certified, 0.0)
@@ -79,11 +76,6 @@ def expect_accuracy(comparison: Comparison, n: int, radii: Sequence[float]) -> d
     The certified accuracy to expect of Monte-Carlo with another number of draws, computed from the measured counts, and the
     estimate's accuracy with that number. Nothing here was measured with `n` draws.
 
-    Args:
-        comparison: estimates and certificates.
-        n: number of draws.
-        radii: radii of the certified accuracy.
-
     Returns:
         `n`; `monte_carlo`, the expected accuracy at each radius (by the Jeffreys posterior of the true class's probability)
         with its standard `deviation`; and `estimate`, the accuracy of the estimate.
@@ -116,13 +108,7 @@ def evaluate_random_splits(
     """
     Calibrate on a random half of the images and evaluate on the other half, repeatedly.
 
-    Args:
-        comparison: estimates and certificates.
-        delta: share of images for which the claim may be wrong.
-        radii: radii of the certified accuracy.
-        splits: number of random splits.
-        seed: seed of the splits.
-        decided: see [`evaluate_calibration`].
+    The parameters are those of [`evaluate_calibration`], the number of random `splits` and their `seed`.
 
     Returns:
         The means of [`evaluate_calibration`] over all splits, and `binomial_error`, the standard error of a miss rate of
@@ -134,14 +120,8 @@ def evaluate_random_splits(
     for _ in range(splits):
         order = generator.permutation(num_images)
         predicted, allowed = comparison.select(order[: num_images // 2]).to_calibration()
-        calibration = Calibration(
-            {comparison.sigma: predicted},
-            {comparison.sigma: allowed},
-            comparison.n,
-            comparison.alpha,
-            "a random half",
-            "",
-        )
+        scores = {comparison.sigma: predicted}, {comparison.sigma: allowed}
+        calibration = Calibration(*scores, comparison.n, comparison.alpha, "a random half", "")
         other_half = comparison.select(order[num_images // 2 :])
         evaluations.append(evaluate_calibration(other_half, calibration, delta, radii, decided=decided))
 
@@ -153,11 +133,12 @@ def evaluate_random_splits(
         "delta": delta,
         "decided": None if decided is None else list(decided),
         "splits": splits,
-        "miss_rate": float(np.mean([evaluation["miss_rate"] for evaluation in evaluations])),
-        "claim_rate": float(np.mean([evaluation["claim_rate"] for evaluation in evaluations])),
+        **{
+            name: float(np.mean([evaluation[name] for evaluation in evaluations]))
+            for name in ("miss_rate", "claim_rate")
+        },
         "binomial_error": float(np.sqrt(delta * (1 - delta) / (num_images - num_images // 2))),
-        "accuracy": average("accuracy"),
-        "proved_accuracy": average("proved_accuracy"),
+        **{name: average(name) for name in ("accuracy", "proved_accuracy")},
     }
 
 

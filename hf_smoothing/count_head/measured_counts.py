@@ -43,12 +43,7 @@ class MeasuredCounts:
         )
 
     def open_images(self) -> LabelledImages:
-        """
-        Load the images that were counted.
-
-        Raises:
-            ValueError: for images that cannot be loaded, or were changed since.
-        """
+        """Load the images that were counted. Raises a `ValueError` if they cannot be loaded, or were changed since."""
         return open_images(self.settings)
 
     def select(self, rows: np.ndarray) -> "MeasuredCounts":
@@ -77,10 +72,7 @@ def read_counts(run_dir: Path) -> MeasuredCounts:
     rows = [row for row in folder.read_records([*_COLUMNS, "error"]) if row["error"] is None]
     if not rows:
         raise ValueError(f"{run_dir} holds no counts: all of its images failed.")
-    indices, sigmas, counts, labels, predictions, p_lower = (
-        np.array([row[name] for row in rows]) for name in _COLUMNS
-    )
-    return MeasuredCounts(indices, sigmas, counts, labels, predictions, p_lower, settings)
+    return MeasuredCounts(*(np.array([row[name] for row in rows]) for name in _COLUMNS), settings)
 
 
 _COLUMNS = ("index", "sigma", "counts", "label", "prediction", "p_lower")

@@ -128,12 +128,9 @@ def compute_prediction_errors(
         `jensen_shannon` (nats), `top1_disagreement` (share whose predicted and measured most frequent classes differ), and
         `top_frequency_error` (mean of the predicted minus the measured frequency of the most frequent measured class).
     """
-    logits = torch.cat(
-        [
-            model(**_name_inputs(batch), sigma=batch_targets[..., 0]).logits
-            for batch, batch_targets in zip(inputs.split(512), targets.split(512))
-        ]
-    ).flatten(0, 1)
+    batches = zip(inputs.split(512), targets.split(512))
+    logits = torch.cat([model(**_name_inputs(pixels), sigma=rows[..., 0]).logits for pixels, rows in batches])
+    logits = logits.flatten(0, 1)
     counts = targets[..., 1:].flatten(0, 1)
     frequencies = counts / counts.sum(1, keepdim=True)
     top = counts.argmax(1)
@@ -209,13 +206,8 @@ def train_count_head(
     def evaluate(model: Any) -> dict[str, float]:
         return compute_prediction_errors(model, eval_inputs, eval_targets)
 
-    head_settings = {
-        "loss": head.loss,
-        "own_backbone": head.own_backbone,
-        "eval_share": head.eval_share,
-        "base": head.model_name_or_path,
-        **({"hflip": head.hflip} if head.own_backbone else {}),
-    }
+    head_settings = {name: getattr(head, name) for name in ("loss", "own_backbone", "eval_share")}
+    head_settings |= {"base": head.model_name_or_path, **({"hflip": head.hflip} if head.own_backbone else {})}
     loop = TrainingLoop(
         model,
         batches,

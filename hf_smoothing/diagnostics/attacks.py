@@ -109,6 +109,17 @@ class Attempt:
     smallest: Success | None
 
 
+@dataclass(frozen=True)
+class _Target:
+    """An image `(channels, height, width)`, its certificate, and the settings of the attack."""
+
+    smoothed: SmoothedClassifier
+    pixels: torch.Tensor
+    prediction: int
+    radius: float
+    settings: AttackSettings
+
+
 def attack(
     smoothed: SmoothedClassifier,
     pixels: torch.Tensor,
@@ -134,14 +145,15 @@ def attack(
     if not radius > 0:
         raise ValueError(f"radius={radius} must be above 0: there is nothing to attack.")
     pixels = pixels.to(smoothed.device)
+    target = _Target(smoothed, pixels, prediction, radius, settings)
     tried, steps, smallest, violation = 0, 0, None, None
 
     def passes(change: torch.Tensor, screening: Screening) -> bool:
         nonlocal tried
         tried += 1
-        return _passes_screening(smoothed, pixels + change, prediction, settings.seed + tried, screening)
+        return _passes_screening(target, change, settings.seed + tried, screening)
 
-    for name, direction, num_steps in _find_directions(smoothed, pixels, prediction, radius, settings, others):
+    for name, direction, num_steps in _find_directions(target, others):
         steps += num_steps
         if not 0 < direction.norm() < math.inf:  # a vanishing gradient, or the image itself
             continue
@@ -182,15 +194,9 @@ def judge(smoothed: SmoothedClassifier, pixels: torch.Tensor, prediction: int, s
     return predicted
 
 
-def _find_directions(
-    smoothed: SmoothedClassifier,
-    pixels: torch.Tensor,
-    prediction: int,
-    radius: float,
-    settings: AttackSettings,
-    others: torch.Tensor | None,
-) -> Iterator[tuple[str, torch.Tensor, int]]:
+def _find_directions(target: _Target, others: torch.Tensor | None) -> Iterator[tuple[str, torch.Tensor, int]]:
     """Names of attacks, the directions they found, and their gradient steps; the cheapest first."""
+    pixels, radius, settings = target.pixels, target.radius, target.settings
     generator = torch.Generator(pixels.device).manual_seed(settings.seed)
     if others is not None and len(others):
         differences = others.to(pixels.device) - pixels
@@ -203,34 +209,25 @@ def _find_directions(
         # half of the steps search within the radius, half beyond it, where directions are easier to find
         for max_norm, num_steps in ((_INSIDE * radius, steps - steps // 2), (settings.reach * radius, steps // 2)):
             if num_steps:
-                direction = _ascend_gradient(
-                    smoothed, pixels, prediction, max_norm, size, num_steps, settings, generator, start > 0
-                )
+                direction = _ascend_gradient(target, max_norm, size, num_steps, generator, start > 0)
                 yield f"gradient, step {size:g} of the norm, start {start}", direction, num_steps
 
 
 def _ascend_gradient(
-    smoothed: SmoothedClassifier,
-    pixels: torch.Tensor,
-    prediction: int,
-    max_norm: float,
-    size: float,
-    steps: int,
-    settings: AttackSettings,
-    generator: torch.Generator,
-    random_start: bool,
+    target: _Target, max_norm: float, size: float, steps: int, generator: torch.Generator, random_start: bool
 ) -> torch.Tensor:
     """Projected gradient ascent on the loss of `prediction` under noise (arXiv 1906.04584)."""
-    change = _draw_normal(pixels, generator) if random_start else torch.zeros_like(pixels)
+    smoothed, pixels, sigma = target.smoothed, target.pixels, target.smoothed.noise.sigma
+    change, momentum = torch.zeros_like(pixels), torch.zeros_like(pixels)
     if random_start:
+        change = _draw_normal(pixels, generator)
         change *= max_norm / change.norm()
-    momentum, sigma = torch.zeros_like(pixels), smoothed.noise.sigma
     for step in range(steps):
         change = change.detach().requires_grad_()
-        noise = torch.randn((settings.draws, *pixels.shape), generator=generator, device=pixels.device)
+        noise = torch.randn((target.settings.draws, *pixels.shape), generator=generator, device=pixels.device)
         logits = smoothed.base_classifier([pixels + change + sigma * noise], sigma)
         # the share of draws that predict the class has no gradient; the mean probability has
-        loss = -logits.log_softmax(1)[:, prediction].logsumexp(0)
+        loss = -logits.log_softmax(1)[:, target.prediction].logsumexp(0)
         (gradient,) = torch.autograd.grad(loss, change)
         momentum = 0.9 * momentum + gradient / gradient.norm().clamp(min=1e-12)
         length = size * max_norm * (1 - step / steps)
@@ -249,14 +246,13 @@ def _draw_normal(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tens
 
 
 @torch.inference_mode()
-def _passes_screening(
-    smoothed: SmoothedClassifier, pixels: torch.Tensor, prediction: int, seed: int, screening: Screening
-) -> bool:
+def _passes_screening(target: _Target, change: torch.Tensor, seed: int, screening: Screening) -> bool:
     """Whether a few draws leave it possible that the prediction has changed, so that judging is worth its draws."""
-    generator, sigma = torch.Generator(pixels.device).manual_seed(seed), smoothed.noise.sigma
+    pixels, sigma = target.pixels + change, target.smoothed.noise.sigma
+    generator = torch.Generator(pixels.device).manual_seed(seed)
     for draws, share in screening:
         noise = torch.randn((draws, *pixels.shape), generator=generator, device=pixels.device)
-        predictions = smoothed.base_classifier([pixels + sigma * noise], sigma).argmax(1)
-        if float((predictions == prediction).float().mean()) > share:
+        predictions = target.smoothed.base_classifier([pixels + sigma * noise], sigma).argmax(1)
+        if float((predictions == target.prediction).float().mean()) > share:
             return False
     return True

@@ -29,14 +29,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class AuditSummary:
-    """
-    The result of an audit.
-
-    Attributes:
-        path: folder of the audit.
-        rows: one dict per certificate, as in `audit.jsonl`.
-        alpha: probability that a certificate is wrong.
-    """
+    """The folder of an audit, a dict per certificate as in `audit.jsonl`, and the level of the certificates."""
 
     path: Path
     rows: list[Row]
@@ -46,19 +39,35 @@ class AuditSummary:
     def violations(self) -> list[Row]:
         return [row for row in self.rows if row["violation"] is not None]
 
+    def summarize(self, sigma: float | None = None) -> Row:
+        """Figures of the certificates at one noise level, or of all."""
+        rows = [row for row in self.rows if sigma in (None, row["sigma"])]
+        ratios = _relative_norms(rows)
+        return {
+            "sigma": sigma,
+            "certificates": len(rows),
+            "gradient_steps": sum(row["steps"] for row in rows),
+            "candidates": sum(row["tried"] for row in rows),
+            "violations": sum(row["violation"] is not None for row in rows),
+            "changed_beyond": len(ratios),
+            "least_norm_over_radius": min(ratios, default=None),
+            "median_norm_over_radius": float(np.median(ratios)) if ratios else None,
+        }
+
     def __str__(self) -> str:
-        ratios = _relative_norms(self.rows)
+        figures = self.summarize()
         text = (
-            f"{len(self.rows)} certificates attacked with {sum(row['steps'] for row in self.rows):,} gradient steps and "
-            f"{sum(row['tried'] for row in self.rows):,} candidates: {len(self.violations)} violations. At alpha = "
-            f"{self.alpha:g}, at most {len(self.rows) * self.alpha:.2g} certificates are wrong on average."
+            "{certificates} certificates attacked with {gradient_steps:,} gradient steps and {candidates:,} candidates: "
+            "{violations} violations. At alpha = {alpha:g}, at most {wrong:.2g} certificates are wrong on average."
         )
-        if ratios:
+        if figures["changed_beyond"]:
             text += (
-                f" Beyond the radius, {len(ratios)} of {len(self.rows)} predictions changed, at {np.median(ratios):.2f} "
-                f"times the radius in the median and {min(ratios):.2f} times at least."
+                " Beyond the radius, {changed_beyond} of {certificates} predictions changed, at "
+                "{median_norm_over_radius:.2f} times the radius in the median and {least_norm_over_radius:.2f} times at "
+                "least."
             )
-        return f"{text} Details are in {self.path}."
+        text += " Details are in {path}."
+        return text.format(**figures, alpha=self.alpha, wrong=len(self.rows) * self.alpha, path=self.path)
 
 
 def audit(
@@ -117,14 +126,9 @@ def audit(
                 for index, label, neighbour in neighbours
                 if label != record["prediction"] and index != record["index"]
             ]
-            attempt = attack(
-                smoothed.with_noise(GaussianNoise(record["sigma"])),
-                pixels,
-                record["prediction"],
-                record["radius"],
-                settings,
-                torch.stack(others) if others else None,
-            )
+            target = smoothed.with_noise(GaussianNoise(record["sigma"]))
+            neighbour_pixels = torch.stack(others) if others else None
+            attempt = attack(target, pixels, record["prediction"], record["radius"], settings, neighbour_pixels)
             if attempt.violation is not None:
                 all_settings = {"run": run, "attack": asdict(settings)}
                 _save_violation(output_dir, record, pixels, attempt.violation, all_settings)
@@ -200,16 +204,10 @@ def _start(output_dir: Path, settings: Row) -> list[Row]:
 
 def _to_row(attempt: Attempt) -> Row:
     def describe(success: Success | None) -> Row | None:
-        if success is None:
-            return None
-        return {"attack": success.attack, "norm": success.norm, "prediction": success.prediction}
+        return success and {name: getattr(success, name) for name in ("attack", "norm", "prediction")}
 
-    return {
-        "tried": attempt.tried,
-        "steps": attempt.steps,
-        "violation": describe(attempt.violation),
-        "smallest": describe(attempt.smallest),
-    }
+    row = {"tried": attempt.tried, "steps": attempt.steps}
+    return row | {"violation": describe(attempt.violation), "smallest": describe(attempt.smallest)}
 
 
 def _save_violation(output_dir: Path, record: Row, pixels: torch.Tensor, violation: Success, settings: Row) -> None:
@@ -241,32 +239,14 @@ def _write_results(summary: AuditSummary, settings: Row) -> None:
             "alpha": summary.alpha,
             "certificates": len(summary.rows),
             "violations": len(summary.violations),
-            "by_sigma": [_summarize(summary.rows, sigma) for sigma in sigmas],
+            "by_sigma": [summary.summarize(sigma) for sigma in sigmas],
             "versions": package_versions(),
         },
         summary.path / "audit.json",
     )
 
 
-def _summarize(rows: list[Row], sigma: float) -> Row:
-    rows = [row for row in rows if row["sigma"] == sigma]
-    ratios = _relative_norms(rows)
-    return {
-        "sigma": sigma,
-        "certificates": len(rows),
-        "gradient_steps": sum(row["steps"] for row in rows),
-        "candidates": sum(row["tried"] for row in rows),
-        "violations": sum(row["violation"] is not None for row in rows),
-        "changed_beyond": len(ratios),
-        "least_norm_over_radius": min(ratios, default=None),
-        "median_norm_over_radius": float(np.median(ratios)) if ratios else None,
-    }
-
-
 def _relative_norms(rows: list[Row]) -> list[float]:
     """Norms of the successes beyond the radius, where certificates guarantee nothing, as multiples of the radius."""
-    return [
-        row["smallest"]["norm"] / row["radius"]
-        for row in rows
-        if row["smallest"] is not None and row["violation"] is None
-    ]
+    beyond = [row for row in rows if row["smallest"] is not None and row["violation"] is None]
+    return [row["smallest"]["norm"] / row["radius"] for row in beyond]

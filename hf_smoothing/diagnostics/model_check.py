@@ -39,9 +39,7 @@ class ModelCheck:
         levels: a dict per noise level: `sigma`; `same_answer`, the share of noisy copies with the prediction of the clean
             image; `accuracy`, the share that is right, or `None` where the labels are unknown; and `largest_radius`, the
             largest radius that the draws can certify.
-        images: number of images.
-        answers: number of different predictions without noise.
-        classes: number of classes of the model.
+        images, answers, classes: number of images, of different predictions without noise, and of the model's classes.
     """
 
     norm_layers: dict[str, int]
@@ -60,20 +58,17 @@ class ModelCheck:
                 "wrong for noisy ones, and robustness learned at one noise level does not carry over to others (arXiv "
                 "2312.09020). Prefer a model with LayerNorm or GroupNorm."
             )
-        clean = self.levels[0] if self.levels[0]["sigma"] == 0 else None
-        accuracy = clean["accuracy"] if clean else None
+        return [*advice, self._verdict(self.levels[0]["accuracy"] if self.levels[0]["sigma"] == 0 else None)]
+
+    def _verdict(self, accuracy: float | None) -> str:
+        """Whether the model is worth smoothing, given its accuracy on clean images."""
         if self.answers == 1 and self.images > 1:
-            advice.append("It predicts one class for all images, so stable predictions mean nothing: is it trained?")
-        elif accuracy is not None and self._may_be_guessing(accuracy):
-            advice.append(
+            return "It predicts one class for all images, so stable predictions mean nothing: is it trained?"
+        if accuracy is not None and self._may_be_guessing(accuracy):
+            return (
                 f"It is right about {accuracy:.0%} of {self.images} clean images, which guessing could be too, so stable "
                 "predictions mean nothing. Is it trained, and for these classes?"
             )
-        else:
-            advice.append(self._verdict(accuracy))
-        return advice
-
-    def _verdict(self, accuracy: float | None) -> str:
         noisy = [level for level in self.levels if level["sigma"] > 0]
         robust_sigmas = [
             level["sigma"]

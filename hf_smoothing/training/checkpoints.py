@@ -94,10 +94,8 @@ def find_checkpoint(output_dir: Path, requested: str | None, fixed_settings: dic
     else:
         checkpoint = Path(requested)
         if not (checkpoint / "settings.json").is_file():
-            raise ValueError(
-                f"There is no checkpoint at {requested!r}; {output_dir} has: "
-                f"{', '.join(map(str, checkpoints)) or 'none'}."
-            )
+            existing = ", ".join(map(str, checkpoints)) or "none"
+            raise ValueError(f"There is no checkpoint at {requested!r}; {output_dir} has: {existing}.")
     saved_settings = json.loads((checkpoint / "settings.json").read_text())
     if differences := _list_differences(saved_settings, fixed_settings):
         raise ValueError(
@@ -109,12 +107,8 @@ def find_checkpoint(output_dir: Path, requested: str | None, fixed_settings: dic
 
 def _list_checkpoints(output_dir: Path) -> list[Path]:
     """Checkpoints in a folder, oldest first."""
-    steps = {
-        int(number): path
-        for path in output_dir.glob(f"{_PREFIX}*")
-        if (number := path.name.removeprefix(_PREFIX)).isdecimal()
-    }
-    return [steps[number] for number in sorted(steps)]
+    checkpoints = [path for path in output_dir.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdecimal()]
+    return sorted(checkpoints, key=lambda path: int(path.name.removeprefix(_PREFIX)))
 
 
 def _list_differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:

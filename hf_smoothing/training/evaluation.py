@@ -12,7 +12,6 @@ from transformers.hf_argparser import HfArg
 
 from ..core.preprocessing import Preprocessing
 from ..core.validation import check_count
-from ..data.labelled_images import LabelledImages
 from .training_images import ImageSettings
 
 
@@ -56,11 +55,12 @@ def predict_majority(
     generator = torch.Generator(pixels.device).manual_seed(seed)
     votes = []
     for _ in range(draws if sigma > 0 else 1):
-        noisy_batches = (
-            batch + sigma * torch.randn(batch.shape, generator=generator, device=batch.device)
-            for batch in pixels.split(batch_size)
+        logits = torch.cat(
+            [
+                model(batch + sigma * torch.randn(batch.shape, generator=generator, device=batch.device)).logits
+                for batch in pixels.split(batch_size)
+            ]
         )
-        logits = torch.cat([model(batch).logits for batch in noisy_batches])
         votes.append(nn.functional.one_hot(logits.argmax(1), logits.shape[1]))
     return torch.stack(votes).sum(0).argmax(1)
 
@@ -92,16 +92,7 @@ def create_evaluation(
             f"{image_settings.dataset_name} is one file, which has no split {evaluation.eval_split!r} beside "
             f"{image_settings.train_split!r}: name a folder with a file for each, or that split itself."
         )
-    images = LabelledImages(
-        image_settings.dataset_name,
-        config_name=image_settings.dataset_config_name,
-        split=evaluation.eval_split,
-        image_column=image_settings.image_column,
-        label_column=image_settings.label_column,
-        max_samples=evaluation.eval_samples,
-        spread=True,
-        streaming=image_settings.streaming,
-    )
+    images = image_settings.open(evaluation.eval_split, evaluation.eval_samples)
     examples = list(images.bind(class_names, preprocessing))
     share = examples[accelerator.process_index :: accelerator.num_processes]
     if not share:

@@ -35,9 +35,7 @@ def from_timm(name: str, *, pretrained: bool = True, **config_kwargs: Any) -> Mi
     try:
         source = timm.create_model(name, pretrained=pretrained, num_classes=0).eval()
     except (OSError, RuntimeError, ValueError) as error:
-        if not pretrained:
-            raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ValueError(f"The weights of timm's {name!r} cannot be loaded: {reason}") from error
     timm_config = _read_config(name, source)
     for field in ("image_mean", "image_std"):

@@ -5,12 +5,11 @@ Order and augmentation depend only on the seed, the epoch and the batch: a resum
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count, islice
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import Dataset as StoredDataset
 from PIL import Image
@@ -24,11 +23,9 @@ from transformers.hf_argparser import HfArg
 from ..core.preprocessing import to_pixels
 from ..core.validation import check_count
 from ..data.labelled_images import LabelledImages, ModelInputs, Row
+from .batches import Batch, Batches
 from .noise_mixture import NoiseMixture
 from .seeds import derive_seed, seed_everything
-
-Batch = tuple[torch.Tensor, torch.Tensor]
-"""Inputs and targets: here pixels, uint8 `(batch, channels, height, width)`, and labels `(batch,)`."""
 
 SMALL = 64
 """Up to this height and width in pixels, images are held in memory and cropped from a padded image, as is usual for CIFAR.
@@ -46,19 +43,13 @@ class ImageSettings:
         ValueError: for a setting out of range.
     """
 
-    dataset_name: str = HfArg(
-        help="dataset: a name on the Hub, a local folder (also of image files), or a Parquet file"
-    )
+    dataset_name: str = HfArg(help="dataset: name on the Hub, local folder (also of image files), or Parquet file")
     dataset_config_name: str | None = HfArg(default=None, help="configuration of the dataset")
     train_split: str = HfArg(default="train", help="split to train on")
     image_column: str | None = HfArg(default=None, help="default: img or image")
     label_column: str | None = HfArg(default=None, help="default: label, labels or fine_label")
-    max_train_samples: int | None = HfArg(
-        default=None, help="train on at most so many images, taken at random from the split"
-    )
-    streaming: bool = HfArg(
-        default=False, help="read the dataset as a stream, without storing it; shuffled only within a buffer"
-    )
+    max_train_samples: int | None = HfArg(default=None, help="train on at most so many random images of the split")
+    streaming: bool = HfArg(default=False, help="read the dataset as a stream, shuffled only within a buffer")
     sigmas: list[float] = HfArg(
         default_factory=lambda: [0.0], help="noise levels in units of [0, 1] pixels; each image gets a random one"
     )
@@ -78,12 +69,15 @@ class ImageSettings:
     def __post_init__(self) -> None:
         if self.max_train_samples is not None:
             check_count("max_train_samples", self.max_train_samples)
-        if not 0 <= self.hflip <= 1:
-            raise ValueError(f"hflip={self.hflip:g} must be a probability, between 0 and 1.")
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing={self.label_smoothing:g} must be 0 or above, and below 1.")
-        if not 0 <= self.consistency_weight < math.inf:
-            raise ValueError(f"consistency_weight={self.consistency_weight:g} must be 0 or above.")
+        for name, valid, allowed in (
+            ("hflip", 0 <= self.hflip <= 1, "a probability, between 0 and 1"),
+            ("label_smoothing", 0 <= self.label_smoothing < 1, "0 or above, and below 1"),
+            ("consistency_weight", 0 <= self.consistency_weight < math.inf, "0 or above"),
+            ("mixup_alpha", self.mixup_alpha >= 0, "0 or above"),
+            ("cutmix_alpha", self.cutmix_alpha >= 0, "0 or above"),
+        ):
+            if not valid:
+                raise ValueError(f"{name}={getattr(self, name):g} must be {allowed}.")
         if self.consistency_weight and (self.mixup_alpha or self.cutmix_alpha or self.label_smoothing):
             raise ValueError(
                 "consistency_weight sharpens answers; mixup, cutmix and label_smoothing soften them: choose one."
@@ -92,19 +86,13 @@ class ImageSettings:
             raise ValueError(
                 "consistency_weight compares noisy copies of an image: give a noise level above 0 in sigmas."
             )
-        if self.auto_augment is not None and not self.auto_augment.startswith("rand-"):
-            raise ValueError(
-                f"auto_augment={self.auto_augment!r} must be a RandAugment of timm, such as rand-m9-mstd0.5."
-            )
         if self.auto_augment is not None:
             try:
                 rand_augment_transform(self.auto_augment, {})
             except (AssertionError, KeyError, ValueError) as error:
-                raise ValueError(f"auto_augment={self.auto_augment!r} cannot be read by timm.") from error
-        if self.mixup_alpha < 0 or self.cutmix_alpha < 0:
-            raise ValueError(
-                f"mixup_alpha={self.mixup_alpha:g} and cutmix_alpha={self.cutmix_alpha:g} must be 0 or above."
-            )
+                raise ValueError(
+                    f"auto_augment={self.auto_augment!r} must be a RandAugment of timm, such as rand-m9-mstd0.5."
+                ) from error
         if self.streaming and self.dataloader_num_workers > 1:
             raise ValueError(f"dataloader_num_workers={self.dataloader_num_workers}: a stream takes 0 or 1.")
         self.mixture()
@@ -119,9 +107,9 @@ class ImageSettings:
             return None
         return Mixup(self.mixup_alpha, self.cutmix_alpha, label_smoothing=self.label_smoothing, num_classes=num_labels)
 
-    def open(self) -> LabelledImages:
+    def open(self, eval_split: str | None = None, eval_samples: int | None = None) -> LabelledImages:
         """
-        Load the images to train on.
+        Load the images to train on, or at most `eval_samples` images of a split to evaluate on.
 
         Raises:
             ValueError: see [`LabelledImages`].
@@ -129,10 +117,10 @@ class ImageSettings:
         return LabelledImages(
             self.dataset_name,
             config_name=self.dataset_config_name,
-            split=self.train_split,
+            split=eval_split or self.train_split,
             image_column=self.image_column,
             label_column=self.label_column,
-            max_samples=self.max_train_samples,
+            max_samples=eval_samples if eval_split else self.max_train_samples,
             spread=True,
             streaming=self.streaming,
         )
@@ -155,15 +143,11 @@ def find_class_names(images: LabelledImages) -> list[str]:
     labels = set(images.source.unique(images.label_column))
     if any(isinstance(label, str) for label in labels):
         return sorted(str(label) for label in labels)
-    if not all(isinstance(label, int) and label >= 0 for label in labels):
+    # numbers with wide gaps are identifiers, not class numbers
+    if not all(isinstance(label, int) and 0 <= label < 100 * len(labels) for label in labels):
         raise ValueError(
             f"The column {images.label_column!r} holds {sorted(map(str, labels))[:5]}: labels must be class numbers from 0 "
             "on, or names."
-        )
-    if max(labels) >= 100 * len(labels):
-        raise ValueError(
-            f"The column {images.label_column!r} holds {len(labels)} different numbers up to {max(labels):,}: number the "
-            "classes from 0 on."
         )
     return [str(number) for number in range(max(labels) + 1)]
 
@@ -190,11 +174,9 @@ def _read_selected(inputs: ModelInputs, size: int | None, position: int) -> tupl
 
 def create_augmentation(image_size: int, settings: ImageSettings) -> Any:
     """A transform of PIL images: random crop to `image_size` pixels, flip, RandAugment."""
-    steps: list[Any] = (
-        [RandomCrop(image_size, padding=image_size // 8)]
-        if image_size <= SMALL
-        else [RandomResizedCropAndInterpolation(image_size, interpolation="bicubic")]
-    )
+    steps: list[Any] = [RandomResizedCropAndInterpolation(image_size, interpolation="bicubic")]
+    if image_size <= SMALL:
+        steps = [RandomCrop(image_size, padding=image_size // 8)]
     if settings.hflip:
         steps.append(RandomHorizontalFlip(settings.hflip))
     if settings.auto_augment:
@@ -202,7 +184,7 @@ def create_augmentation(image_size: int, settings: ImageSettings) -> Any:
     return Compose(steps)
 
 
-class TrainingBatches:
+class TrainingBatches(Batches):
     """
     The batches of one process, epoch by epoch; see the top of this file for what they depend on.
 
@@ -212,7 +194,7 @@ class TrainingBatches:
         image_size: height and width of the augmented images.
         batch_size: images per batch of one process.
         seed: seed of order and augmentation.
-        process_index, num_processes: this process, and the number of processes; each gets different images.
+        process_index, num_processes: see [`Batches`].
         show_progress: whether to show a progress bar while images are read.
 
     Raises:
@@ -232,15 +214,9 @@ class TrainingBatches:
         num_processes: int = 1,
         show_progress: bool = True,
     ):
-        self.batch_size, self.seed = batch_size, seed
-        self.process_index, self.num_processes = process_index, num_processes
+        images = inputs.images
+        super().__init__(images.total, batch_size, seed, process_index, num_processes)
         self.num_workers = settings.dataloader_num_workers
-        images, self.total = inputs.images, inputs.images.total
-        if images.total is not None and images.total < batch_size * num_processes:
-            raise ValueError(
-                f"{images.total} images do not fill a batch of {batch_size} on {num_processes} processes: take a smaller "
-                "per_device_train_batch_size."
-            )
         transform = create_augmentation(image_size, settings)
         size = image_size if image_size <= SMALL else None
         self.source: Dataset
@@ -253,32 +229,24 @@ class TrainingBatches:
         else:
             self.source = _Pictures(partial(_read_selected, inputs, size), transform)
 
-    def __len__(self) -> int:
-        """Batches per epoch; a last batch that is not full is left out."""
-        if self.total is None:
-            raise TypeError("a stream has no length")
-        return self.total // (self.batch_size * self.num_processes)
-
     def epoch(self, number: int, first: int = 0) -> Iterator[Batch]:
         """The batches of an epoch, from batch `first` on."""
         if isinstance(self.source, _Stream):
-            self.source.start(derive_seed(self.seed, number), first)
-            return iter(DataLoader(self.source, batch_size=None, num_workers=self.num_workers))
-        order = np.random.default_rng([self.seed, number]).permutation(self.total or 0)
-        order = order[: len(self) * self.num_processes * self.batch_size]
-        share = order.reshape(len(self), self.num_processes, self.batch_size)[:, self.process_index]
+            source = replace(self.source, seed=derive_seed(self.seed, number), first=first)
+            return iter(DataLoader(source, batch_size=None, num_workers=self.num_workers))
         keys = [
             [(derive_seed(self.seed, number, position, self.process_index), int(index)) for index in batch]
-            for position, batch in enumerate(share)
+            for position, batch in enumerate(self.shuffle(number))
         ]
         return iter(DataLoader(self.source, batch_sampler=keys[first:], num_workers=self.num_workers))
 
 
+@dataclass(eq=False)
 class _Pictures(Dataset):
     """Augmented images. A key is the seed of its batch's augmentation, and the position of the image."""
 
-    def __init__(self, read: Callable[[int], tuple[Image.Image, int]], transform: Any):
-        self.read, self.transform = read, transform
+    read: Callable[[int], tuple[Image.Image, int]]
+    transform: Any
 
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[tuple[torch.Tensor, int]]:
         seed_everything(keys[0][0])
@@ -286,23 +254,18 @@ class _Pictures(Dataset):
         return [(pil_to_tensor(self.transform(picture)), label) for picture, label in examples]
 
 
+@dataclass(eq=False)
 class _Stream(IterableDataset):
-    """The batches of one process from a shuffled stream. Every process reads the complete stream."""
+    """The batches of one process from a shuffled stream, from batch `first` on. Every process reads the complete stream."""
 
-    def __init__(
-        self,
-        inputs: ModelInputs,
-        transform: Any,
-        size: int | None,
-        batch_size: int,
-        process_index: int,
-        num_processes: int,
-    ):
-        self.inputs, self.transform, self.size = inputs, transform, size
-        self.batch_size, self.process_index, self.num_processes = batch_size, process_index, num_processes
-
-    def start(self, seed: int, first: int) -> None:
-        self.seed, self.first = seed, first
+    inputs: ModelInputs
+    transform: Any
+    size: int | None
+    batch_size: int
+    process_index: int
+    num_processes: int
+    seed: int = 0
+    first: int = 0
 
     def __iter__(self) -> Iterator[Batch]:
         global_batch_size = self.batch_size * self.num_processes

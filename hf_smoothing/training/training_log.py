@@ -1,7 +1,6 @@
 """The log of a training: losses and evaluations, in `training_log.jsonl` and in trackers."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ class TrainingLog:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
         tracked = {
-            name: value if isinstance(value, (int, float, str)) else str(value) for name, value in settings.items()
+            key: value if isinstance(value, (int, float, str)) else str(value) for key, value in settings.items()
         }
         self.accelerator.init_trackers("hf-smoothing", tracked)
 
@@ -49,29 +48,25 @@ class TrainingLog:
             losses = torch.stack([loss.to(self.accelerator.device) for loss in self.losses])
             self.losses = list(self.accelerator.reduce(losses, "mean").cpu())
 
-    def check_finite(self, state: TrainerState, model: nn.Module) -> None:
+    def check_finite(self, state: TrainerState, model: nn.Module | None = None) -> None:
         """
-        Check losses and weights before they replace those saved before.
+        Check the losses that are not logged yet, and the weights of `model`, before they replace those saved before.
 
         Raises:
             FloatingPointError: if a loss or a weight is not finite.
         """
         self.average_losses()
-        finite = all(math.isfinite(float(loss)) for loss in self.losses)
-        if not finite or not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
+        tensors = [*self.losses, *(() if model is None else model.parameters())]
+        if not all(bool(tensor.isfinite().all()) for tensor in tensors):
             raise FloatingPointError(
                 f"Loss or weights are no longer finite by step {state.step}: start again with a lower learning rate, or "
                 "resume from the last checkpoint if it is older."
             )
 
     def write_loss(self, state: TrainerState, learning_rate: float) -> float:
-        """Log the mean of the losses since the last call, and return it."""
-        self.average_losses()
+        """Log the mean of the losses since the last call, and return it; see [`check_finite`] for the error."""
+        self.check_finite(state)
         loss = float(torch.stack(self.losses).mean())
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"The loss is {loss} by step {state.step}: lower the learning rate, or resume from the last checkpoint."
-            )
         self.losses = []
         self.write(state, "loss", loss, learning_rate=learning_rate)
         return loss

@@ -7,12 +7,12 @@ a training that was killed and resumed from its last checkpoint ends with the we
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -24,10 +24,10 @@ from transformers.hf_argparser import HfArg
 
 from ..core.validation import check_count
 from ..utils.processes import start_processes
+from .batches import Batch, Batches
 from .checkpoints import TrainerState, find_checkpoint, save_checkpoint
 from .optimizer import group_parameters
 from .seeds import seed_everything
-from .training_images import Batch
 from .training_log import TrainingLog
 
 _MAY_CHANGE = frozenset(
@@ -47,61 +47,46 @@ class TrainingSettings:
 
     output_dir: str = HfArg(help="new folder for the model, its checkpoints and its log")
     num_train_epochs: int = HfArg(default=10, help="passes over the images")
-    max_train_steps: int | None = HfArg(
-        default=None, help="number of updates; overrides num_train_epochs, required for a stream"
-    )
+    max_train_steps: int | None = HfArg(default=None, help="number of updates, in place of epochs; a stream needs it")
     per_device_train_batch_size: int = HfArg(default=128, help="images per batch and process")
     gradient_accumulation_steps: int = HfArg(default=1, help="batches per update")
     learning_rate: float = HfArg(default=1.5e-3, help="peak learning rate of AdamW")
     weight_decay: float = HfArg(default=0.05, help="weight decay; not for biases, norms and position embeddings")
-    warmup_ratio: float = HfArg(
-        default=0.05, help="share of the updates with a rising learning rate; a cosine schedule follows"
-    )
+    warmup_ratio: float = HfArg(default=0.05, help="share of the updates with a rising learning rate; then cosine")
     layer_decay: float = HfArg(default=1.0, help="factor of the learning rate from each layer to the layer before it")
     max_grad_norm: float = HfArg(default=1.0, help="clip gradients to this norm")
-    ema_decay: float = HfArg(
-        default=0.0, help="decay of an exponential moving average (EMA) of the weights, which is saved; 0: no average"
-    )
+    ema_decay: float = HfArg(default=0.0, help="decay of a moving average of the weights, which is saved; 0: none")
     seed: int = HfArg(default=0, help="seed of everything random")
-    mixed_precision: str | None = HfArg(
-        default=None, help="no, bf16 or fp16; by default what `accelerate launch` was given"
-    )
+    mixed_precision: str | None = HfArg(default=None, help="no, bf16 or fp16 (default: that of `accelerate launch`)")
     torch_compile: bool = HfArg(default=False, help="compile the model: starts slowly, then runs faster")
     checkpointing_steps: str = HfArg(default="epoch", help="save a checkpoint every so many updates, or every `epoch`")
     resume_from_checkpoint: str | None = HfArg(
-        default=None,
-        help="resume from this checkpoint folder; `latest`: from the last checkpoint in output_dir, if there is one",
+        default=None, help="resume from this folder; `latest`: from the last checkpoint in output_dir, if there is one"
     )
     logging_steps: int = HfArg(default=50, help="log the mean loss every so many updates")
-    report_to: str | None = HfArg(
-        default=None, help="tracker such as tensorboard or wandb, or all for every installed one"
-    )
+    report_to: str | None = HfArg(default=None, help="tracker such as tensorboard or wandb; all: every installed one")
 
     def __post_init__(self) -> None:
-        for name in (
-            "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps"
-        ):  # fmt: skip
+        counts = ("num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps")
+        for name in counts:
             check_count(name, getattr(self, name))
         if self.max_train_steps is not None:
             check_count("max_train_steps", self.max_train_steps)
-        if self.checkpointing_steps != "epoch":
-            if not self.checkpointing_steps.isdecimal():
-                raise ValueError(
-                    f"checkpointing_steps={self.checkpointing_steps!r} must be a number of steps, or epoch."
-                )
-            check_count("checkpointing_steps", int(self.checkpointing_steps))
+        steps = self.checkpointing_steps
+        if steps != "epoch" and not (steps.isdecimal() and int(steps) > 0):
+            raise ValueError(f"checkpointing_steps={steps!r} must be a number of steps, or epoch.")
         if self.mixed_precision not in (None, "no", "bf16", "fp16"):
             raise ValueError(f"mixed_precision={self.mixed_precision!r} is unknown: use no, bf16 or fp16.")
-        for name in ("learning_rate", "max_grad_norm"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
-        for name in ("warmup_ratio", "ema_decay"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be 0 or above, and below 1.")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"weight_decay={self.weight_decay} must be 0 or above.")
-        if not 0 < self.layer_decay <= 1:
-            raise ValueError(f"layer_decay={self.layer_decay} must be above 0, and at most 1.")
+        for name, valid, allowed in (
+            ("learning_rate", 0 < self.learning_rate < math.inf, "above 0"),
+            ("max_grad_norm", 0 < self.max_grad_norm < math.inf, "above 0"),
+            ("warmup_ratio", 0 <= self.warmup_ratio < 1, "0 or above, and below 1"),
+            ("ema_decay", 0 <= self.ema_decay < 1, "0 or above, and below 1"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "0 or above"),
+            ("layer_decay", 0 < self.layer_decay <= 1, "above 0, and at most 1"),
+        ):
+            if not valid:
+                raise ValueError(f"{name}={getattr(self, name)} must be {allowed}.")
 
     def create_accelerator(self) -> Accelerator:
         """Connect to the processes that were launched."""
@@ -111,27 +96,6 @@ class TrainingSettings:
             log_with=self.report_to,
             project_dir=self.output_dir,
         )
-
-
-class Batches(Protocol):
-    """
-    What a model is trained on.
-
-    Attributes:
-        batch_size: rows per batch of one process.
-        total: rows in all; `None` for a stream.
-    """
-
-    batch_size: int
-    total: int | None
-
-    def __len__(self) -> int:
-        """Batches per epoch on each process; not called for a stream."""
-        ...
-
-    def epoch(self, number: int, first: int = 0) -> Iterator[Batch]:
-        """Inputs and targets of an epoch, from batch `first` on; every call gives the same batches."""
-        ...
 
 
 class TrainingLoop:
@@ -173,17 +137,14 @@ class TrainingLoop:
         self.batches, self.compute_loss, self.evaluate, self.processor = batches, compute_loss, evaluate, processor
         self.settings, self.accelerator, self.output_dir = settings, accelerator, Path(settings.output_dir)
         self.num_steps = _count_steps(settings, batches)
-        self.fixed_settings = json.loads(
-            json.dumps(
-                {
-                    **{name: value for name, value in asdict(settings).items() if name not in _MAY_CHANGE},
-                    "mixed_precision": accelerator.mixed_precision,
-                    **fixed_settings,
-                    "steps": self.num_steps,
-                    "num_processes": accelerator.num_processes,
-                }
-            )
-        )
+        all_settings = {
+            **{name: value for name, value in asdict(settings).items() if name not in _MAY_CHANGE},
+            "mixed_precision": accelerator.mixed_precision,
+            **fixed_settings,
+            "steps": self.num_steps,
+            "num_processes": accelerator.num_processes,
+        }
+        self.fixed_settings = json.loads(json.dumps(all_settings))  # as a checkpoint gives them back
         checkpoint = find_checkpoint(self.output_dir, settings.resume_from_checkpoint, self.fixed_settings)
         self._set_up(model)
         if checkpoint is not None:
@@ -203,9 +164,8 @@ class TrainingLoop:
         self.scheduler = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps, self.num_steps)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.unwrapped_model = accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        self.ema = (
-            ModelEmaV3(self.unwrapped_model, settings.ema_decay, use_warmup=True) if settings.ema_decay else None
-        )
+        decay = settings.ema_decay
+        self.ema = ModelEmaV3(self.unwrapped_model, decay, use_warmup=True) if decay else None
         self.final_model = self.unwrapped_model if self.ema is None else self.ema.module
         self.state, self.log = TrainerState(), TrainingLog(self.output_dir, accelerator)
         averages = [] if self.ema is None else [self.ema]
@@ -222,23 +182,16 @@ class TrainingLoop:
             ValueError: for a stream with fewer images than one update takes.
             FloatingPointError: if loss or weights are no longer finite.
         """
-        with tqdm(
-            desc="training",
-            total=self.num_steps,
-            initial=self.state.step,
-            unit="step",
-            disable=not self.accelerator.is_main_process,
-        ) as progress_bar:
+        main, total, done = self.accelerator.is_main_process, self.num_steps, self.state.step
+        with tqdm(desc="training", total=total, initial=done, unit="step", disable=not main) as progress_bar:
             self.started = time.monotonic() - self.state.seconds
             while self.state.step < self.num_steps:
                 self._train_epoch(progress_bar)
                 self._finish_epoch()
-        images_per_step = (
-            self.settings.gradient_accumulation_steps * self.batches.batch_size * self.accelerator.num_processes
-        )
+        batches_per_step = self.settings.gradient_accumulation_steps * self.accelerator.num_processes
         return {
             "steps": self.num_steps,
-            "images_seen": self.num_steps * images_per_step,
+            "images_seen": self.num_steps * batches_per_step * self.batches.batch_size,
             "final_loss": self.log.last("loss"),
             "evaluation": self.log.last("evaluation"),
             "seconds": self.state.seconds,
@@ -318,10 +271,8 @@ def _count_steps(settings: TrainingSettings, batches: Batches) -> int:
         return settings.max_train_steps
     updates = len(batches) // settings.gradient_accumulation_steps
     if updates == 0:
-        raise ValueError(
-            f"{len(batches)} batches make no update with gradient_accumulation_steps="
-            f"{settings.gradient_accumulation_steps}."
-        )
+        size = settings.gradient_accumulation_steps
+        raise ValueError(f"{len(batches)} batches make no update with gradient_accumulation_steps={size}.")
     return settings.max_train_steps or settings.num_train_epochs * updates
 
 
