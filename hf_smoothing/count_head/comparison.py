@@ -91,11 +91,7 @@ def predict_counts(
     """
     Predict the class frequencies of images that were counted.
 
-    Args:
-        predictor: the count head.
-        measured: the images and their noise levels.
-        folder: model whose image processor preprocesses the images.
-        batch_size: images per forward pass.
+    The image processor of the model in `folder` preprocesses the images.
 
     Returns:
         Predicted class frequencies `(rows, classes)`.

@@ -13,9 +13,6 @@ def group_counts_by_image(counts: MeasuredCounts) -> tuple[np.ndarray, torch.Ten
     """
     Group counts by image. Images that lack a noise level, because they failed there, are left out.
 
-    Args:
-        counts: counts of any run.
-
     Returns:
         The images' positions in the split `(images,)`, and targets `(images, levels, 1 + classes)`: sigma, then the counts.
     """
@@ -29,12 +26,8 @@ def group_counts_by_image(counts: MeasuredCounts) -> tuple[np.ndarray, torch.Ten
 
 def subsample_counts(counts: torch.Tensor, max_draws: int, generator: np.random.Generator) -> torch.Tensor:
     """
-    Keep a random choice of the draws of each row of counts: distributed as if no more draws had been made.
-
-    Args:
-        counts: `(..., classes)`, whole numbers.
-        max_draws: draws to keep of each row; a row with fewer draws keeps all.
-        generator: random generator of the choice.
+    Keep `max_draws` random draws of each row of counts `(..., classes)`: distributed as if no more draws had been made. A row
+    with fewer draws keeps all.
     """
     rows = counts.long().flatten(0, -2).numpy()
     kept = [generator.multivariate_hypergeometric(row, min(max_draws, row.sum())) for row in rows]

@@ -56,9 +56,6 @@ def read_counts(run_dir: Path) -> MeasuredCounts:
     """
     Read the counts of a finished run, from `certify-dataset --method counts` or `fixed`.
 
-    Args:
-        run_dir: folder of the run.
-
     Raises:
         ValueError: for an unfinished run, or a run of a method that stops early, whose counts are biased.
     """

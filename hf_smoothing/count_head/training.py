@@ -40,13 +40,10 @@ class CountHeadSettings:
     """
 
     model_name_or_path: str = HfArg(help="mixed-noise ViT that gives the head its encoder and classifier")
-    loss: str = HfArg(
-        default="jensen_shannon", help=f"{', '.join(LOSSES)}; logistic_normal suits a few draws per image"
-    )
+    loss: str = HfArg(default="jensen_shannon", help=f"{', '.join(LOSSES)}; the last suits a few draws per image")
     own_backbone: bool = HfArg(default=False, help="also train encoder and classifier, instead of the head alone")
     hflip: float = HfArg(
-        default=0.5,
-        help="with own_backbone: probability of a horizontal flip, which keeps the counts; 0 for digits and letters",
+        default=0.5, help="with own_backbone: probability of a horizontal flip; 0 for digits and letters"
     )
     eval_share: float = HfArg(default=0.05, help="share of the images held out, to measure errors after each epoch")
 
@@ -119,10 +116,8 @@ def compute_prediction_errors(
     """
     Mean errors of a count head over images and noise levels.
 
-    Args:
-        model: the count head.
-        inputs: `(images, ...)`: pixels (uint8) or features.
-        targets: `(images, levels, 1 + classes)`: sigma, then the counts.
+    `inputs` are pixels (uint8) or features, `(images, ...)`; `targets` are `(images, levels, 1 + classes)`: sigma, then the
+    counts.
 
     Returns:
         `jensen_shannon` (nats), `top1_disagreement` (share whose predicted and measured most frequent classes differ), and
@@ -154,18 +149,11 @@ def train_count_head(
     accelerator: Accelerator,
 ) -> dict[str, Any]:
     """
-    Train a count head. Saves it and the image processor of its base model to `settings.output_dir`, and the results to
-    `results/training.json` in it.
+    Train a count head, from [`build_count_model`], on all images but a held-out share. Saves it and the image processor of
+    its base model to `settings.output_dir`, and the results to `results/training.json` in it.
 
     Without `own_backbone`, encoder and classifier stay as they are, and each image passes the encoder only once. With it,
     flipped images keep the counts of the original: nearly right for classifiers that were trained with flips.
-
-    Args:
-        model: from [`build_count_model`].
-        counts: the training data.
-        head: the head, its loss, and the share of images held out.
-        settings: how to train.
-        accelerator: the processes, from `settings.create_accelerator()`.
 
     Returns:
         The content of `results/training.json`.
@@ -190,15 +178,10 @@ def train_count_head(
     held_out = np.zeros(len(inputs), bool)
     order = np.random.default_rng(settings.seed).permutation(len(inputs))
     held_out[order[: round(head.eval_share * len(inputs))]] = True
-    batches = CountBatches(
-        inputs[~held_out],
-        targets[~held_out],
-        settings.per_device_train_batch_size,
-        settings.seed,
-        accelerator.process_index,
-        accelerator.num_processes,
-        LOGISTIC_NORMAL_DRAWS[-1] if head.loss == "logistic_normal" else None,
-    )
+    max_draws = LOGISTIC_NORMAL_DRAWS[-1] if head.loss == "logistic_normal" else None
+    processes = (accelerator.process_index, accelerator.num_processes)
+    batch_size, seed = settings.per_device_train_batch_size, settings.seed
+    batches = CountBatches(inputs[~held_out], targets[~held_out], batch_size, seed, *processes, max_draws)
     preprocessing_seconds = time.perf_counter() - started
 
     eval_inputs, eval_targets = (tensor[held_out].to(accelerator.device) for tensor in (inputs, targets))

@@ -76,13 +76,8 @@ class AttackSettings:
 @dataclass(frozen=True)
 class Success:
     """
-    A change after which the smoothed classifier predicts another class.
-
-    Attributes:
-        attack: the attack that found it.
-        norm: l2 norm of the change, in `[0, 1]` pixels.
-        prediction: the other class.
-        change: `(channels, height, width)`, to add to the image.
+    A change, to add to the image `(channels, height, width)`, after which the smoothed classifier predicts another class;
+    its l2 norm in `[0, 1]` pixels, and the attack that found it.
     """
 
     attack: str
@@ -97,8 +92,7 @@ class Attempt:
     The result of the attacks on one certificate.
 
     Attributes:
-        tried: number of candidates.
-        steps: number of gradient steps.
+        tried, steps: number of candidates, and of gradient steps.
         violation: a success with a norm below the radius, which contradicts the certificate.
         smallest: the success with the smallest norm, of any size; `None` where none was found within reach.
     """

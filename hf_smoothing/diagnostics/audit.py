@@ -81,16 +81,10 @@ def audit(
     batch_size: int = 128,
 ) -> AuditSummary:
     """
-    Attack random certificates of a run with a radius above 0; resumes an interrupted audit.
+    Attack random certificates of a finished run with a radius above 0, up to `images` at each of the noise levels `sigmas`
+    (by default all of the run). Resumes an interrupted audit.
 
-    Args:
-        run_dir: finished run.
-        output_dir: folder for `audit.jsonl`, `audit.json` and, if there are any, `violations`.
-        settings: effort of the attacks.
-        images: certificates to attack per noise level.
-        sigmas: noise levels; by default all of the run.
-        device: device to compute on.
-        batch_size: draws per forward pass.
+    Writes `audit.jsonl`, `audit.json` and, if there are any, `violations` into `output_dir`.
 
     Raises:
         ValueError: for a run that is unfinished, guarantees nothing, or was made with another model or other images; for a
@@ -146,9 +140,8 @@ def _sample_certificates(
     """A random choice of certificates at each noise level, in order of their index."""
     certified = [record for record in records if record["prediction"] >= 0 and record["radius"] > 0]
     if guarantees := {record["guarantee"] for record in certified} - {"per_input"}:
-        raise ValueError(
-            f"{run_dir} holds certificates of guarantee {', '.join(guarantees)}: only per_input can be broken."
-        )
+        names = ", ".join(guarantees)
+        raise ValueError(f"{run_dir} holds certificates of guarantee {names}: only per_input can be broken.")
     if unknown := set(sigmas) - set(run["sigmas"]):
         raise ValueError(f"{run_dir} holds nothing at sigma {', '.join(f'{sigma:g}' for sigma in sorted(unknown))}.")
     sample = []
@@ -179,10 +172,8 @@ def _load_classifier(run: Row, device: str, batch_size: int) -> SmoothedClassifi
     smoothed = load_classifier({**run, "count_head": None}, device, batch_size)
     description = json.loads(json.dumps(describe_classifier(smoothed)))
     if differing := sorted(key for key, value in description.items() if key in run and run[key] != value):
-        raise ValueError(
-            f"The model {run['model_name_or_path']!r} is not the one that was certified: it has another "
-            f"{', '.join(differing)}."
-        )
+        name, different = run["model_name_or_path"], ", ".join(differing)
+        raise ValueError(f"The model {name!r} is not the one that was certified: it has another {different}.")
     return smoothed
 
 
@@ -216,34 +207,22 @@ def _save_violation(output_dir: Path, record: Row, pixels: torch.Tensor, violati
     folder.mkdir(exist_ok=True)
     name = f"{record['index']}-sigma{record['sigma']:g}"
     np.savez(folder / f"{name}.npz", pixels=pixels.numpy(), change=violation.change.numpy())
-    write_json(
-        {
-            "certificate": record,
-            "norm": violation.norm,
-            "prediction": violation.prediction,
-            "attack": violation.attack,
-            "settings": settings,
-            "command": command_line(),
-            "versions": package_versions(),
-        },
-        folder / f"{name}.json",
-    )
+    violation_row = {"norm": violation.norm, "prediction": violation.prediction, "attack": violation.attack}
+    origin = {"settings": settings, "command": command_line(), "versions": package_versions()}
+    write_json({"certificate": record, **violation_row, **origin}, folder / f"{name}.json")
 
 
 def _write_results(summary: AuditSummary, settings: Row) -> None:
-    sigmas = sorted({row["sigma"] for row in summary.rows})
-    write_json(
-        {
-            "command": command_line(),
-            "settings": settings,
-            "alpha": summary.alpha,
-            "certificates": len(summary.rows),
-            "violations": len(summary.violations),
-            "by_sigma": [summary.summarize(sigma) for sigma in sigmas],
-            "versions": package_versions(),
-        },
-        summary.path / "audit.json",
-    )
+    results = {
+        "command": command_line(),
+        "settings": settings,
+        "alpha": summary.alpha,
+        "certificates": len(summary.rows),
+        "violations": len(summary.violations),
+        "by_sigma": [summary.summarize(sigma) for sigma in sorted({row["sigma"] for row in summary.rows})],
+        "versions": package_versions(),
+    }
+    write_json(results, summary.path / "audit.json")
 
 
 def _relative_norms(rows: list[Row]) -> list[float]:

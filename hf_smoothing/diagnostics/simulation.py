@@ -11,14 +11,7 @@ def simulate(
     rule: Rule, noise: NoiseDistribution, probabilities: ArrayLike, clean: CleanPass, generator: np.random.Generator
 ) -> tuple[Outcome, int]:
     """
-    Run a rule on one image.
-
-    Args:
-        rule: the rule.
-        noise: the smoothing distribution, for the radii.
-        probabilities: `(classes,)`, the class probabilities under noise; they sum to 1.
-        clean: result of the clean pass.
-        generator: random generator of the draws.
+    Run a rule on one image, whose draws have known class probabilities `(classes,)`.
 
     Returns:
         What was proved, and the number of draws, without the clean pass.
@@ -32,12 +25,8 @@ def simulate(
 
 def wald_draws(p: float, p0: float, alpha: float) -> float:
     """
-    The least mean number of draws of any valid test of `p > p0` at level alpha that sees only hits and misses.
-
-    Args:
-        p: the true probability, above `p0`.
-        p0: the threshold.
-        alpha: level of the test.
+    The least mean number of draws of any valid test of `p > p0` at level alpha that sees only hits and misses, where `p` is
+    the true probability.
 
     Source: Wald, Annals of Mathematical Statistics 16 (1945): ln(1/alpha) / KL(p || p0).
     """

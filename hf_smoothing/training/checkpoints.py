@@ -17,15 +17,7 @@ _PREFIX = "step_"
 
 @dataclass
 class TrainerState:
-    """
-    How far a training is; part of a checkpoint.
-
-    Attributes:
-        step: finished updates.
-        epoch: the current epoch.
-        batch: batches of this epoch that each process has used.
-        seconds: time of all updates.
-    """
+    """How far a training is: finished updates, the current epoch, its batches that each process has used, and seconds."""
 
     step: int = 0
     epoch: int = 0
@@ -43,11 +35,7 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, fixed
     """
     Save everything that resuming needs, in place of the checkpoint before. An interrupted save leaves the old one.
 
-    Args:
-        accelerator: holds the objects to save.
-        output_dir: folder of the training.
-        step: finished updates; names the checkpoint.
-        fixed_settings: saved for [`find_checkpoint`].
+    The checkpoint is named by its number of finished updates; [`find_checkpoint`] compares its `fixed_settings`.
     """
     folder, unfinished = output_dir / f"{_PREFIX}{step}", output_dir / "unfinished-checkpoint"
     accelerator.save_state(str(unfinished))

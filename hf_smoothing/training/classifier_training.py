@@ -36,16 +36,8 @@ def train_classifier(
     Train a model on images with noise of a random level each. Saves the model and its image processor to
     `settings.output_dir`, and the results to `results/training.json` in it.
 
-    Args:
-        model: a model with the classes of the dataset.
-        images: the dataset, from `image_settings.open()`.
-        image_settings: augmentation and noise.
-        settings: how to train.
-        evaluation: how to evaluate after each epoch.
-        accelerator: the processes, from `settings.create_accelerator()`.
-        base: the pretrained model; the record of its training becomes part of the results.
-        processor: the model's image processor, whose normalization is applied after the noise; by default that of a
-            mixed-noise ViT.
+    The model has the classes of the dataset. `base` is the pretrained model, if any: the record of its training becomes part
+    of the results. The normalization of `processor`, by default that of a mixed-noise ViT, is applied after the noise.
 
     Returns:
         The content of `results/training.json`.
@@ -69,6 +61,7 @@ def train_classifier(
         num_processes=accelerator.num_processes,
         show_progress=accelerator.is_main_process,
     )
+    config = model.config.to_dict()
     loop = TrainingLoop(
         model,
         batches,
@@ -80,9 +73,7 @@ def train_classifier(
             **asdict(image_settings),
             **asdict(evaluation),
             "dataset_fingerprint": images.fingerprint,
-            "config": {
-                name: value for name, value in model.config.to_dict().items() if name != "transformers_version"
-            },
+            "config": {name: value for name, value in config.items() if name != "transformers_version"},
             "frozen": sorted(name for name, parameter in model.named_parameters() if not parameter.requires_grad),
             "base": base,
         },

@@ -73,14 +73,8 @@ def create_evaluation(
     accelerator: Accelerator,
 ) -> Callable[[Any], dict[str, float]] | None:
     """
-    A function that computes a model's accuracy at each noise level; each process evaluates its share of the images.
-
-    Args:
-        evaluation: images and noise levels; without a split the function is `None`.
-        image_settings: the dataset.
-        class_names: the model's classes.
-        preprocessing: the model's preprocessing.
-        accelerator: the processes.
+    A function that computes a model's accuracy at each noise level; each process evaluates its share of the images. `None`
+    without a split to evaluate on.
 
     Raises:
         ValueError: for a split that is not there, or fewer images than processes.

@@ -12,13 +12,7 @@ from .checkpoints import TrainerState
 
 
 class TrainingLog:
-    """
-    Lines of `training_log.jsonl`, and the losses that are not logged yet. Both are part of a checkpoint.
-
-    Args:
-        output_dir: the training's folder.
-        accelerator: the processes and their trackers.
-    """
+    """Lines of `training_log.jsonl`, and the losses that are not logged yet. Both are part of a checkpoint."""
 
     def __init__(self, output_dir: Path, accelerator: Accelerator):
         self.path, self.accelerator = output_dir / "training_log.jsonl", accelerator

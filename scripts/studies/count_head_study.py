@@ -242,10 +242,9 @@ def compute_payback(
         return None
     trained = json.loads(training.read_text())
     spent = counting_seconds + trained["preparation_seconds"] + trained["seconds"]
-    others = {"images": seconds["usual"]}
-    if "sequential" in seconds:
-        others["images_of_sequential"] = seconds["sequential"]
-    return {"seconds": spent, **{name: spent / (cost - seconds["estimate"]) for name, cost in others.items()}}
+    others = {"images": "usual", "images_of_sequential": "sequential"}
+    payback = {name: spent / (seconds[rule] - seconds["estimate"]) for name, rule in others.items() if rule in seconds}
+    return {"seconds": spent, **payback}
 
 
 def read_seconds(run: Path) -> float:

@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from rich.console import Console
-from scipy.stats import binomtest
 from transformers import AutoImageProcessor
 from transformers.hf_argparser import HfArg
 
@@ -35,6 +34,7 @@ from hf_smoothing import (
 )
 from hf_smoothing.core.preprocessing import Preprocessing
 from hf_smoothing.data.labelled_images import LabelledImages
+from hf_smoothing.metrics.certified_accuracy import exact_interval
 from hf_smoothing.reporting.tables import print_table
 from hf_smoothing.training.checkpoints import LATEST
 from hf_smoothing.training.classifier_training import train_classifier
@@ -111,11 +111,9 @@ def train_arm(
     class_names = find_class_names(images)
     torch.manual_seed(settings.seed)
     if base is None:
+        names = ("patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
         config = MixedNoiseViTConfig(
-            patch_size=settings.patch_size,
-            hidden_size=settings.hidden_size,
-            num_hidden_layers=settings.num_hidden_layers,
-            num_attention_heads=settings.num_attention_heads,
+            **{name: getattr(settings, name) for name in names},
             norm_layer=norm,
             id2label=dict(enumerate(class_names)),
             label2id={name: index for index, name in enumerate(class_names)},
@@ -150,10 +148,10 @@ def evaluate_arm(settings: StudySettings, folder: Path, pixels: torch.Tensor, la
     for sigma in settings.levels:
         predictions = predict_majority(model, pixels, sigma, draws=settings.eval_draws, seed=settings.seed)
         right[f"{sigma:g}"] = (predictions == labels).tolist()
+    certified_pixels = list(pixels[: settings.certify_samples])
     for sigma in settings.levels[1:]:
-        certificates = SmoothedClassifier(model, GaussianNoise(sigma)).certify(
-            list(pixels[: settings.certify_samples]), seed=settings.seed, **settings.rule_settings(sigma)
-        )
+        smoothed = SmoothedClassifier(model, GaussianNoise(sigma))
+        certificates = smoothed.certify(certified_pixels, seed=settings.seed, **settings.rule_settings(sigma))
         # a wrong prediction is not even certified at radius 0
         certified[f"{sigma:g}"] = [
             certificate.radius if certificate.prediction == label else -1.0
@@ -165,9 +163,7 @@ def evaluate_arm(settings: StudySettings, folder: Path, pixels: torch.Tensor, la
 
 
 def compute_share(right: list[bool]) -> dict[str, Any]:
-    """The share of right answers, with its exact 95 % interval."""
-    low, high = binomtest(sum(right), len(right)).proportion_ci(method="exact")
-    return {"share": float(np.mean(right)), "interval_95": [low, high]}
+    return {"share": float(np.mean(right)), "interval_95": exact_interval(sum(right), len(right))}
 
 
 def compute_difference(first: list[bool], second: list[bool]) -> dict[str, Any]:
@@ -295,9 +291,8 @@ def run_arms(
 def read_eval_images(settings: StudySettings, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """Pixels and labels of a random sample of the split."""
     images = LabelledImages(settings.dataset_name, split=settings.eval_split)
-    inputs = images.bind(
-        find_class_names(images), Preprocessing.from_image_processor(AutoImageProcessor.from_pretrained(folder))
-    )
+    preprocessing = Preprocessing.from_image_processor(AutoImageProcessor.from_pretrained(folder))
+    inputs = images.bind(find_class_names(images), preprocessing)
     sample = np.random.default_rng(settings.seed).permutation(len(images.source))[: settings.eval_samples].tolist()
     pixels, labels = zip(*(inputs[index] for index in sample))
     return torch.stack(pixels), torch.tensor(labels)
