@@ -119,7 +119,10 @@ def compare_with_certificates(measured: MeasuredCounts, probabilities: FloatArra
         Comparison(
             float(sigma),
             probabilities[rows],
-            *(getattr(measured, name)[rows] for name in ("counts", "predictions", "p_lower", "labels")),
+            measured.counts[rows],
+            measured.predictions[rows],
+            measured.p_lower[rows],
+            measured.labels[rows],
             measured.settings["alpha"],
         )
         for sigma in np.unique(measured.sigmas)

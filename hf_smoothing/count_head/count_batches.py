@@ -26,8 +26,8 @@ def group_counts_by_image(counts: MeasuredCounts) -> tuple[np.ndarray, torch.Ten
 
 def subsample_counts(counts: torch.Tensor, max_draws: int, generator: np.random.Generator) -> torch.Tensor:
     """
-    Keep `max_draws` random draws of each row of counts `(..., classes)`: distributed as if no more draws had been made. A row
-    with fewer draws keeps all.
+    Keep `max_draws` random draws of each row of counts `(..., classes)`: distributed as if no more draws had been made. A
+    row with fewer draws keeps all.
     """
     rows = counts.long().flatten(0, -2).numpy()
     kept = [generator.multivariate_hypergeometric(row, min(max_draws, row.sum())) for row in rows]

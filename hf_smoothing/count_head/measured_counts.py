@@ -69,7 +69,10 @@ def read_counts(run_dir: Path) -> MeasuredCounts:
     rows = [row for row in folder.read_records([*_COLUMNS, "error"]) if row["error"] is None]
     if not rows:
         raise ValueError(f"{run_dir} holds no counts: all of its images failed.")
-    return MeasuredCounts(*(np.array([row[name] for row in rows]) for name in _COLUMNS), settings)
+    indices, sigmas, counts, labels, predictions, p_lower = (
+        np.array([row[name] for row in rows]) for name in _COLUMNS
+    )
+    return MeasuredCounts(indices, sigmas, counts, labels, predictions, p_lower, settings)
 
 
 _COLUMNS = ("index", "sigma", "counts", "label", "prediction", "p_lower")

@@ -195,7 +195,7 @@ def _start(output_dir: Path, settings: Row) -> list[Row]:
 
 def _to_row(attempt: Attempt) -> Row:
     def describe(success: Success | None) -> Row | None:
-        return success and {name: getattr(success, name) for name in ("attack", "norm", "prediction")}
+        return None if success is None else {name: getattr(success, name) for name in ("attack", "norm", "prediction")}
 
     row = {"tried": attempt.tried, "steps": attempt.steps}
     return row | {"violation": describe(attempt.violation), "smallest": describe(attempt.smallest)}
