@@ -63,10 +63,9 @@ def run_demo(settings: RunSettings, output_dir: Path, batch_size: int) -> None:
         f"Certified at sigma = {settings.sigmas[0]:g}, alpha = {settings.alpha:g}: no change smaller than r "
         f"({rows[0]['norm']}, [0, 1] pixels) changes the answer"
     )
-    pictures, names = load_demo_images(), run["settings"]["label_names"]
-    shown = (lambda index: pictures[index]["image"], predictions, radii, labels, names, title)
-    picture_of_certificates(*shown, output_dir / "certificates.png")
-    picture_of_certificates(*shown, output_dir / "certificates-few.png", at_most=30)
+    pictures = load_demo_images()
+    for file, at_most in (("certificates.png", None), ("certificates-few.png", 30)):
+        picture_of_certificates(lambda index: pictures[index]["image"], rows, title, output_dir / file, at_most)
     figures = certified_accuracy(predictions, labels, radii, DEMO_RADII, guarantees=guarantees)
     results = {
         **{name: run[name] for name in ("settings", "command", "versions", "sessions", "num_records")},

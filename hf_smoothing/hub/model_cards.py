@@ -92,9 +92,8 @@ def read_words(folder: Path) -> Words:
     except (AttributeError, TypeError, ValueError, yaml.YAMLError) as error:
         names = ", ".join(known.name for known in fields(Words))
         raise ValueError(f"{path} is not a description of a card ({names}): {error}") from error
-    pictures = [file for page in pages for file in page.pictures.values()]
-    if words.picture:
-        pictures.append(words.picture.file)
+    pictures = [words.picture.file] if words.picture else []
+    pictures += [file for page in pages for file in page.pictures.values()]
     if missing := [file for file in pictures if not (folder / file).is_file()]:
         raise ValueError(f"{path}: there is no picture {missing[0]!r}.")
     return words
@@ -149,12 +148,13 @@ def render_card(folder: Path) -> dict[Path, str]:
         ValueError: as [`read_card`]; for a results file of another kind.
     """
     card = read_card(folder)
-    words, training = card.words, card.training
+    words = card.words
     own = card.config["model_type"] == MixedNoiseViTConfig.model_type
     tags = ["randomized-smoothing", "certified-robustness", *(["mixed-noise-vit"] if own else [])]
+    # a private dataset means nothing to others
     published = [
         point for point in card.points if _is_on_the_hub(point["entry"]["made_by"]["settings"]["dataset_name"])
-    ]  # a private dataset means nothing to others
+    ]
     try:
         if card.is_count_head:
             heading = "Accuracy from one pass"
@@ -162,18 +162,15 @@ def render_card(folder: Path) -> dict[Path, str]:
         else:
             heading = next((name_of_figure(report["guarantee"]) for report in card.accuracy.values()), "")
             accuracy = render_accuracy(card.accuracy) if card.accuracy else ""
+        shown = {"card": card, "words": words, "own": own, "heading": heading, "accuracy": accuracy}
         text = render(
             "model_card",
             [TEMPLATES],
+            **shown,
             metadata=card_metadata(card.name, published, tags, words.datasets, words.base_model),
-            card=card,
-            words=words,
-            own=own,
-            classifier=words.base_model or Path(training["settings"].get("base") or "my-model").name,
+            classifier=words.base_model or Path(card.training["settings"].get("base") or "my-model").name,
             size=card.config.get("image_size"),
-            heading=heading,
-            accuracy=accuracy,
-            training=render_results("training_summary", training),
+            training=render_results("training_summary", card.training),
         )
         all_stages = Page("Training", "results/training.md", "training", TRAINING, text=words.training)
         pages = {folder / page.file: _render_page(folder, card.name, page) for page in [all_stages, *words.pages]}
@@ -195,11 +192,11 @@ def _render_page(folder: Path, name: str, page: Page) -> str:
         "results_page",
         [TEMPLATES],
         page=page,
+        name=name,
         figures=figures,
         pictures={caption: link(file) for caption, file in page.pictures.items()},
         results_file=link(page.results),
         card=link("README.md"),
-        name=name,
     )
 
 
@@ -246,7 +243,7 @@ def create_card(
     Args:
         folder: of the model, with `results/training.json`.
         summary: what it is, in a sentence.
-        dataset: what it was trained on. The metadata name it if it is on the Hub.
+        dataset: what it was trained on; named if it is on the Hub.
         base_model: what it was trained from, likewise.
         sources: papers of this kind of model, besides those of all models here.
         finetune_first: whether it is a foundation to finetune.

@@ -103,7 +103,7 @@ def publication_of(folder: str | Path) -> Publication:
 
 def _publication(folder: Path, kind: Literal["model", "dataset"], patterns: Sequence[str], facts: Json) -> Publication:
     entries = {path: path.name + "/" * path.is_dir() for path in sorted(folder.iterdir())}
-    files = {}
+    files: dict[str, Path] = {}
     for path, name in entries.items():
         if any(fnmatch(name, pattern) for pattern in patterns):
             inside = path.rglob("*") if path.is_dir() else [path]

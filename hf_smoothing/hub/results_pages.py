@@ -107,9 +107,9 @@ _MEASURES = {
 
 
 def _differing(stages: Sequence[Json]) -> list[str]:
-    names = dict.fromkeys(name for stage in stages for name in stage["settings"] if name not in _BOOKKEEPING)
-    values = {name: [stage["settings"].get(name) for stage in stages] for name in names}
-    return [name for name in names if any(value != values[name][0] for value in values[name])]
+    settings = [stage["settings"] for stage in stages]
+    names = dict.fromkeys(name for values in settings for name in values if name not in _BOOKKEEPING)
+    return [name for name in names if any(values.get(name) != settings[0].get(name) for values in settings)]
 
 
 def _format_setting(value: Any) -> str:

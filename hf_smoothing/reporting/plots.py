@@ -12,8 +12,6 @@ from numpy.typing import NDArray
 from ..metrics.certified_accuracy import certified_accuracy, certified_accuracy_curve
 from .results import Result, name_of_figure, shared_guarantee_and_norm
 
-FORMATS = (".png", ".svg")
-
 
 def require_matplotlib() -> None:
     """Raise an `ImportError` that says how to install matplotlib where it is missing."""
@@ -23,7 +21,7 @@ def require_matplotlib() -> None:
 
 def plot_certified_accuracy(results: Sequence[Result], stem: Path, envelope: str | None = None) -> None:
     """
-    Plot certified accuracy against radius with [`draw_certified_accuracy`], to `stem` with each ending of `FORMATS`.
+    Plot certified accuracy against radius with [`draw_certified_accuracy`], as `.png` and `.svg`.
 
     Args:
         results: of one guarantee and one norm.
@@ -34,9 +32,8 @@ def plot_certified_accuracy(results: Sequence[Result], stem: Path, envelope: str
         ValueError: for mixed guarantees or norms.
     """
     guarantee, norm = shared_guarantee_and_norm(results)
-    with _figure(
-        stem, f"radius ({norm or 'norm unknown'}, [0, 1] pixels)", f"{name_of_figure(guarantee)}, all images"
-    ) as axes:
+    xlabel = f"radius ({norm or 'norm unknown'}, [0, 1] pixels)"
+    with _figure(stem, xlabel, f"{name_of_figure(guarantee)}, all images") as axes:
         draw_certified_accuracy(axes, results, envelope)
         right = axes.get_xlim()[1]
         axes.set(xlim=(-0.02 * right, right), ylim=(0, 1), title=f"guarantee: {guarantee or 'unknown'}")
@@ -63,17 +60,19 @@ def draw_certified_accuracy(axes: Any, results: Sequence[Result], envelope: str 
             axes.errorbar(radii, shares, reach, fmt="o--", lw=0.7, elinewidth=1, capsize=2, ms=4, label=result.title)
         else:
             axes.step(*_down_to_0(*_curve(result)), where="pre", label=result.title)
-    if envelope is None:
-        return
+    if envelope is not None:
+        _draw_envelope(axes, results, envelope)
+
+
+def _draw_envelope(axes: Any, results: Sequence[Result], label: str) -> None:
     curves = [_curve(result) for result in results]
     decided = sorted({radius for result in results for radius in result.decided_radii})
     if decided:
-        known = [radius for radius in decided if all(result.standing(radius) != "floor" for result in results)]
-        at = np.array(known)
+        at = np.array([radius for radius in decided if all(result.standing(radius) != "floor" for result in results)])
     else:
         at = np.unique(np.concatenate([radii for radii, _ in curves]))
-    best = np.max([_share_at(at, *curve) for curve in curves], axis=0)
-    style = {"label": envelope, "color": "black", "ls": ":"}
+    best = np.max([np.append(shares, 0.0)[np.searchsorted(radii, at)] for radii, shares in curves], axis=0)
+    style = {"label": label, "color": "black", "ls": ":"}
     if not decided:
         axes.step(*_down_to_0(at, best), where="pre", lw=1.8, **style)
     elif len(at):
@@ -91,16 +90,12 @@ def _points(radii: Sequence[float], result: Result) -> tuple[NDArray[np.float64]
     return np.array([row["share"] for row in rows]), np.array([row["interval_95"] for row in rows])
 
 
-def _share_at(at: NDArray[np.float64], radii: NDArray[np.float64], shares: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.append(shares, 0.0)[np.searchsorted(radii, at, side="left")]
-
-
 def _down_to_0(radii: NDArray[np.float64], shares: NDArray[np.float64]) -> tuple[list[float], list[float]]:
     """A curve that ends at 0 after its last radius."""
     return [*radii, radii[-1]], [*shares, 0]
 
 
-def plot_true_class_frequency(results: Sequence[Result], stem: Path) -> list[Result]:
+def plot_true_class_frequency(results: Sequence[Result], stem: Path) -> bool:
     """
     Plot a histogram of p_A: how often the base classifier predicts the true class of each image under noise.
 
@@ -108,20 +103,14 @@ def plot_true_class_frequency(results: Sequence[Result], stem: Path) -> list[Res
     probability; it is slightly biased where sampling stopped early.
 
     Returns:
-        The results that have counts. Without any, nothing is written.
+        Whether any result has counts. Without any, nothing is written.
     """
-    shared_guarantee_and_norm(results)
-    counted = [result for result in results if len(true_class_frequency(result))]
-    if not counted:
-        return []
-    with _figure(stem, "share of the noisy draws with the true class (p_A)", "share of images") as axes:
-        for result in counted:
-            shares = true_class_frequency(result)
-            heights, edges = np.histogram(shares, np.linspace(0, 1, 26))
-            axes.stairs(heights / len(shares), edges, label=result.title, lw=1.4)
-        axes.set(xlim=(0, 1), ylim=(0, None))
-        axes.legend(fontsize=8)
-    return counted
+    shares = {result.title: frequency for result in results if len(frequency := true_class_frequency(result))}
+    if shares:
+        with _figure(stem, "share of the noisy draws with the true class (p_A)", "share of images") as axes:
+            _draw_histograms(axes, shares, np.linspace(0, 1, 26))
+            axes.set(xlim=(0, 1))
+    return bool(shares)
 
 
 def true_class_frequency(result: Result) -> NDArray[np.float64]:
@@ -130,37 +119,42 @@ def true_class_frequency(result: Result) -> NDArray[np.float64]:
     return np.array([counts[label] / sum(counts) for counts, label in pairs if counts and sum(counts)])
 
 
-def plot_draws(results: Sequence[Result], stem: Path) -> list[Result]:
+def plot_draws(results: Sequence[Result], stem: Path) -> bool:
     """
     Plot a histogram of the forward passes per image, on a logarithmic axis.
 
     Returns:
-        The results that record them. Without any, nothing is written.
+        Whether any result records them. Without any, nothing is written.
     """
-    known = [result for result in results if any(result.column("num_samples"))]
-    if not known:
-        return []
-    require_matplotlib()
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+    draws = {
+        result.title: np.array([number for number in result.column("num_samples") if number]) for result in results
+    }
+    draws = {title: numbers for title, numbers in draws.items() if len(numbers)}
+    if draws:
+        smallest, largest = (end(np.concatenate([*draws.values()])) for end in (np.min, np.max))
+        with _figure(stem, "forward passes per image", "share of images") as axes:
+            from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    draws = [np.array([value for value in result.column("num_samples") if value]) for result in known]
-    edges = np.geomspace(min(values.min() for values in draws), max(values.max() for values in draws) + 1, 31)
-    with _figure(stem, "forward passes per image", "share of images") as axes:
-        for result, values in zip(known, draws):
-            axes.stairs(np.histogram(values, edges)[0] / len(values), edges, label=result.title, lw=1.4)
-        axes.set(xscale="log", ylim=(0, None))
-        # on an axis shorter than a decade matplotlib writes 4 x 10^1
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if edges[-1] < 100 * edges[0] else (1,)))
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.legend(fontsize=8)
-    return known
+            _draw_histograms(axes, draws, np.geomspace(smallest, largest + 1, 31))
+            axes.set(xscale="log")
+            # on an axis shorter than a decade matplotlib writes 4 x 10^1
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if largest + 1 < 100 * smallest else (1,)))
+            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+            axes.xaxis.set_minor_formatter(NullFormatter())
+    return bool(draws)
+
+
+def _draw_histograms(axes: Any, values: dict[str, NDArray[Any]], edges: NDArray[np.float64]) -> None:
+    """The share of the values between each two edges, for each label."""
+    for label, numbers in values.items():
+        axes.stairs(np.histogram(numbers, edges)[0] / len(numbers), edges, label=label, lw=1.4)
+    axes.set(ylim=(0, None))
+    axes.legend(fontsize=8)
 
 
 @contextmanager
 def _figure(stem: Path, xlabel: str, ylabel: str) -> Iterator[Any]:
     """Axes to draw on; the figure is then written in every format. The same drawing gives the same bytes."""
-    require_matplotlib()
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -170,5 +164,5 @@ def _figure(stem: Path, xlabel: str, ylabel: str) -> Iterator[Any]:
     axes.grid(alpha=0.3)
     yield axes
     with rc_context({"svg.hashsalt": stem.name}):
-        for ending in FORMATS:
+        for ending in (".png", ".svg"):
             figure.savefig(stem.with_suffix(ending), dpi=150, metadata={"Date": None} if ending == ".svg" else None)

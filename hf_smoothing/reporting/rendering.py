@@ -28,16 +28,6 @@ def format_interval(interval: Sequence[float]) -> str:
     return f"{low:.1%} to {high:.1%}"
 
 
-def format_points(difference: float | None) -> str:
-    """A difference of shares in percentage points, with its sign; `-` for None."""
-    return "-" if difference is None else f"{100 * difference:+.1f}"
-
-
-def format_radii(radii: Sequence[float]) -> str:
-    """Radii or noise levels as a list."""
-    return ", ".join(f"{radius:g}" for radius in radii)
-
-
 def format_versions(versions: Mapping[str, str]) -> str:
     """Names and versions of packages as a list."""
     return ", ".join(f"{name} {version}" for name, version in versions.items())
@@ -53,32 +43,15 @@ def format_cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", "<br>")
 
 
-def template_environment(*folders: Path) -> Environment:
-    """
-    Jinja with the templates of some folders and of this one. A figure that a template names and the data lack is an error.
-
-    Args:
-        folders: searched first, in this order.
-    """
-    environment = Environment(
-        loader=FileSystemLoader([*folders, TEMPLATES]),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        undefined=StrictUndefined,
-    )
-    environment.filters |= {
-        "number": format_number,
-        "percent": format_percent,
-        "interval": format_interval,
-        "points": format_points,
-        "radii": format_radii,
-        "radius": format_radius,
-        "versions": format_versions,
-        "counted": format_count,
-        "cell": format_cell,
-    }
-    return environment
+FILTERS = {
+    "number": format_number,
+    "percent": format_percent,
+    "interval": format_interval,
+    "radius": format_radius,
+    "versions": format_versions,
+    "counted": format_count,
+    "cell": format_cell,
+}
 
 
 def render(template: str, folders: Sequence[Path] = (), **data: Any) -> str:
@@ -93,6 +66,9 @@ def render(template: str, folders: Sequence[Path] = (), **data: Any) -> str:
     Raises:
         jinja2.UndefinedError: where the data lack something that the template names.
     """
-    text = template_environment(*folders).get_template(f"{template}.md.jinja").render(data)
+    loader = FileSystemLoader([*folders, TEMPLATES])
+    environment = Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    environment.filters |= FILTERS
+    text = environment.get_template(f"{template}.md.jinja").render(data)
     text = re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"

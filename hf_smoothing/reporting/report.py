@@ -35,19 +35,11 @@ def write_report(
     log_guarantee: str | None = None,
 ) -> tuple[Json, Path]:
     """
-    Write `report.json`, `report.md` and pictures on finished runs.
+    Write `report.json`, `report.md` and pictures on finished runs; return the report and the folder with its files.
 
-    Args:
-        runs: run folders, Parquet files of certificates, or logs, see [`read_results`].
-        output_dir: where to write; by default the run folder if there is one run, else `report`.
-        radii: where to count, see [`summarize`].
-        envelope: add the best share over all results, see [`summarize`].
-        images: show pictures of this dataset, which [`load_pictures`] takes.
-        split: of `images`; by default the one that the run certified.
-        log_guarantee: the guarantee of the certificates in logs.
-
-    Returns:
-        The report and the folder with its files.
+    [`read_results`] takes `runs` and `log_guarantee`, [`summarize`] takes `radii` and `envelope`, and [`load_pictures`] takes
+    `images`, the dataset of example pictures, and `split`. The folder is `output_dir`; by default it is the run folder if
+    there is one run, else `report`.
 
     Raises:
         ImportError: without matplotlib.
@@ -56,7 +48,7 @@ def write_report(
     """
     require_matplotlib()
     results = read_results(runs, log_guarantee)
-    report = summarize(results, radii or None, envelope)
+    report = summarize(results, radii, envelope)
     folder = output_dir or (runs[0] if len(runs) == 1 and runs[0].is_dir() else Path("report"))
     folder.mkdir(parents=True, exist_ok=True)
     report["pictures"] = _draw_curves(results, report, folder)
@@ -85,21 +77,11 @@ def _draw_examples(results: Sequence[Result], folder: Path, dataset: str, split:
     pictures = []
     for number, result in enumerate(results):
         rows, picture = load_pictures(result, dataset, split)
-        if not rows:  # every image failed
-            continue
-        file = f"examples-{number}.png"
-        picture_of_certificates(
-            picture,
-            [row["prediction"] for row in rows],
-            [row["radius"] for row in rows],
-            [row["label"] for row in rows],
-            result.names(),
-            result.title,
-            folder / file,
-            at_most=SHOWN_PICTURES,
-        )
-        title = f"Examples from largest to smallest radius: {result.title}"
-        pictures.append({"kind": "examples", "title": title, "file": file})
+        if rows:  # not every image failed
+            file = f"examples-{number}.png"
+            picture_of_certificates(picture, rows, result.title, folder / file, at_most=SHOWN_PICTURES)
+            title = f"Examples from largest to smallest radius: {result.title}"
+            pictures.append({"kind": "examples", "title": title, "file": file})
     return pictures
 
 
@@ -124,29 +106,21 @@ def summarize(results: Sequence[Result], radii: Sequence[float] | None = None, e
         ValueError: for mixed guarantees or norms, bad values, or an envelope over one result or over different images.
     """
     guarantee, norm = shared_guarantee_and_norm(results)
-    if radii is None:
-        radii = sorted({radius for result in results for radius in result.asked_radii}) or DEFAULT_THRESHOLDS
+    radii = radii or sorted({radius for result in results for radius in result.asked_radii}) or DEFAULT_THRESHOLDS
     entries = [_summarize_result(result, radii) for result in results]
-    return {
-        "guarantee": guarantee,
-        "norm": norm,
-        "results": entries,
-        "envelope": _summarize_envelope(results, entries) if envelope else None,
-        "versions": package_versions(),
-    }
+    best = _summarize_envelope(results, entries) if envelope else None
+    report = {"guarantee": guarantee, "norm": norm, "results": entries, "envelope": best}
+    return report | {"versions": package_versions()}
 
 
 def _summarize_result(result: Result, radii: Sequence[float]) -> Json:
     optional = {"p_lower": "p_lower", "num_samples": "num_samples", "guarantees": "guarantee"}
+    columns = {name: result.column(column) for name, column in optional.items() if result.has(column)}
     seconds = [value for value in result.column("seconds") if value is not None]
     counted = [sum(counts) for counts in result.column("counts") if counts and sum(counts)]
     try:
         figures = certified_accuracy(
-            result.column("prediction"),
-            result.column("label"),
-            result.column("radius"),
-            thresholds=radii,
-            **{name: result.column(column) for name, column in optional.items() if result.has(column)},
+            *(result.column(name) for name in ("prediction", "label", "radius")), thresholds=radii, **columns
         )
     except ValueError as error:
         raise ValueError(f"{result.title}: {error}") from None
@@ -175,9 +149,9 @@ def _summarize_result(result: Result, radii: Sequence[float]) -> Json:
 def _summarize_envelope(results: Sequence[Result], entries: Sequence[Json]) -> Json:
     if len(results) < 2:
         raise ValueError("An envelope takes two results or more; there is one.")
-    images = [{(row["index"], row["label"]) for row in result.rows} for result in results]
-    for result, its_images in zip(results, images):
-        if its_images != images[0]:
+    first = {(row["index"], row["label"]) for row in results[0].rows}
+    for result in results:
+        if {(row["index"], row["label"]) for row in result.rows} != first:
             raise ValueError(
                 f"An envelope takes results for the same images; {result.title} has others than {results[0].title}."
             )
@@ -228,11 +202,8 @@ def share_rows(report: Json) -> list[dict[str, str]]:
             row[f"r = {share['radius']:g}"] = _format_share(share) + interval
         rows.append(row)
     if envelope := report["envelope"]:
-        row = {name: "" for name in rows[0]}  # it may lack some radii
-        row |= {"run": envelope["label"]} | {
-            f"r = {share['radius']:g}": _format_share(share) for share in envelope["certified_accuracy"]
-        }
-        rows.append(row)
+        best = {f"r = {share['radius']:g}": _format_share(share) for share in envelope["certified_accuracy"]}
+        rows.append(dict.fromkeys(rows[0], "") | {"run": envelope["label"]} | best)  # it may lack some radii
     return rows
 
 
@@ -245,58 +216,37 @@ def other_rows(report: Json) -> list[dict[str, str]]:
     rows = []
     for entry in report["results"]:
         decided = entry["decided_radii"]
-        rows.append(
-            {
-                "run": entry["run"],
-                "sigma": format_number(entry["sigma"]),
-                "images": str(entry["num_images"]),
-                "failed": str(entry["num_failed"]),
-                "abstains": f"{'<= ' if decided and 0 not in decided else ''}{entry['abstention_rate']:.1%}",
-                "mean\nradius †": f"{'>= ' if decided else ''}{format_radius(entry['mean_certified_radius'])}",
-                "median\ndraws": format_number(entry["median_num_samples"], ",.0f"),
-                "mean\nseconds": format_number(entry["mean_seconds"], ".3g"),
-            }
-        )
+        row = {"run": entry["run"], "sigma": format_number(entry["sigma"])}
+        row |= {"images": str(entry["num_images"]), "failed": str(entry["num_failed"])}
+        row["abstains"] = f"{'<= ' if decided and 0 not in decided else ''}{entry['abstention_rate']:.1%}"
+        row["mean\nradius †"] = f"{'>= ' if decided else ''}{format_radius(entry['mean_certified_radius'])}"
+        row["median\ndraws"] = format_number(entry["median_num_samples"], ",.0f")
+        row["mean\nseconds"] = format_number(entry["mean_seconds"], ".3g")
+        rows.append(row)
     return rows
 
 
 def render_notes(report: Json) -> str:
     """What a reader of the tables must know, one paragraph per note."""
-    return render(
-        "report_notes",
-        report=report,
-        figure=name_of_figure(report["guarantee"]),
-        stops=_early_stops(report["results"]),
-    ).strip()
+    figure, stops = name_of_figure(report["guarantee"]), _early_stops(report["results"])
+    return render("report_notes", report=report, figure=figure, stops=stops).strip()
 
 
 def _early_stops(entries: Sequence[Json]) -> list[Json]:
     """The results that decided radii: one dict for all at which the same radii were decided."""
-    stops: list[Json] = []
+    stops: dict[str, Json] = {}
     for entry in entries:
-        if entry["decided_radii"]:
-            stop = {
-                "decided": entry["decided_radii"],
-                "out_of_reach": entry["radii_out_of_reach"],
-                "calibrated": entry.get("delta") is not None,
-            }
-            same = next((other for other in stops if stop.items() <= other.items()), None)
-            if same is None:
-                same = stop | {"titles": []}
-                stops.append(same)
-            same["titles"].append(entry["title"])
-    return stops
+        if decided := entry["decided_radii"]:
+            out_of_reach, calibrated = entry["radii_out_of_reach"], entry.get("delta") is not None
+            stop = {"decided": decided, "out_of_reach": out_of_reach, "calibrated": calibrated, "titles": []}
+            stops.setdefault(str(stop), stop)["titles"].append(entry["title"])
+    return list(stops.values())
 
 
 def render_report(report: Json) -> str:
     """A report as Markdown: the table, its notes, the pictures beside `report.json`, and how the runs were made."""
-    blank: dict[str, str] = {}  # the envelope has no other figures
-    rows = [shares | other for shares, other in zip_longest(share_rows(report), other_rows(report), fillvalue=blank)]
-    return render(
-        "report",
-        report=report,
-        figure=name_of_figure(report["guarantee"]),
-        rows=rows,
-        notes=render_notes(report),
-        made_by={entry["run"]: entry["made_by"] for entry in report["results"] if entry["made_by"]},
-    )
+    # the envelope has no other figures
+    rows = [shares | other for shares, other in zip_longest(share_rows(report), other_rows(report), fillvalue={})]
+    figure, notes = name_of_figure(report["guarantee"]), render_notes(report)
+    made_by = {entry["run"]: entry["made_by"] for entry in report["results"] if entry["made_by"]}
+    return render("report", report=report, figure=figure, rows=rows, notes=notes, made_by=made_by)

@@ -1,5 +1,6 @@
 """The certificates of finished runs, from run folders, Parquet files and logs."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -54,10 +55,7 @@ class Result:
 
     @property
     def model(self) -> str | None:
-        """
-        What identifies the model: a digest of the weights, or else the name, and the denoiser before it; None where
-        unknown.
-        """
+        """What identifies the model: a digest of the weights, or else the name, and the denoiser; None where unknown."""
         model = self.settings.get("model_weights") or self.settings.get("model_name_or_path")
         return model if model is None or self.denoiser is None else f"{self.denoiser} and {model}"
 
@@ -124,14 +122,12 @@ class Result:
         """Name and noise level; the name alone where the level is unknown."""
         return self.name if self.sigma is None else f"{self.name}, sigma = {self.sigma:g}"
 
-    def names(self) -> dict[int, str]:
-        """Class names by class index, as far as the records have them."""
-        names: dict[int, str] = {}
-        for row in self.rows:
-            for kind in ("label", "prediction"):
-                if row[kind] is not None and row[kind] != ABSTAIN:
-                    names[row[kind]] = row.get(f"{kind}_name") or str(row[kind])
-        return names
+    def class_names(self) -> list[str]:
+        """Class names, as far as the records have them; an index where they do not."""
+        kinds = ("label", "prediction")
+        names = {row[kind]: row.get(f"{kind}_name") or str(row[kind]) for row in self.rows for kind in kinds}
+        names = {index: name for index, name in names.items() if index not in (None, ABSTAIN)}
+        return [names.get(index, str(index)) for index in range(max(names, default=-1) + 1)]
 
     def _only(self, name: str) -> Any:
         values = sorted({row[name] for row in self.rows if row.get(name) is not None})
@@ -145,8 +141,7 @@ def read_results(sources: Sequence[Path], log_guarantee: str | None = None) -> l
     Read run folders, Parquet files of certificates and logs: one result per source and noise level, in order.
 
     Args:
-        sources: folders with `certificates.parquet` (and `run.json`, if there is one), such files, or logs, see
-            [`read_log`].
+        sources: folders with `certificates.parquet` (and maybe `run.json`), such files, or logs, see [`read_log`].
         log_guarantee: the guarantee of the certificates in logs; a log does not say.
 
     Raises:
@@ -154,11 +149,10 @@ def read_results(sources: Sequence[Path], log_guarantee: str | None = None) -> l
         ValueError: for a file without certificates or with an image twice, and a source that is given twice.
     """
     tables = [(RunFolder(source).table if source.is_dir() else source).resolve() for source in sources]
+    results: list[Result] = []
     for number, source in enumerate(sources):
         if tables[number] in tables[:number]:
             raise ValueError(f"{str(source)!r} is given twice: name each run once.")
-    results: list[Result] = []
-    for source in sources:
         # two folders of the same name are told apart by their paths
         name = str(source) if sum(other.name == source.name for other in sources) > 1 else source.name or str(source)
         if source.is_dir() or source.suffix == ".parquet":
@@ -168,7 +162,10 @@ def read_results(sources: Sequence[Path], log_guarantee: str | None = None) -> l
         else:
             raise FileNotFoundError(f"There is no run folder or log at {str(source)!r}.")
     for result in results:
-        _check_once(result)
+        if twice := [index for index, number in Counter(result.column("index")).items() if number > 1]:
+            raise ValueError(
+                f"{result.source} has image {twice[0]} twice: a table has one row per image and noise level."
+            )
     return results
 
 
@@ -180,32 +177,27 @@ def _read_run(source: Path, name: str) -> list[Result]:
         raise ValueError(f"{folder.table} {problem}: it holds no certificates.")
     run = folder.read_run()
     sigmas = sorted({row["sigma"] for row in rows if row.get("sigma") is not None})
+    if not sigmas:
+        return [Result(source, name, rows, run)]
     # an image that failed before any noise was added counts once at every noise level
-    everywhere = list({row["index"]: row for row in rows if row.get("sigma") is None}.values()) if sigmas else rows
+    everywhere = list({row["index"]: row for row in rows if row.get("sigma") is None}.values())
     return [
         Result(source, name, [row for row in rows if row.get("sigma") == sigma] + everywhere, run) for sigma in sigmas
-    ] or [Result(source, name, everywhere, run)]
-
-
-def _check_once(result: Result) -> None:
-    seen = set()
-    for row in result.rows:
-        if row["index"] in seen:
-            raise ValueError(
-                f"{result.source} has image {row['index']} twice: a table has one row per image and noise level."
-            )
-        seen.add(row["index"])
+    ]
 
 
 def name_of_figure(guarantee: str | None) -> str:
     """The name of a share of images at a radius: certified accuracy only where it is certified."""
-    if guarantee is None:
-        return "Certified accuracy as claimed (guarantee unknown)"
-    if guarantee == NO_CERTIFICATE:
-        return "Certified accuracy (every image failed)"
-    if guarantee == "marginal":
-        return "Certified accuracy (marginal guarantee: holds for images on average)"
-    return "Estimated accuracy (not certified)" if guarantee == "none" else "Certified accuracy"
+    notes = {
+        None: " as claimed (guarantee unknown)",
+        NO_CERTIFICATE: " (every image failed)",
+        "marginal": " (marginal guarantee: holds for images on average)",
+    }
+    return (
+        "Estimated accuracy (not certified)"
+        if guarantee == "none"
+        else "Certified accuracy" + notes.get(guarantee, "")
+    )
 
 
 def shared_guarantee_and_norm(results: Sequence[Result]) -> tuple[str | None, str | None]:

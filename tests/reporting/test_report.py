@@ -27,9 +27,12 @@ from hf_smoothing.reporting.results import read_results
 def test_the_picture(tmp_path):
     pictures = [Image.new("RGB", (32, 32), colour) for colour in ("red", "green", "blue")]
     path = tmp_path / "certificates.png"
-    picture_of_certificates(
-        pictures.__getitem__, [0, -1, 1], [0.25, 0.0, 0.5], [0, 1, 0], ["cat", "dog"], "title", path
-    )
+    rows = [
+        {"prediction": 0, "prediction_name": "cat", "label": 0, "label_name": "cat", "radius": 0.25},
+        {"prediction": -1, "prediction_name": None, "label": 1, "label_name": "dog", "radius": 0.0},
+        {"prediction": 1, "label": 0, "radius": 0.5},
+    ]
+    picture_of_certificates(pictures.__getitem__, rows, "title", path)
     assert Image.open(path).width > 500
 
 

@@ -32,7 +32,8 @@ class _Columns:
     radii: NDArray[np.float64]
     guarantee: str | None
     p_lower: NDArray[np.float64] | None
-    num_samples: NDArray[np.float64] | None
+    num_samples: NDArray[np.float64]
+    """Only of images that did not fail, where known."""
 
 
 def certified_accuracy(
@@ -89,9 +90,7 @@ def certified_accuracy(
         raise ValueError(f"thresholds={thresholds!r} must be a list of radii, such as [0, 0.5].") from None
     if not levels or not all(0 <= level < math.inf for level in levels):
         raise ValueError(f"thresholds={levels} must be one or more finite radii, 0 or above.")
-    draws = columns.num_samples
-    if draws is not None:
-        draws = draws[~np.isnan(draws) & ~columns.failed]
+    bounds, draws = columns.p_lower, columns.num_samples
     return {
         "num_images": len(columns.right),
         "num_failed": int(columns.failed.sum()),
@@ -100,11 +99,12 @@ def certified_accuracy(
         "abstention_rate": float(columns.abstains.mean()),
         "mean_certified_radius": float(np.where(columns.right, columns.radii, 0.0).mean()),
         "guarantee": columns.guarantee,
-        "p_lower_quartiles": None
-        if columns.p_lower is None
-        else np.quantile(np.where(columns.right, columns.p_lower, 0.0), [0.25, 0.5, 0.75]).tolist(),
-        "median_num_samples": None if draws is None or not len(draws) else float(np.median(draws)),
+        "p_lower_quartiles": None if bounds is None else np.quantile(bounds * columns.right, _QUARTILES).tolist(),
+        "median_num_samples": float(np.median(draws)) if len(draws) else None,
     }
+
+
+_QUARTILES = (0.25, 0.5, 0.75)
 
 
 def certified_accuracy_curve(
@@ -120,22 +120,14 @@ def certified_accuracy_curve(
         `radii[i]` (matplotlib's `step(where="pre")`). Beyond the last radius the share is 0.
     """
     columns = _validate(predictions, references, radii)
-    corners, counts = np.unique(columns.radii[columns.right], return_counts=True)
-    reached = counts[::-1].cumsum()[::-1]
-    if not len(corners) or corners[0] > 0:
-        corners = np.concatenate([[0.0], corners])
-        reached = np.concatenate([[int(columns.right.sum())], reached])
-    return corners, reached / len(columns.right)
+    reached = np.sort(columns.radii[columns.right])
+    corners = np.unique([0.0, *reached])
+    return corners, (len(reached) - np.searchsorted(reached, corners)) / len(columns.right)
 
 
 def _share(columns: _Columns, level: float) -> dict[str, Any]:
-    right = int((columns.right & (columns.radii >= level)).sum())
-    return {
-        "radius": level,
-        "right": right,
-        "share": right / len(columns.right),
-        "interval_95": exact_interval(right, len(columns.right)),
-    }
+    right, images = int((columns.right & (columns.radii >= level)).sum()), len(columns.right)
+    return {"radius": level, "right": right, "share": right / images, "interval_95": exact_interval(right, images)}
 
 
 def exact_interval(right: int, images: int) -> list[float]:
@@ -159,36 +151,24 @@ def _validate(
         sizes = ", ".join(f"{len(column)} {name}" for name, column in given.items())
         raise ValueError(f"Unequal numbers ({sizes}): give one of each for every image.")
     failed = np.array([value is None for value in given["predictions"]], bool)
-    classes = _numbers("predictions", given["predictions"], missing=ABSTAIN)
     labels, distances = (
         _numbers(name, [0 if skip else value for skip, value in zip(failed, given[name])])
         for name in ("references", "radii")
     )
-    integer = "must be an integer"
-    _check(
-        "predictions",
-        classes,
-        (classes >= ABSTAIN) & _is_integer(classes),
-        f"{integer}: a class, or -1 for an abstention.",
-    )
-    _check(
-        "references",
-        labels,
-        (labels >= 0) & _is_integer(labels),
-        f"{integer}, 0 or above: images need labels to be counted.",
-    )
+    classes = _numbers("predictions", given["predictions"], missing=ABSTAIN)
+    _check("predictions", classes, _is_integer(classes, ABSTAIN), f"{_INTEGER}: a class, or -1 for an abstention.")
+    _check("references", labels, _is_integer(labels), f"{_INTEGER}, 0 or above: images need labels to be counted.")
     _check("radii", distances, (distances >= 0) & (distances < math.inf), "must be a finite radius, 0 or above.")
     abstains = (classes == ABSTAIN) & ~failed
     _check("radii", distances, ~abstains | (distances == 0), "must be 0, since the prediction abstains there (-1).")
-    bounds = draws = None
+    bounds = None
     if "p_lower" in given:
         bounds = _numbers("p_lower", given["p_lower"], missing=0)
         _check("p_lower", bounds, (bounds >= 0) & (bounds <= 1), "must be a probability.")
-    if "num_samples" in given:
-        known = np.array([value is not None for value in given["num_samples"]], bool)
-        draws = _numbers("num_samples", given["num_samples"], missing=0)
-        _check("num_samples", draws, (draws >= 0) & _is_integer(draws), f"{integer}, 0 or above.")
-        draws = np.where(known, draws, np.nan)
+    draws_or_none = given.get("num_samples", [None] * len(failed))
+    draws = _numbers("num_samples", draws_or_none, missing=0)
+    _check("num_samples", draws, _is_integer(draws), f"{_INTEGER}, 0 or above.")
+    known = np.array([number is not None for number in draws_or_none], bool)
     return _Columns(
         right=(classes == labels) & ~abstains & ~failed,
         abstains=abstains,
@@ -196,23 +176,22 @@ def _validate(
         radii=distances,
         guarantee=_guarantee(given.get("guarantees", []), failed),
         p_lower=bounds,
-        num_samples=draws,
+        num_samples=draws[known & ~failed],
     )
+
+
+_INTEGER = "must be an integer"
 
 
 def _guarantee(guarantees: list[Any], failed: NDArray[np.bool_]) -> str | None:
     # a failed image has no certificate; "" stands for None in evaluate's string columns
-    kinds = {name or "unknown" for name, skip in zip(guarantees, failed) if not skip}
-    if unknown := sorted(str(kind) for kind in kinds.difference(GUARANTEES, ["unknown"])):
-        raise ValueError(
-            f"guarantees has {unknown[0]!r}; choose from {', '.join(GUARANTEES)}, and None where unknown."
-        )
+    kinds = sorted({str(name or "unknown") for name, skip in zip(guarantees, failed) if not skip})
+    for kind in kinds:
+        if kind not in (*GUARANTEES, "unknown"):
+            raise ValueError(f"guarantees has {kind!r}; choose from {', '.join(GUARANTEES)}, and None where unknown.")
     if len(kinds) > 1:
-        raise ValueError(
-            f"Different guarantees ({', '.join(sorted(kinds))}) do not make one figure: compute each alone."
-        )
-    kind = kinds.pop() if kinds else "unknown"
-    return None if kind == "unknown" else kind
+        raise ValueError(f"Different guarantees ({', '.join(kinds)}) do not make one figure: compute each alone.")
+    return kinds[0] if kinds and kinds != ["unknown"] else None
 
 
 def _numbers(name: str, values: list[Any], missing: float | None = None) -> NDArray[np.float64]:
@@ -222,8 +201,8 @@ def _numbers(name: str, values: list[Any], missing: float | None = None) -> NDAr
         raise ValueError(f"{name} must hold one number per image: {error}.") from None
 
 
-def _is_integer(values: NDArray[np.float64]) -> NDArray[np.bool_]:
-    return np.isfinite(values) & (np.floor(values) == values)
+def _is_integer(values: NDArray[np.float64], at_least: int = 0) -> NDArray[np.bool_]:
+    return np.isfinite(values) & (np.floor(values) == values) & (values >= at_least)
 
 
 def _check(name: str, values: NDArray[np.float64], fine: NDArray[np.bool_], wanted: str) -> None:
@@ -232,15 +211,9 @@ def _check(name: str, values: NDArray[np.float64], fine: NDArray[np.bool_], want
         raise ValueError(f"{name}[{at}]={values[at]:g} {wanted}")
 
 
-_FEATURES = {
-    "predictions": datasets.Value("int64"),
-    "references": datasets.Value("int64"),
-    "radii": datasets.Value("float64"),
-    "guarantees": datasets.Value("string"),
-    "p_lower": datasets.Value("float64"),
-    "num_samples": datasets.Value("int64"),
-}
-_REQUIRED = ("predictions", "references", "radii")
+_INTEGERS, _FLOATS, _STRINGS = (datasets.Value(kind) for kind in ("int64", "float64", "string"))
+_REQUIRED = {"predictions": _INTEGERS, "references": _INTEGERS, "radii": _FLOATS}
+_FEATURES = {**_REQUIRED, "guarantees": _STRINGS, "p_lower": _FLOATS, "num_samples": _INTEGERS}
 
 
 class CertifiedAccuracy(evaluate.Metric):
@@ -261,7 +234,7 @@ class CertifiedAccuracy(evaluate.Metric):
             description="Certified accuracy of a smoothed classifier over all images, abstentions counted as wrong.",
             citation="Cohen, Rosenfeld, Kolter: Certified Adversarial Robustness via Randomized Smoothing (2019).",
             inputs_description=certified_accuracy.__doc__,
-            features=datasets.Features({name: _FEATURES[name] for name in _REQUIRED}),
+            features=datasets.Features(_REQUIRED),
             reference_urls=["https://arxiv.org/abs/1902.02918", "https://arxiv.org/abs/2410.06895"],
         )
 
@@ -287,7 +260,7 @@ class CertifiedAccuracy(evaluate.Metric):
         super().add_batch(**batch)
 
     def compute(self, *, predictions: Any = None, references: Any = None, **columns: Any) -> dict[str, Any] | None:
-        """Compute over what was added, or over given columns; None in all processes of `num_process` but the first."""
+        """Compute over what was added, or over the columns given; None in all processes of `num_process` but the first."""
         if self.writer is None and (predictions is not None or references is not None):
             self._expect({"predictions": predictions, "references": references, **columns})
         return super().compute(predictions=predictions, references=references, **columns)
@@ -297,8 +270,8 @@ class CertifiedAccuracy(evaluate.Metric):
 
     def _expect(self, batch: dict[str, Any]) -> None:
         """Set the columns of all batches until `compute`."""
-        given = [name for name, column in batch.items() if column is not None and name != "thresholds"]
-        if unknown := [name for name in given if name not in _FEATURES]:
+        given = {name for name, column in batch.items() if column is not None} - {"thresholds"}
+        if unknown := sorted(given.difference(_FEATURES)):
             raise ValueError(f"There is no column {unknown[0]!r}; there are {', '.join(_FEATURES)}.")
         if missing := [name for name in _REQUIRED if name not in given]:
             raise ValueError(f"{', '.join(missing)} missing: give {', '.join(_REQUIRED)}.")
