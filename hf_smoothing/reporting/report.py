@@ -37,7 +37,7 @@ def write_report(
     """
     Write `report.json`, `report.md` and pictures on finished runs; return the report and the folder with its files.
 
-    [`read_results`] takes `runs` and `log_guarantee`, [`summarize`] takes `radii` and `envelope`, and [`load_pictures`] takes
+    [`read_results`] takes `runs` and `log_guarantee`, [`summarize`] takes `radii` and `envelope`. [`load_pictures`] takes
     `images`, the dataset of example pictures, and `split`. The folder is `output_dir`; by default it is the run folder if
     there is one run, else `report`.
 
