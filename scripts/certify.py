@@ -4,8 +4,9 @@
         --sigma 0.25 0.5 1 --output_dir runs/cifar10
 
 On CPUs, start several processes with `torchrun --nproc_per_node 2 -- scripts/certify.py ...`: `accelerate launch --cpu`
-starts one process, and without the `--` torchrun takes `--n` for an option of its own.
-Writes OUTPUT_DIR/certificates.parquet, one row per image and sigma, and OUTPUT_DIR/run.json. The same command resumes a run.
+starts only one. The `--` keeps torchrun from reading `--n` as its own option.
+The script writes OUTPUT_DIR/certificates.parquet (one row per image and sigma) and OUTPUT_DIR/run.json. The same command
+resumes a run.
 """
 
 import signal

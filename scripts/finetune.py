@@ -1,4 +1,4 @@
-"""Finetune an image classifier on a dataset. By default on clean images: a mixed-noise ViT keeps its robustness to noise.
+"""Finetune an image classifier on a dataset. By default the images are clean: a mixed-noise ViT stays robust to noise.
 
 Examples:
     accelerate launch scripts/finetune.py --model_name_or_path user/repo --dataset_name uoft-cs/cifar10 --output_dir my-model
@@ -7,7 +7,7 @@ Examples:
 
 The second command adds noise: a model that was not pretrained on noisy images needs it.
 If a training was interrupted, run its command again with `--resume_from_checkpoint latest`: the model gets the weights that
-it would have got without interruption. On CPUs, start several processes with
+it would get without the interruption. On CPUs, start several processes with
 `torchrun --nproc_per_node 2 scripts/finetune.py ...`, because `accelerate launch --cpu` starts only one.
 """
 

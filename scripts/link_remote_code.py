@@ -1,4 +1,4 @@
-"""Complete the folders in model_cards/: what loads a model where this package is not installed is linked into them.
+"""Complete the folders in model_cards/: link the code that loads a model without this package into them.
 
     python scripts/link_remote_code.py
 

@@ -1,11 +1,11 @@
-"""Pretrain a mixed-noise ViT from scratch. Each image gets noise of a random level, so one model serves all levels.
+"""Pretrain a mixed-noise ViT from scratch. Each image gets noise of a random level, so one model works at all levels.
 
 Examples:
     accelerate launch scripts/pretrain.py --dataset_name uoft-cs/cifar10 --output_dir my-model
     accelerate launch scripts/pretrain.py --dataset_name uoft-cs/cifar10 --output_dir my-model \\
         --resume_from_checkpoint latest
 
-Run the second command if the first was interrupted: the model gets the weights that it would have got without interruption.
+Run the second command if the first was interrupted: the model gets the weights that it would get without the interruption.
 On CPUs, start several processes with `torchrun --nproc_per_node 2 scripts/pretrain.py ...`, because
 `accelerate launch --cpu` starts only one.
 """
@@ -36,7 +36,9 @@ class ModelSettings:
     hidden_size: int = HfArg(default=128, help="width of the transformer")
     num_hidden_layers: int = HfArg(default=4, help="number of transformer blocks")
     num_attention_heads: int = HfArg(default=4, help="number of attention heads")
-    stem: str = HfArg(default="conv", help="conv or patch")
+    stem: str = HfArg(
+        default="conv", help="first layers: conv (small convolutional network) or patch (one linear layer)"
+    )
     norm_layer: str = HfArg(default="layernorm", help="layernorm, or batchnorm for ablations")
     drop_path_rate: float = HfArg(default=0.0, help="rate of stochastic depth")
 

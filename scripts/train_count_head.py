@@ -1,4 +1,4 @@
-"""Train a count head. It predicts from one clean pass how often each class is the answer under noise (arXiv 2402.07498).
+"""Train a count head. It predicts from the clean image how often noisy copies get each class (arXiv 2402.07498).
 
 Example:
     accelerate launch scripts/certify.py --model_name_or_path my-model --dataset_name uoft-cs/cifar10 --split train \\
@@ -6,8 +6,8 @@ Example:
     accelerate launch scripts/train_count_head.py --model_name_or_path my-model --counts counts --output_dir my-counts \\
         --loss logistic_normal --own_backbone --learning_rate 5e-4
 
-The first command measures counts on the training split; the second trains a head to predict them. What a head predicts is an
-estimate, not a certificate.
+The first command measures counts on the training split; the second trains a head to predict them. The predictions of a
+head are estimates, not certificates.
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ from hf_smoothing.utils.argument_parser import argument_parser, exit_on_error
 class DataSettings:
     """The training data."""
 
-    counts: str = HfArg(help="folder of a finished run of --method counts (or fixed)")
+    counts: str = HfArg(help="folder of a finished run of scripts/certify.py with --method counts (or fixed)")
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Write the measured figures into the Markdown guides (`hf-smoothing card` writes those of model cards).
 
 python scripts/update_figures.py            # fill the blocks <!-- figures:TEMPLATE PATH ... -->
-python scripts/update_figures.py --check    # fail where a block differs from its results files
+python scripts/update_figures.py --check    # fail if a block differs from its results files
 """
 
 import argparse
@@ -16,7 +16,7 @@ GUIDES = ("README.md", "hf_smoothing/README.md", "model_cards/README.md", "scrip
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 for figures out of date")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if figures are out of date")
     check = parser.parse_args().check
     outdated = []
     for guide in filter(Path.is_file, (ROOT / name for name in GUIDES)):

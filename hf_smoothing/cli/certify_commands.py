@@ -26,8 +26,8 @@ def certify(
     radius: Annotated[
         float | None,
         typer.Option(
-            help="Decide this radius and stop once it is settled. Without it the radius is found. (`surrogate`: with "
-            "`--delta`, to claim this radius or nothing.)"
+            help="Only decide whether the radius is at least this. Without it, find the radius. (`surrogate` needs "
+            "`--delta`, and claims this radius or nothing.)"
         ),
     ] = None,
     max_draws: options.MaxDraws = None,
@@ -43,10 +43,10 @@ def certify(
     ] = False,
 ) -> None:
     """
-    Certify pictures: print for each the prediction, and the radius within which nothing changes it.
+    Certify pictures: print the predictions and their radii. No change smaller than the radius changes the prediction.
 
-    The radius is an l2 distance of `[0, 1]` pixels, at the size at which the model sees the picture unless
-    `--noise-resolution` says otherwise; rounded down.
+    The radius is an l2 distance for pixels in `[0, 1]`, rounded down. It refers to the picture at the model's input size, or
+    at the size given by `--noise-resolution`.
 
     Example: `hf-smoothing certify frog.png --model user/repo --sigma 0.5`
     """
@@ -94,8 +94,8 @@ def certify_dataset(settings: RunSettings, execution: ExecutionSettings) -> None
     """
     Certify the images of a dataset: one row per image and sigma in `OUTPUT_DIR/certificates.parquet`.
 
-    Repeat `--sigma` and `--radii` for several values. Interrupt it when you like: the same command resumes the run. For
-    several processes or devices use `accelerate launch scripts/certify.py`, which does the same.
+    Repeat `--sigma` and `--radii` for several values. You can interrupt the command: the same command resumes the run. For
+    several processes or devices, `accelerate launch scripts/certify.py` does the same.
 
     Example: `hf-smoothing certify-dataset --model user/repo --dataset uoft-cs/cifar10 --every 20 --sigma 0.25
     --output-dir runs/cifar10`
@@ -110,7 +110,7 @@ def certify_dataset(settings: RunSettings, execution: ExecutionSettings) -> None
 def demo(
     model: options.Model = DEMO_MODEL,
     output_dir: Annotated[
-        Path, typer.Option(help="A new folder for records and pictures, or the folder of a demo to resume.")
+        Path, typer.Option(help="New folder for certificates and pictures, or the folder of a demo to resume.")
     ] = Path("demo"),
     sigma: options.Sigma = 0.25,
     alpha: options.Alpha = 0.001,
@@ -118,7 +118,7 @@ def demo(
     count_head: Annotated[
         str | None,
         typer.Option(
-            help="A count head, to draw less. By default the one in the folder MODEL-counts, if there is one."
+            help="A count head, which saves draws. Without it: the one in the folder MODEL-counts, if there is one."
         ),
     ] = None,
     seed: options.Seed = 0,
@@ -127,7 +127,7 @@ def demo(
     """
     Certify the 200 CIFAR-10 test images that ship with the package, and show the certificates.
 
-    Run it in a clone of the repository, where the model is, or name a model with `--model`.
+    The default model is in the repository: run this in a clone, or choose a model with `--model`.
     """
     from .demo import DEMO_RADII, find_demo_images, find_head_beside, run_demo
 

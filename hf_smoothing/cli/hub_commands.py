@@ -25,7 +25,7 @@ def push(
     """
     Publish a model, a count head, or a finished run on the Hub.
 
-    A model is uploaded with its code, so that it loads where this package is not installed (`trust_remote_code=True`). A
+    A model is uploaded with its code, so it also loads without this package (`trust_remote_code=True`). A
     run becomes a dataset repository for `load_dataset`. Log in first with `hf auth login`, or set HF_TOKEN. After an
     interruption, run the same command again.
 

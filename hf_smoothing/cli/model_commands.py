@@ -14,24 +14,23 @@ app = typer.Typer()
 
 @command(app)
 def calibrate(
-    count_head: Annotated[str, typer.Argument(help="Folder of a count head, which gets `calibration.json`.")],
+    count_head: Annotated[str, typer.Argument(help="Folder of a count head. `calibration.json` is written into it.")],
     run: Annotated[
         Path,
         typer.Argument(
-            help="Finished run of `certify-dataset --method fixed` on images that neither model nor head was trained on."
+            help="Finished run of `certify-dataset --method fixed` on images not used to train the model or the head."
         ),
     ],
 ) -> None:
     """
-    Calibrate a count head: find how far its estimates must be lowered, or may be raised, to be right about most images.
+    Calibrate a count head: find how far its estimates must be lowered, or may be raised, so that most of them hold.
 
-    Afterwards `--method surrogate --delta 0.05` claims radii that exceed the Monte-Carlo certificate for at most one
-    image in twenty, among images like those of the run: guarantee `marginal`. With named radii (`--radius`, `--radii`) it
-    claims the largest of them that it can, which needs less lowering than each image's own radius. Name them before you see
-    any results.
+    Afterwards, use `--method surrogate --delta 0.05`. On average, its radii exceed those that draws prove for at most 5 % of
+    images like those of the run: guarantee `marginal`. With `--radius` or `--radii`, it claims the largest possible one of
+    these radii. This needs less lowering than claiming each image's own radius. Choose the radii before you see any results.
 
-    The table says how far the log-odds of p_A are lowered, or raised (below 0), and how many images get a radius. Where few
-    do, delta of all images is a large part of these.
+    The table shows how far the log-odds of p_A (the probability of the top class under noise) are lowered, or raised (below
+    0), and how many images get a radius. `delta` is a share of all images: if few get a radius, many of these may be wrong.
 
     Example: `hf-smoothing calibrate my-counts runs/held-out`
     """
@@ -49,10 +48,11 @@ def calibrate(
 def check(
     model: Annotated[str, typer.Argument(help="Image classifier: a name on the Hub or a local folder.")],
     dataset: Annotated[
-        str | None, typer.Option(help="Labelled pictures to look at. Without it, those that ship with the package.")
+        str | None,
+        typer.Option(help="Labelled pictures to use. Without it: the 200 CIFAR-10 images in the package."),
     ] = None,
     split: Annotated[str, typer.Option(help="Split of the dataset.")] = "test",
-    n: Annotated[int, typer.Option(help="Draws per image, for the largest radius.")] = 100_000,
+    n: Annotated[int, typer.Option(help="Draws per image, from which the largest possible radius follows.")] = 100_000,
     alpha: Alpha = 0.001,
     device: Annotated[str | None, typer.Option(help="Where to compute, such as `cuda`.")] = None,
     batch_size: BatchSize = 64,
@@ -60,8 +60,8 @@ def check(
     denoiser: Denoiser = None,
 ) -> None:
     """
-    Check whether a model is worth smoothing: its normalization layers, its predictions under noise, and the largest radius
-    that `n` draws can certify.
+    Check whether randomized smoothing suits a model: its normalization layers, its predictions under noise, and the largest
+    radius that `n` draws can certify.
 
     Example: `hf-smoothing check microsoft/resnet-18`
     """
@@ -101,17 +101,17 @@ def check(
 def audit(
     run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
     output_dir: Annotated[
-        Path | None, typer.Option(help="Where to write. Without it: `audit` in the run's folder.")
+        Path | None, typer.Option(help="Folder for the results. Without it: `audit` in the folder of the run.")
     ] = None,
     images: Annotated[int, typer.Option(help="Certificates to attack at each noise level.")] = 100,
     sigma: Annotated[
-        list[float] | None, typer.Option(help="Noise level of the run; may be given several times.")
+        list[float] | None, typer.Option(help="Attack only this noise level of the run; repeat it for several.")
     ] = None,
     steps: Annotated[int, typer.Option(help="Gradient steps per image.")] = 1000,
     draws: Annotated[int, typer.Option(help="Noisy copies per gradient step.")] = 8,
     directions: Annotated[int, typer.Option(help="Random directions per image.")] = 20,
     reach: Annotated[float, typer.Option(help="Largest change to try, as a multiple of the radius.")] = 3.0,
-    n: Annotated[int, typer.Option(help="Fresh draws that judge a candidate.")] = 2000,
+    n: Annotated[int, typer.Option(help="New draws that check each candidate.")] = 2000,
     seed: Annotated[int, typer.Option(help="Seed of the attack.")] = 0,
     device: Annotated[str, typer.Option(help="Where to compute, such as `cuda`.")] = "cpu",
     batch_size: BatchSize = 128,
@@ -119,13 +119,13 @@ def audit(
     """
     Attack the certificates of a run: look for a perturbation smaller than the radius that changes the prediction.
 
-    Tries gradients of the smoothed classifier, random directions, and the direction of the nearest image of another class.
-    Fresh draws judge every candidate; changes that they leave in doubt do not count. The summary also says how far beyond
-    the radius predictions do change.
+    Tries gradients of the smoothed classifier, random directions, and the direction to the nearest image of another class.
+    New draws check every candidate; a change counts only if they prove it. The summary also shows how far beyond the radius
+    predictions change.
 
-    A violation is an error, and is kept with everything needed to reproduce it. On average, at most a share alpha of the
-    certificates is wrong. An image takes about STEPS x DRAWS x 3 forward passes, and as many again to judge. Interrupt it
-    when you like: the same command resumes the audit.
+    A violation is a wrong certificate; it is saved with everything needed to reproduce it. On average, at most a share alpha
+    of the certificates is wrong. Each image takes about STEPS x DRAWS x 3 forward passes for the attack, and as many to
+    check the candidates. You can interrupt the command: the same command resumes the audit.
 
     Example: `hf-smoothing audit runs/cifar10 --images 100`
     """

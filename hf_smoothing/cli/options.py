@@ -41,7 +41,7 @@ def option(name: str) -> Any:
 
 
 Model = Annotated[str, option("model_name_or_path")]
-Sigma = Annotated[float, typer.Option(help="Standard deviation of the noise, in [0, 1] pixels.")]
+Sigma = Annotated[float, typer.Option(help="Standard deviation of the noise, for pixels in [0, 1].")]
 Alpha = Annotated[float, option("alpha")]
 MaxDraws = Annotated[int | None, option("max_draws")]
 Method = Annotated[str, option("method")]

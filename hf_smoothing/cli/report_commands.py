@@ -19,32 +19,40 @@ def report(
     ],
     output_dir: Annotated[
         Path | None,
-        typer.Option(help="Where to write. Without it: the run folder if there is one run, else `report`."),
+        typer.Option(
+            help="Folder for the report. Without it: the run folder if there is one run, otherwise `report`."
+        ),
     ] = None,
     radii: Annotated[
         list[float] | None,
-        typer.Option(help="Count at this radius; repeat it for several. Without it: at those the runs decided."),
+        typer.Option(
+            help="Show accuracy at this radius; repeat it for several. Without it: the radii that the runs decided."
+        ),
     ] = None,
     envelope: Annotated[
-        bool, typer.Option("--envelope", help="Add the best of all rows at each radius, labelled as what it is.")
+        bool,
+        typer.Option(
+            "--envelope", help="Add a row with the best result at each radius. It does not describe one classifier."
+        ),
     ] = False,
     images: Annotated[
         str | None,
-        typer.Option(help="Show pictures of this dataset: a `load_dataset` name, a folder, a Parquet file."),
+        typer.Option(help="Show example pictures of this dataset: a name on the Hub, a folder, or a Parquet file."),
     ] = None,
     split: Annotated[
         str | None, typer.Option(help="The split of `--images`. Without it: the one that the run certified.")
     ] = None,
     log_guarantee: Annotated[
         str | None,
-        typer.Option(help="The guarantee of the certificates in logs, which a log does not say: `per_input`, ..."),
+        typer.Option(help="Guarantee of the certificates in logs, which logs do not contain: `per_input`, ..."),
     ] = None,
 ) -> None:
     """
-    Tables and curves of certified accuracy from finished runs.
+    Write tables and curves of certified accuracy from finished runs.
 
-    Prints the table, and writes `report.md`, `report.json` and the pictures: certified accuracy against radius, the
-    distribution of p_A, the draws per image, and examples with `--images`.
+    Certified accuracy is the share of images with the right prediction and at least a given radius. This command prints the
+    table, and writes `report.md`, `report.json` and pictures: certified accuracy against radius, how often the model is
+    right under noise (p_A), the draws per image, and examples with `--images`.
 
     Example: `hf-smoothing report runs/cifar10 --envelope`
     """
@@ -61,7 +69,7 @@ def report(
 def card(
     models: Annotated[list[Path], typer.Argument(help="Folders of models, each with `card.yaml` and `results`.")],
     check: Annotated[
-        bool, typer.Option("--check", help="Change nothing; fail where a card differs from its results files.")
+        bool, typer.Option("--check", help="Change nothing; fail if a card differs from its results files.")
     ] = False,
 ) -> None:
     """

@@ -24,7 +24,7 @@ def _option(help: str, *aliases: str, **default: Any) -> Any:
 @dataclass(frozen=True)
 class RunSettings:
     """
-    What decides the records of a run. A run is resumed only under the same settings.
+    Settings that determine the records of a run. A run can only be resumed with the same settings.
 
     The help texts say what each field means. Radii and noise levels are in `[0, 1]` pixels.
 
@@ -34,48 +34,52 @@ class RunSettings:
 
     model_name_or_path: str = _option("image classifier: a name on the Hub or a local folder", "--model")
     dataset_name: str = _option(
-        "what `load_dataset` takes: a name on the Hub, a local folder (pictures too); or a Parquet file", "--dataset"
+        "dataset: a name on the Hub, a local folder (also of image files), or a Parquet file", "--dataset"
     )
-    sigmas: list[float] = _option("noise levels, in [0, 1] pixels", "--sigma")
+    sigmas: list[float] = _option("noise levels: standard deviations, for pixels in [0, 1]", "--sigma")
     dataset_config_name: str | None = _option("configuration of the dataset", default=None)
     split: str = _option("split of the dataset", default="test")
     revision: str | None = _option("revision of the model: a branch, tag or commit", default=None)
     image_column: str | None = _option("column of the images (default: img or image)", default=None)
     label_column: str | None = _option("column of the labels (default: label, labels or fine_label)", default=None)
-    every: int = _option("certify every this many images, from the first one on; 20 is usual for CIFAR-10", default=1)
+    every: int = _option("certify only every N-th image, starting with the first; 20 is usual for CIFAR-10", default=1)
     max_samples: int | None = _option("certify no more images than this", default=None)
     radii: list[float] | None = _option(
-        "decide these radii; without them each image's radius is found (`surrogate`: with --delta, to claim the largest of "
-        "them that it can)",
+        "only decide whether each image reaches these radii; without them, find each image's radius (`surrogate`: needs "
+        "--delta, and claims the largest possible one of them)",
         default=None,
     )
     method: str = _option(
-        "how to sample: `sequential` draws until the question is settled, `fixed` is the usual protocol, `surrogate` asks a "
-        "count head alone, `counts` only counts",
+        "how to draw noisy copies: `sequential` stops as soon as the radius is decided, `fixed` takes n0 + n draws, "
+        "`surrogate` takes none and estimates with a count head, `counts` only counts the classes of n draws",
         default="sequential",
     )
-    alpha: float = _option("probability that a certificate is wrong", default=0.001)
-    max_draws: int | None = _option("the most draws per image", default=None)
+    alpha: float = _option("largest probability that a certificate is wrong", default=0.001)
+    max_draws: int | None = _option("largest number of draws (noisy copies) per image", default=None)
     n0: int | None = _option("selection draws, which choose the class (`fixed`)", default=None)
-    n: int | None = _option("draws that bound its probability (`fixed`), or are counted (`counts`)", default=None)
+    n: int | None = _option(
+        "draws that bound the probability of this class (`fixed`), or that are counted (`counts`)", default=None
+    )
     tolerance: float | None = _option("relative tolerance of the radius (`sequential`, without radii)", default=None)
     seed: int = _option("seed of the noise: the same seed gives the same certificates", default=0)
     dtype: Literal["float32", "bfloat16"] = _option(
         "type of the forward passes (bfloat16: autocast)", default="float32"
     )
     count_head: str | None = _option(
-        "count head, on the Hub or in a local folder: `sequential` draws less with it, `surrogate` asks it alone",
+        "count head, on the Hub or in a local folder: saves draws for `sequential`, is required for `surrogate`",
         default=None,
     )
     delta: float | None = _option(
-        "share of the images that a calibrated count head may be wrong about (`surrogate`)", default=None
+        "share of images for which a calibrated count head may claim too much (`surrogate`)", default=None
     )
     noise_resolution: str = _option(
-        "where noise is added, and to whose pixels the radius belongs: `input` (the network's), `native` (the picture's "
-        "own size), or pixels per side",
+        "picture size at which noise is added, and that the radius refers to: `input` (of the network), `native` (of the "
+        "picture), or a number of pixels per side",
         default="input",
     )
-    denoiser: str | None = _option("denoiser in front of the model, part of what is certified: `wiener`", default=None)
+    denoiser: str | None = _option(
+        "denoiser in front of the model: `wiener`; certificates cover both together", default=None
+    )
 
     def __post_init__(self) -> None:
         from ..core.noise import GaussianNoise
@@ -144,9 +148,9 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class ExecutionSettings:
-    """What does not decide the records of a run, and may change when it is resumed."""
+    """Settings that do not change the records of a run. They may differ when a run is resumed."""
 
-    output_dir: str = _option("a new folder, or the folder of a run to resume")
-    batch_size: int = _option("draws in one forward pass", default=128)
+    output_dir: str = _option("new folder for the run, or the folder of a run to resume")
+    batch_size: int = _option("draws (noisy copies) per forward pass", default=128)
     streaming: bool = _option("read the dataset as a stream, without storing it", default=False)
     resume: bool = _option("resume the run in the output folder, if there is one", default=True)

@@ -22,8 +22,8 @@ class EvaluationSettings:
     These are rough estimates, not certificates.
     """
 
-    eval_split: str | None = HfArg(default=None, help="split to evaluate on after each epoch; by default none")
-    eval_samples: int = HfArg(default=300, help="images to evaluate on, always the same (of a stream the first ones)")
+    eval_split: str | None = HfArg(default=None, help="split to evaluate on after each epoch (default: no evaluation)")
+    eval_samples: int = HfArg(default=300, help="number of images to evaluate on; always the same images")
     eval_draws: int = HfArg(default=5, help="noisy copies per image; their majority answer counts")
     eval_sigmas: list[float] = HfArg(default_factory=lambda: [0.0, 0.25, 0.5, 1.0], help="noise levels of the copies")
 

@@ -10,8 +10,8 @@ def consistency_loss(logits: torch.Tensor, weight: float, entropy_weight: float 
     Penalize different answers to noisy copies of an image (Jeong and Shin 2020, arXiv 2006.04062).
 
     The loss is `weight` times the mean Kullback-Leibler divergence from the copies' mean probabilities to each copy's, plus
-    `entropy_weight` times the entropy of that mean. It makes certified radii larger: these need a p_A near 1, which
-    means answers that agree.
+    `entropy_weight` times the entropy of that mean. It makes certified radii larger: a large radius needs a p_A near
+    1, so the answers must agree.
 
     Args:
         logits: `(copies, batch, classes)`; the copies of an image have the same noise level. For clean copies only the

@@ -1,4 +1,4 @@
-"""Seeds of training: what is random in a step depends only on the training's seed and on the number of the step."""
+"""Seeds of training: the randomness of a step depends only on the seed of the training and the number of the step."""
 
 import numpy as np
 from accelerate.utils import set_seed

@@ -46,14 +46,17 @@ class ImageSettings:
     dataset_name: str = HfArg(help="dataset: name on the Hub, local folder (also of image files), or Parquet file")
     dataset_config_name: str | None = HfArg(default=None, help="configuration of the dataset")
     train_split: str = HfArg(default="train", help="split to train on")
-    image_column: str | None = HfArg(default=None, help="default: img or image")
-    label_column: str | None = HfArg(default=None, help="default: label, labels or fine_label")
-    max_train_samples: int | None = HfArg(default=None, help="train on at most so many random images of the split")
+    image_column: str | None = HfArg(default=None, help="column of the images (default: img or image)")
+    label_column: str | None = HfArg(default=None, help="column of the labels (default: label, labels or fine_label)")
+    max_train_samples: int | None = HfArg(default=None, help="largest number of training images, chosen at random")
     streaming: bool = HfArg(default=False, help="read the dataset as a stream, shuffled only within a buffer")
     sigmas: list[float] = HfArg(
-        default_factory=lambda: [0.0], help="noise levels in units of [0, 1] pixels; each image gets a random one"
+        default_factory=lambda: [0.0],
+        help="noise levels (standard deviations, for pixels in [0, 1]); each image gets a random one",
     )
-    sigma_weights: list[float] | None = HfArg(default=None, help="their relative frequencies (default: equal)")
+    sigma_weights: list[float] | None = HfArg(
+        default=None, help="relative frequencies of the noise levels (default: equal)"
+    )
     hflip: float = HfArg(default=0.5, help="probability of a horizontal flip; 0 for digits and letters")
     auto_augment: str | None = HfArg(default=None, help="timm's RandAugment, such as rand-m9-mstd0.5")
     mixup_alpha: float = HfArg(default=0.0, help="strength of mixup; 0: none")
@@ -61,8 +64,8 @@ class ImageSettings:
     label_smoothing: float = HfArg(default=0.0, help="amount of label smoothing")
     consistency_weight: float = HfArg(
         default=0.0,
-        help="weight of a loss that makes the answers to two noisy copies of an image agree (arXiv 2006.04062; 10 or 20 is "
-        "usual): twice the work per image, larger certified radii",
+        help="weight of a loss for equal predictions on two noisy copies of an image (arXiv 2006.04062; 10 or 20 is "
+        "usual): doubles the computation and gives larger certified radii",
     )
     dataloader_num_workers: int = HfArg(default=0, help="processes per training process that read and augment images")
 

@@ -53,17 +53,19 @@ class TrainingSettings:
     learning_rate: float = HfArg(default=1.5e-3, help="peak learning rate of AdamW")
     weight_decay: float = HfArg(default=0.05, help="weight decay; not for biases, norms and position embeddings")
     warmup_ratio: float = HfArg(default=0.05, help="share of the updates with a rising learning rate; then cosine")
-    layer_decay: float = HfArg(default=1.0, help="factor of the learning rate from each layer to the layer before it")
+    layer_decay: float = HfArg(default=1.0, help="learning rate of each layer, divided by that of the next layer")
     max_grad_norm: float = HfArg(default=1.0, help="clip gradients to this norm")
     ema_decay: float = HfArg(default=0.0, help="decay of a moving average of the weights, which is saved; 0: none")
     seed: int = HfArg(default=0, help="seed of everything random")
     mixed_precision: str | None = HfArg(default=None, help="no, bf16 or fp16 (default: that of `accelerate launch`)")
     torch_compile: bool = HfArg(default=False, help="compile the model: starts slowly, then runs faster")
-    checkpointing_steps: str = HfArg(default="epoch", help="save a checkpoint every so many updates, or every `epoch`")
+    checkpointing_steps: str = HfArg(
+        default="epoch", help="save a checkpoint after this number of updates, or after every `epoch`"
+    )
     resume_from_checkpoint: str | None = HfArg(
         default=None, help="resume from this folder; `latest`: from the last checkpoint in output_dir, if there is one"
     )
-    logging_steps: int = HfArg(default=50, help="log the mean loss every so many updates")
+    logging_steps: int = HfArg(default=50, help="log the mean loss after this number of updates")
     report_to: str | None = HfArg(default=None, help="tracker such as tensorboard or wandb; all: every installed one")
 
     def __post_init__(self) -> None:
