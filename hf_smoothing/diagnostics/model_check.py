@@ -1,6 +1,5 @@
 """Is a model worth smoothing? A quick check of a model, before anything is certified."""
 
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,9 +22,6 @@ SIGMAS = (0.0, 0.12, 0.25, 0.5, 1.0)
 
 _MIN_SHARE_KEPT = 0.75
 """A model that keeps a smaller share of its predictions, or of its accuracy, has little to certify at that noise level."""
-
-_MIN_IMAGES = 8
-"""Images to check even if the model is slow: fewer say nothing."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +96,6 @@ def check_model(
     draws: int = 4,
     n: int = 100_000,
     alpha: float = 0.001,
-    seconds: float = 20.0,
 ) -> ModelCheck:
     """
     Check the normalization layers of a model, and its predictions under noise.
@@ -114,7 +109,6 @@ def check_model(
         draws: noisy copies per image and noise level.
         n: draws per image, for the largest radius.
         alpha: probability of a wrong certificate, for the largest radius.
-        seconds: approximate duration. For slow models fewer images (at least 8) and fewer copies are used.
 
     Raises:
         ValueError: for images whose classes the model lacks.
@@ -124,10 +118,6 @@ def check_model(
     kinds = Counter(type(layer).__name__ for layer in layers)
     batch_statistics = {type(layer).__name__ for layer in layers if _uses_batch_statistics(layer)}
     pixels, labels = _read_images(smoothed, images, count)
-    passes = seconds / _measure_seconds_per_pass(smoothed, pixels) / len(sigmas)  # per noise level
-    num_images = max(_MIN_IMAGES, int(passes / draws))
-    pixels, labels = pixels[:num_images], labels[:num_images]
-    draws = max(1, min(draws, int(passes / len(pixels))))
     logits = _compute_clean_logits(smoothed, pixels)
     levels = [_check_level(smoothed, pixels, logits, labels, sigma, draws) for sigma in sorted(sigmas)]
     p_lower = float(clopper_pearson_lower(n, n, alpha))
@@ -177,14 +167,6 @@ def _read_images(
     sample = demo.select(np.random.default_rng(0).permutation(len(demo))[:count])
     pixels = [to_pixels(picture, smoothed.preprocessing) for picture in sample["image"]]
     return pixels, [None if to_class is None else to_class(label) for label in sample["label"]]
-
-
-def _measure_seconds_per_pass(smoothed: SmoothedClassifier, pixels: list[torch.Tensor]) -> float:
-    _compute_clean_logits(smoothed, pixels[:1])  # warm up
-    pixels = pixels[:_MIN_IMAGES]
-    started = time.perf_counter()
-    _compute_clean_logits(smoothed, pixels)
-    return (time.perf_counter() - started) / len(pixels)
 
 
 @torch.inference_mode()

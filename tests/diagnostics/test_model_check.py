@@ -26,7 +26,7 @@ def resnet(tmp_path_factory):
 
 def test_the_shipped_model_is_worth_smoothing():
     smoothed = SmoothedClassifier.from_pretrained(SHIPPED_MODEL, GaussianNoise(0.25), batch_size=32)
-    found = check_model(smoothed, sigmas=(0.0, 0.25), count=30, draws=2, seconds=10)
+    found = check_model(smoothed, sigmas=(0.0, 0.25), count=30, draws=2)
     assert found.batch_statistics == []
     assert any("LayerNorm" in kind for kind in found.norm_layers)
     clean, noisy = found.levels
@@ -51,7 +51,7 @@ def test_batch_statistics_are_warned_of(resnet):
 
 def test_answers_that_guessing_may_give_are_not_worth_smoothing(resnet):
     smoothed = SmoothedClassifier.from_pretrained(SHIPPED_MODEL, GaussianNoise(0.25), batch_size=32)
-    found = check_model(smoothed, sigmas=(0.0, 0.25), count=20, draws=1, seconds=5)
+    found = check_model(smoothed, sigmas=(0.0, 0.25), count=20, draws=1)
     levels = [{**level, "accuracy": 0.2, "same_answer": 1.0} for level in found.levels]
     said = " ".join(replace(found, levels=levels, images=20).advice())
     assert "about 20% of 20 clean images, which guessing could be too" in said
@@ -67,7 +67,7 @@ def test_norms_of_timm_have_an_activation_inside():
     network = timm.create_model("test_efficientnet", num_classes=4)
     processor = ViTImageProcessor(size={"height": 32, "width": 32})
     smoothed = SmoothedClassifier(network, GaussianNoise(0.25), image_processor=processor, batch_size=8)
-    found = check_model(smoothed, sigmas=(0.25,), count=2, draws=1, seconds=1)
+    found = check_model(smoothed, sigmas=(0.25,), count=2, draws=1)
     assert found.batch_statistics == ["BatchNormAct2d"]
     assert found.norm_layers["BatchNormAct2d"] == sum(
         isinstance(layer, torch.nn.BatchNorm2d) for layer in network.modules()
