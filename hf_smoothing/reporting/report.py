@@ -119,9 +119,8 @@ def _summarize_result(result: Result, radii: Sequence[float]) -> Json:
     seconds = [value for value in result.column("seconds") if value is not None]
     counted = [sum(counts) for counts in result.column("counts") if counts and sum(counts)]
     try:
-        figures = certified_accuracy(
-            *(result.column(name) for name in ("prediction", "label", "radius")), thresholds=radii, **columns
-        )
+        predictions, labels, certified = (result.column(name) for name in ("prediction", "label", "radius"))
+        figures = certified_accuracy(predictions, labels, certified, radii, **columns)
     except ValueError as error:
         raise ValueError(f"{result.title}: {error}") from None
     for share in figures["certified_accuracy"]:
@@ -245,8 +244,8 @@ def _early_stops(entries: Sequence[Json]) -> list[Json]:
 
 def render_report(report: Json) -> str:
     """A report as Markdown: the table, its notes, the pictures beside `report.json`, and how the runs were made."""
-    # the envelope has no other figures
-    rows = [shares | other for shares, other in zip_longest(share_rows(report), other_rows(report), fillvalue={})]
+    blank: dict[str, str] = {}  # the envelope has no other figures
+    rows = [shares | other for shares, other in zip_longest(share_rows(report), other_rows(report), fillvalue=blank)]
     figure, notes = name_of_figure(report["guarantee"]), render_notes(report)
     made_by = {entry["run"]: entry["made_by"] for entry in report["results"] if entry["made_by"]}
     return render("report", report=report, figure=figure, rows=rows, notes=notes, made_by=made_by)
