@@ -1,6 +1,6 @@
 """Measured class counts, read from a finished run."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +45,6 @@ class MeasuredCounts:
     def open_images(self) -> LabelledImages:
         """Load the images that were counted. Raises a `ValueError` if they cannot be loaded, or were changed since."""
         return open_images(self.settings)
-
-    def select(self, rows: np.ndarray) -> "MeasuredCounts":
-        """Some of the rows."""
-        columns = ("indices", "sigmas", "counts", "labels", "predictions", "p_lower")
-        return replace(self, **{name: getattr(self, name)[rows] for name in columns})
 
 
 def read_counts(run_dir: Path) -> MeasuredCounts:

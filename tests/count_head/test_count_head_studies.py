@@ -26,7 +26,6 @@ def folder(processes, model, parquet, tmp_path_factory):
     folder = tmp_path_factory.mktemp("studies")
     for name, chosen in {  # the head learns from one split, and is calibrated and judged on the other
         "counts": {"method": "counts", "n": 20, "every": 5},
-        "few": {"method": "counts", "n": 40, "every": 20},
         "fixed": {"method": "fixed", "n0": 10, "n": 60, "every": 5},
         "others": {"method": "fixed", "n0": 10, "n": 60, "every": 5, "split": "test[1:]"},
         "sequential": {"max_draws": 100, "every": 5},
@@ -122,44 +121,12 @@ def test_heads_are_not_judged_on_their_training_images(folder):
     refuse_shared_images({**counted, "dataset_name": "someone/else"}, {**fixed, "split": "train"})
 
 
-def test_what_cannot_be_studied(processes, model, folder, tmp_path):
-    def refused(script, *options):
-        done = processes.run(
-            f"scripts/studies/{script}.py", "--model", model, "--output_dir", tmp_path / "found", *options
-        )
-        assert done.returncode == 1
-        return done.stderr
-
-    runs = ("--run", folder / "fixed", "--counts", folder / "counts")
-    (tmp_path / "found").mkdir()
-    (tmp_path / "found" / "arms.json").write_text(json.dumps({"settings": {}, "arms": []}))
-    assert "holds arms of other settings" in refused("count_head_arms", *runs)
-    assert "was trained on the split" in refused(
-        "count_head_arms", "--run", folder / "counts", "--counts", folder / "counts"
-    )
+def test_a_study_on_images_of_the_calibration_is_refused(processes, model, folder, tmp_path):
     shutil.copytree(folder / "head", tmp_path / "head")
-    study = ("count_head_study", "--run", folder / "fixed", "--count_head", tmp_path / "head")
     calibrate_count_head(tmp_path / "head", folder / "fixed")
-    assert "calibrated on 40 of the images of this very run" in refused(*study)
-
-
-def test_the_arms_of_training(run, folder, tmp_path):
-    sizes = ("--steps", "10", "--own_backbone_steps", "2", "--batch_size", "50")
-    run("count_head_arms", "--counts", folder / "counts", "--same_cost", folder / "few", *sizes)
-    found = json.loads((tmp_path / "arms.json").read_text())
-    judged = {arm["arm"]: [row["sigma"] for row in arm["errors"]] for arm in found["arms"]}
-    assert judged["jensen_shannon"] == list(SIGMAS)
-    assert judged["without sigma 1"] == judged["for sigma 1 alone"] == [1.0]
-    assert judged["without sigma 0.5"] == [0.5]
-    few = [arm for arm in found["arms"] if arm["arm"] == "few draws in all, cross_entropy"]
-    assert [(arm["images"], arm["draws_an_image"]) for arm in few] == [(20, 20), (10, 40)]
-    assert all(0 <= row["accuracy_gap"] <= 1 for arm in found["arms"] for row in arm["errors"])
-    cut_short = {**found, "arms": found["arms"][:-1]}
-    (tmp_path / "arms.json").write_text(json.dumps(cut_short))
-    command = ("--counts", folder / "counts", "--same_cost", folder / "few", *sizes)
-    assert run("count_head_arms", *command).count("Arm ") == 1
-    again = json.loads((tmp_path / "arms.json").read_text())
-    assert again["arms"][-1]["errors"] == found["arms"][-1]["errors"]
-    assert render_results("count_head_arms", found).count("\n| ") == 1 + sum(
-        len(arm["errors"]) for arm in found["arms"]
-    )
+    done = processes.run(
+        "scripts/studies/count_head_study.py", "--model", model, "--output_dir", tmp_path / "study",
+        "--run", folder / "fixed", "--count_head", tmp_path / "head",
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "calibrated on 40 of the images of this very run" in done.stderr
