@@ -8,7 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from hf_smoothing.hub.guides import fill_blocks
+from hf_smoothing.hub.figure_blocks import fill_blocks
 
 ROOT = Path(__file__).resolve().parent.parent
 GUIDES = ("README.md", "hf_smoothing/README.md", "model_cards/README.md", "scripts/README.md")

@@ -55,8 +55,8 @@ def certify(
     from transformers import pipeline
 
     from ..core.certificates import format_radius
-    from ..core.loading import loading
     from ..core.validation import parse_noise_resolution
+    from ..core.weights import loading
     from ..reporting.tables import print_table
 
     settings = {"alpha": alpha, "radius": radius, "max_draws": max_draws, "method": method, "seed": seed}

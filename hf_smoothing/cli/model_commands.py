@@ -66,10 +66,10 @@ def check(
     Example: `hf-smoothing check microsoft/resnet-18`
     """
     from ..core.certificates import format_radius
-    from ..core.loading import loading
     from ..core.noise import GaussianNoise
     from ..core.smoothing import SmoothedClassifier
     from ..core.validation import parse_noise_resolution
+    from ..core.weights import loading
     from ..data.labelled_images import LabelledImages
     from ..diagnostics.model_check import check_model
     from ..reporting.tables import print_table

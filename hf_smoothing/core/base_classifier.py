@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from .denoisers import DENOISERS, Denoiser
-from .loading import check_weights, weights_digest
 from .preprocessing import Preprocessing
+from .weights import check_weights, weights_digest
 
 Classifier = Callable[[torch.Tensor], Any]
 

@@ -9,10 +9,10 @@ from transformers import AutoImageProcessor, PreTrainedConfig
 from transformers.utils import cached_file
 
 from .calibration import CALIBRATION_FILE, Calibration
-from .loading import check_loaded_weights, loading
 from .modeling_count_prediction import MixedNoiseViTForCountPrediction
 from .noise import GaussianNoise
 from .preprocessing import make_same_pixels
+from .weights import check_loaded_weights, loading
 
 
 class CountPredictor:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from .certificates import Guarantee
-from .sampling_rule import CleanPass, Counts, NoiseDistribution, Outcome
+from .rule_protocols import CleanPass, Counts, NoiseDistribution, Outcome
 from .validation import check_count
 
 

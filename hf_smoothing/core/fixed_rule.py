@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from .bounds import clopper_pearson_lower
 from .certificates import Guarantee
 from .count_rule import CountRun
-from .sampling_rule import ABSTENTION, CleanPass, Counts, NoiseDistribution, Outcome, check_reach
+from .rule_protocols import ABSTENTION, CleanPass, Counts, NoiseDistribution, Outcome, check_reach
 from .validation import check_count, check_radius, check_share
 
 

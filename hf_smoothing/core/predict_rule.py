@@ -9,7 +9,7 @@ from scipy import stats
 
 from .certificates import Guarantee
 from .count_rule import CountRun
-from .sampling_rule import ABSTENTION, CleanPass, NoiseDistribution, Outcome
+from .rule_protocols import ABSTENTION, CleanPass, NoiseDistribution, Outcome
 from .validation import check_count, check_share
 
 

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Protocol
 from .calibration import Calibration
 from .count_rule import CountRule
 from .fixed_rule import FixedRule
-from .sampling_rule import Rule
+from .rule_protocols import Rule
 from .sequential_rule import SequentialRule
 from .surrogate_rule import SurrogateRule
 from .validation import check_radius

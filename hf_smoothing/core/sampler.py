@@ -11,7 +11,7 @@ from .base_classifier import BaseClassifier
 from .certificates import Certificate
 from .noise import NoisyImage, SmoothingNoise, image_key
 from .progress_bar import ProgressBar
-from .sampling_rule import CleanPass, Counts, Rule, Run
+from .rule_protocols import CleanPass, Counts, Rule, Run
 
 CountHead = Callable[[torch.Tensor, float], torch.Tensor]
 """Maps clean pixels `(batch, channels, height, width)` and sigma to expected class frequencies `(batch, classes)`."""

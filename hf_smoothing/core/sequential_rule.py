@@ -10,7 +10,7 @@ from scipy import special
 
 from .bounds import OddsPrior, clopper_pearson_lower, confidence_sequence_lower, draws_to_reject, log_e_value
 from .certificates import Guarantee
-from .sampling_rule import ABSTENTION, CleanPass, Counts, NoiseDistribution, Outcome, probability_in_reach, too_few
+from .rule_protocols import ABSTENTION, CleanPass, Counts, NoiseDistribution, Outcome, probability_in_reach, too_few
 from .validation import check_count, check_radii, check_share
 
 _PRIOR_FLOOR = 0.5

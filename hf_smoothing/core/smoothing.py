@@ -14,15 +14,15 @@ from .calibration import Calibration
 from .certificates import ABSTAIN, Certificate
 from .count_predictor import CountPredictor
 from .denoisers import Denoiser
-from .loading import weights_digest
 from .noise import SmoothingNoise
 from .predict_rule import PredictRule
 from .preprocessing import NoiseResolution, Preprocessing, to_pixels
 from .progress_bar import ProgressBar
+from .rule_protocols import Rule
 from .rules import make_rule
 from .sampler import ActiveImage, CountHead, Sampler, in_order
-from .sampling_rule import Rule
 from .validation import check_count
+from .weights import weights_digest
 
 Images = Sequence[Any] | torch.Tensor
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from .calibration import Calibration, estimate_lower_bound
 from .certificates import Guarantee
 from .count_rule import CountRun
-from .sampling_rule import (
+from .rule_protocols import (
     ABSTENTION,
     CleanPass,
     NoiseDistribution,

@@ -6,9 +6,9 @@ from typing import Any
 
 from ..core.calibration import CALIBRATION_FILE, Calibration
 from ..core.count_predictor import CountPredictor
-from ..core.loading import weights_digest
 from ..core.noise import GaussianNoise
-from ..core.sampling_rule import probabilities_proving, radii_in_reach
+from ..core.rule_protocols import probabilities_proving, radii_in_reach
+from ..core.weights import weights_digest
 from ..metrics.certified_accuracy import DEFAULT_THRESHOLDS
 from .comparison import compare_with_certificates, predict_counts
 from .measured_counts import read_counts

@@ -11,7 +11,7 @@ from scipy import stats
 from ..core.bounds import FloatArray, clopper_pearson_lower
 from ..core.calibration import Calibration
 from ..core.noise import GaussianNoise
-from ..core.sampling_rule import probabilities_proving
+from ..core.rule_protocols import probabilities_proving
 from .comparison import Comparison
 
 

@@ -15,7 +15,6 @@ from transformers import AutoConfig, AutoImageProcessor
 from transformers.hf_argparser import HfArg
 
 from ..core.configuration_mixed_noise_vit import MixedNoiseViTConfig
-from ..core.loading import check_loaded_weights, loading
 from ..core.modeling_count_prediction import (
     FREQUENCY_LOSSES,
     LOGISTIC_NORMAL_DRAWS,
@@ -23,6 +22,7 @@ from ..core.modeling_count_prediction import (
     MixedNoiseViTForCountPrediction,
 )
 from ..core.preprocessing import Preprocessing
+from ..core.weights import check_loaded_weights, loading
 from ..training.training_loop import TrainingLoop, TrainingSettings
 from ..utils.files import write_json
 from ..utils.provenance import command_line, package_versions

@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import special
 
-from ..core.sampling_rule import CleanPass, NoiseDistribution, Outcome, Rule
+from ..core.rule_protocols import CleanPass, NoiseDistribution, Outcome, Rule
 
 
 def simulate(

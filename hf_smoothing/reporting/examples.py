@@ -11,7 +11,7 @@ from PIL import Image
 from ..core.certificates import ABSTAIN, format_radius
 from ..data.class_matching import match_classes
 from ..data.labelled_images import LabelledImages
-from .logs import Row
+from .research_logs import Row
 from .results import Result
 
 COLUMNS = 10

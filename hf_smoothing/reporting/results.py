@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from ..core.certificates import ABSTAIN
 from ..runs.run_folder import RunFolder
-from .logs import Row, read_log
+from .research_logs import Row, read_log
 
 COLUMNS = ("index", "label", "prediction", "radius")
 """The columns that a table of certificates must have. Every other column may be missing, and is then unknown."""

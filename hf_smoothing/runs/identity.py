@@ -8,10 +8,10 @@ import torch
 from accelerate import Accelerator
 
 from ..core.count_predictor import CountPredictor
-from ..core.loading import loading, weights_digest
 from ..core.noise import GaussianNoise
 from ..core.smoothing import SmoothedClassifier
 from ..core.surrogate_rule import SurrogateRule
+from ..core.weights import loading, weights_digest
 from ..data.labelled_images import LabelledImages
 from ..utils.provenance import command_line, package_versions
 from .records import Record

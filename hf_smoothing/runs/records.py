@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
 from ..core.certificates import Certificate
-from ..core.sampling_rule import Rule
+from ..core.rule_protocols import Rule
 from ..core.smoothing import SmoothedClassifier
 from ..utils.files import put_in_place
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # imported where they are used, so that the command line show
     from ..core.calibration import Calibration
     from ..core.noise import GaussianNoise
     from ..core.preprocessing import NoiseResolution
-    from ..core.sampling_rule import Rule
+    from ..core.rule_protocols import Rule
 
 
 def _option(help: str, *aliases: str, **default: Any) -> Any:

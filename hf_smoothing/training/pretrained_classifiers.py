@@ -11,8 +11,8 @@ from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessor
 
 from ..core.configuration_mixed_noise_vit import MixedNoiseViTConfig
-from ..core.loading import check_loaded_weights, check_weights, loading
 from ..core.modeling_mixed_noise_vit import MixedNoiseViTForImageClassification
+from ..core.weights import check_loaded_weights, check_weights, loading
 from .from_timm import from_timm
 
 

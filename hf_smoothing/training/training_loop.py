@@ -26,7 +26,7 @@ from ..core.validation import check_count
 from ..utils.processes import start_processes
 from .batches import Batch, Batches
 from .checkpoints import TrainerState, find_checkpoint, save_checkpoint
-from .optimizer import group_parameters
+from .parameter_groups import group_parameters
 from .seeds import seed_everything
 from .training_log import TrainingLog
 

@@ -24,7 +24,7 @@ from scipy import special
 from hf_smoothing import GaussianNoise, SequentialRule, SmoothedClassifier, load_demo_images
 from hf_smoothing.core.bounds import clopper_pearson_lower
 from hf_smoothing.core.preprocessing import to_pixels
-from hf_smoothing.core.sampling_rule import CleanPass
+from hf_smoothing.core.rule_protocols import CleanPass
 from hf_smoothing.diagnostics.simulation import simulate, wald_draws
 from hf_smoothing.reporting.tables import print_table
 from hf_smoothing.utils.files import write_json

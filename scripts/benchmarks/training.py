@@ -24,7 +24,7 @@ from torch import nn
 from hf_smoothing import MixedNoiseViTConfig, MixedNoiseViTForImageClassification, load_demo_images
 from hf_smoothing.training.classifier_training import train_classifier
 from hf_smoothing.training.evaluation import EvaluationSettings
-from hf_smoothing.training.optimizer import group_parameters
+from hf_smoothing.training.parameter_groups import group_parameters
 from hf_smoothing.training.training_images import ImageSettings, find_class_names
 from hf_smoothing.training.training_loop import TrainingSettings
 from hf_smoothing.utils.files import write_json

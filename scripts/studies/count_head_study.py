@@ -29,8 +29,8 @@ from tqdm.auto import tqdm
 
 from hf_smoothing import GaussianNoise, SequentialRule, SmoothedClassifier
 from hf_smoothing.core.count_predictor import CountPredictor
-from hf_smoothing.core.loading import weights_digest
-from hf_smoothing.core.sampling_rule import CleanPass, radii_in_reach
+from hf_smoothing.core.rule_protocols import CleanPass, radii_in_reach
+from hf_smoothing.core.weights import weights_digest
 from hf_smoothing.count_head.calibrate import refuse_training_images
 from hf_smoothing.count_head.comparison import Comparison, compare_with_certificates, predict_counts
 from hf_smoothing.count_head.evaluation import (

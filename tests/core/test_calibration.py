@@ -8,8 +8,8 @@ from scipy import optimize, special
 
 from hf_smoothing import GaussianNoise, clopper_pearson_lower
 from hf_smoothing.core.calibration import Calibration, compare_estimates, estimate_lower_bound
+from hf_smoothing.core.rule_protocols import CleanPass, probabilities_proving
 from hf_smoothing.core.rules import make_rule
-from hf_smoothing.core.sampling_rule import CleanPass, probabilities_proving
 from hf_smoothing.core.surrogate_rule import SurrogateRule
 
 NOISE = GaussianNoise(0.5)

@@ -15,7 +15,7 @@ from hf_smoothing import GaussianNoise, MixedNoiseViTForCountPrediction, Smoothe
 from hf_smoothing.cli.app import app
 from hf_smoothing.core.calibration import CALIBRATION_FILE, Calibration
 from hf_smoothing.core.count_predictor import CountPredictor
-from hf_smoothing.core.sampling_rule import probabilities_proving
+from hf_smoothing.core.rule_protocols import probabilities_proving
 from hf_smoothing.count_head.measured_counts import read_counts
 from hf_smoothing.count_head.training import CountHeadSettings, build_count_model
 from hf_smoothing.reporting.report import render_notes, summarize

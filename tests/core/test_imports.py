@@ -14,7 +14,7 @@ KNOWN_TO_A_PUBLISHED_MODEL = {
     "huggingface_hub", "numpy", "PIL", "safetensors", "scipy", "timm", "torch", "torchvision", "tqdm", "transformers",
 }  # fmt: skip
 WITHOUT_TORCH = (
-    "bounds", "calibration", "certificates", "count_rule", "fixed_rule", "predict_rule", "rules", "sampling_rule",
+    "bounds", "calibration", "certificates", "count_rule", "fixed_rule", "predict_rule", "rule_protocols", "rules",
     "sequential_rule", "surrogate_rule", "validation",
 )  # fmt: skip
 

@@ -35,7 +35,7 @@ from hf_smoothing.core.denoisers import wiener
 from hf_smoothing.core.preprocessing import Preprocessing, to_pixels
 from hf_smoothing.training.classifier_training import train_classifier
 from hf_smoothing.training.evaluation import EvaluationSettings
-from hf_smoothing.training.optimizer import group_parameters
+from hf_smoothing.training.parameter_groups import group_parameters
 from hf_smoothing.training.pretrained_classifiers import find_head, load_for_finetuning
 from hf_smoothing.training.training_images import ImageSettings, find_class_names
 from hf_smoothing.training.training_loop import TrainingSettings

@@ -16,8 +16,8 @@ from hf_smoothing import (
     SequentialRule,
     UniformNoise,
 )
+from hf_smoothing.core.rule_protocols import ABSTENTION, CleanPass, Outcome
 from hf_smoothing.core.rules import make_rule
-from hf_smoothing.core.sampling_rule import ABSTENTION, CleanPass, Outcome
 from hf_smoothing.core.sequential_rule import class_weights
 from hf_smoothing.diagnostics.simulation import simulate
 

@@ -6,7 +6,7 @@ from scipy import special
 
 from hf_smoothing import GaussianNoise, clopper_pearson_lower
 from hf_smoothing.core.calibration import Calibration
-from hf_smoothing.core.sampling_rule import CleanPass
+from hf_smoothing.core.rule_protocols import CleanPass
 from hf_smoothing.core.surrogate_rule import SurrogateRule
 from hf_smoothing.count_head.comparison import Comparison
 from hf_smoothing.count_head.evaluation import (

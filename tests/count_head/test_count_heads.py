@@ -11,7 +11,7 @@ from scipy import special
 from hf_smoothing import GaussianNoise, SequentialRule, SmoothedClassifier
 from hf_smoothing.core.bounds import OddsPrior, log_e_value
 from hf_smoothing.core.calibration import Calibration
-from hf_smoothing.core.sampling_rule import CleanPass
+from hf_smoothing.core.rule_protocols import CleanPass
 from hf_smoothing.diagnostics.simulation import simulate
 
 NOISE = GaussianNoise(0.5)

@@ -5,7 +5,7 @@ import json
 import pytest
 from helpers.paths import ROOT
 
-from hf_smoothing.hub.guides import fill_blocks
+from hf_smoothing.hub.figure_blocks import fill_blocks
 
 GUIDES = [path for path in (ROOT / name for name in ("README.md", "model_cards/README.md")) if path.is_file()]
 SPEED = {

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from hf_smoothing import MixedNoiseViTConfig, MixedNoiseViTForImageClassification
-from hf_smoothing.training.optimizer import group_parameters
+from hf_smoothing.training.parameter_groups import group_parameters
 from hf_smoothing.training.training_loop import TrainingLoop, TrainingSettings
 
 ROOT = Path(__file__).parents[2]

@@ -1,1 +1,0 @@
-../../hf_smoothing/core/sampling_rule.py
