@@ -64,6 +64,7 @@ def test_a_head_just_trained_has_a_card(folder):
     assert "Jensen-Shannon divergence" in (folder / "head" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_study_of_a_head(run, folder, tmp_path):
     beside = ("--sequential", folder / "sequential", folder / "steered", "--counts", folder / "counts")
     more = (
