@@ -29,9 +29,9 @@ lint: .venv/installed ## ruff, mypy, and whether every figure in the text is the
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	HF_HUB_OFFLINE=1 $(BIN)/python scripts/update_figures.py --check
-	HF_HUB_OFFLINE=1 $(BIN)/hf-smoothing card --check model_cards/*
+	HF_HUB_OFFLINE=1 $(BIN)/hf-smoothing card --check model_cards/*/
 
 figures: .venv/installed ## write the measured figures into README and cards, and complete the model folders
 	HF_HUB_OFFLINE=1 $(BIN)/python scripts/update_figures.py
-	HF_HUB_OFFLINE=1 $(BIN)/hf-smoothing card model_cards/*
+	HF_HUB_OFFLINE=1 $(BIN)/hf-smoothing card model_cards/*/
 	HF_HUB_OFFLINE=1 $(BIN)/python scripts/link_remote_code.py

@@ -31,7 +31,13 @@ def certify(
         ),
     ] = None,
     max_draws: options.MaxDraws = None,
-    method: options.Method = "sequential",
+    method: Annotated[
+        str,
+        typer.Option(
+            help="`sequential` draws until the question is settled; `fixed` draws a fixed number; `surrogate` only asks the "
+            "count head."
+        ),
+    ] = "sequential",
     count_head: options.CountHead = None,
     delta: options.Delta = None,
     noise_resolution: options.NoiseResolution = "input",

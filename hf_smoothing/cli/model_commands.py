@@ -125,7 +125,8 @@ def audit(
 
     A violation is a wrong certificate; it is saved with everything needed to reproduce it. On average, at most a share alpha
     of the certificates is wrong. Each image takes about STEPS x DRAWS x 3 forward passes for the attack, and as many to
-    check the candidates. You can interrupt the command: the same command resumes the audit.
+    check the candidates. You can interrupt the command: the same command resumes the audit. If the run names its model by a
+    relative path, run the audit in the folder where the run was made.
 
     Example: `hf-smoothing audit runs/cifar10 --images 100`
     """

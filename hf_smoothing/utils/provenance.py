@@ -9,9 +9,11 @@ _PACKAGES = ("torch", "transformers", "timm", "numpy", "scipy", "hf-smoothing")
 
 
 def command_line() -> str:
-    """The command of this process as typed, with an absolute path of the program cut to its name."""
+    """The command of this process as typed; an installed program without its folder."""
     program = Path(sys.argv[0])
-    return shlex.join([program.name if program.is_absolute() else sys.argv[0], *sys.argv[1:]])
+    return shlex.join(
+        [program.name if program.suffix != ".py" or program.is_absolute() else sys.argv[0], *sys.argv[1:]]
+    )
 
 
 def package_versions(*more: str) -> dict[str, str]:

@@ -93,7 +93,7 @@ def test_from_head_to_claims_about_most_images(head, model, fixed_run, certify, 
         certify(tmp_path / "decided", sigmas=(0.25,), delta=0.1, radii=(0.1,), **estimated)
     report = summarize(read_results([tmp_path / "decided"]), (0.0, 0.1, 0.2))
     (entry,) = report["results"]
-    assert "each image claims the largest of the radii 0, 0.1" in render_notes(report)
+    assert "the claim is the largest of the radii 0, 0.1" in render_notes(report)
     assert [share["standing"] for share in entry["certified_accuracy"]] == ["counted", "counted", "floor"]
     with pytest.raises(ValueError, match=r"n=60 draws can never certify radius 0\.9"):
         certify(tmp_path / "beyond", sigmas=(0.25,), delta=0.1, radii=(0.1, 0.9), **estimated)

@@ -149,7 +149,7 @@ def test_guarantees_are_not_mixed(tmp_path):
             plot_certified_accuracy(results, tmp_path / "curves")
     assert "not certified" in render_report(summarize(read_results(folders[1:])))
     stated = summarize(read_results([folders[0], tmp_path / "log.tsv"], log_guarantee="per_input"))
-    assert "--log-guarantee states" in render_notes(stated)
+    assert "the value of --log-guarantee" in render_notes(stated)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_what_was_not_decided_is_marked_as_a_bound(tmp_path):
     ]
     assert ["-" in shares[f"r = {radius}"] for radius in ("0", "0.1", "0.2", "0.5")] == [False, True, False, False]
     assert (others["abstains"][:3], others["mean\nradius †"][:3]) == ("<= ", ">= ")
-    assert "radius 0 included, and abstentions are at most" in render_notes(report)
+    assert "also at radius 0, and abstentions are at most" in render_notes(report)
     with_0 = summarize(read_results([write_run(tmp_path / "with-0", radii=[0, 0.3])]))
     assert share_rows(with_0)[0]["r = 0"][0].isdigit()
     assert other_rows(with_0)[0]["abstains"][0].isdigit()
@@ -239,7 +239,7 @@ def test_fewer_radii_may_be_decided_at_a_small_sigma(tmp_path):
         "out of reach",
     ]
     assert [large.standing(radius) for radius in radii] == ["floor", "counted", "floor", "counted", "floor"]
-    assert "cannot show the radii 0.4: " in render_notes(summarize([small, large]))
+    assert "cannot prove the radii 0.4: " in render_notes(summarize([small, large]))
 
 
 def test_the_envelope_is_known_only_where_a_radius_was_decided(tmp_path):
