@@ -6,7 +6,6 @@ scalars). `successes` of `trials` draws hit the class in question. Nothing here 
 
 import math
 from bisect import bisect_left
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,22 +24,32 @@ class OddsPrior:
 
     Args:
         steps: by how much the log-odds of p may exceed those of the null; positive.
-        weights: how likely each step is, positive, of sum 1; by default all equal.
+        weights: how likely each step is, `(..., steps)`, positive, of sum 1; by default all equal. With further axes the
+            counts have these too: one prior per image.
 
     A prior that is smooth around p, such as a Beta, needs about `log(draws) / 2` more evidence than one that knows p. Steps
     in geometric progression need `log(number of steps)` more, which is less wherever draws matter.
     """
 
     steps: tuple[float, ...]
-    weights: tuple[float, ...] | None = None
+    weights: ArrayLike | None = None
 
     def __post_init__(self) -> None:
         if not self.steps or not all(0 < step < math.inf for step in self.steps):
             raise ValueError(f"steps={self.steps} must be one or more positive, finite numbers.")
+        weights = np.asarray(self.log_weights)
         if self.weights is not None and not (
-            len(self.weights) == len(self.steps) and min(self.weights) > 0 and abs(sum(self.weights) - 1) < 1e-9
+            weights.shape[-1:] == (len(self.steps),) and (np.abs(np.exp(weights).sum(-1) - 1) < 1e-9).all()
         ):
             raise ValueError(f"weights={self.weights} must be {len(self.steps)} positive numbers of sum 1.")
+
+    @property
+    def log_weights(self) -> FloatArray | float:
+        """`(..., steps)`, or one number for all steps."""
+        if self.weights is None:
+            return -math.log(len(self.steps))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.log(np.asarray(self.weights, np.float64))
 
     @classmethod
     def for_budget(cls, max_trials: int, alpha: float) -> "OddsPrior":
@@ -52,7 +61,7 @@ class OddsPrior:
         count = max(0, math.floor(math.log(_LARGEST_STEP / smallest) / math.log(_STEP_RATIO)))
         return cls(tuple(_LARGEST_STEP / _STEP_RATIO**k for k in range(count + 1)))
 
-    def reweight(self, distances: Sequence[float], spread: float, floor: float) -> "OddsPrior":
+    def reweight(self, distances: ArrayLike, spread: float, floor: float) -> "OddsPrior":
         """
         The same steps, weighted by guesses of p.
 
@@ -60,8 +69,8 @@ class OddsPrior:
         counted draw.
 
         Args:
-            distances: one or more equally likely guesses of how much the log-odds of p exceed those of the null. A guess
-                below 0 means that p is near the null, if it is above it at all.
+            distances: `(..., guesses)`, equally likely guesses of how much the log-odds of p exceed those of the null. A
+                guess below 0 means that p is near the null, if it is above it at all.
             spread: standard deviation of the error of a guess, assumed normal; positive.
             floor: the share of the weight that is split equally over the steps, in (0, 1).
         """
@@ -70,13 +79,14 @@ class OddsPrior:
         # each step stands for the distances that are nearer to it than to other steps, measured by their ratio
         edges = np.concatenate([[0.0], np.sqrt(steps[1:] * steps[:-1]), [np.inf]])
         # computed from above: exact where a guess is far below the null
-        beyond = special.ndtr((np.asarray(distances, np.float64)[:, None] - edges) / spread)
-        shares = beyond[:, :-1] - beyond[:, 1:]
-        hopeless = beyond[:, :1] == 0
-        shares = np.where(hopeless, np.arange(len(steps)) == 0, shares / np.where(hopeless, 1.0, beyond[:, :1]))
-        weights = np.empty(len(steps))
-        weights[order] = (1 - floor) * shares.mean(0) + floor / len(steps)
-        return OddsPrior(self.steps, tuple((weights / weights.sum()).tolist()))
+        beyond = special.ndtr((np.asarray(distances, np.float64)[..., None] - edges) / spread)
+        shares = beyond[..., :-1] - beyond[..., 1:]
+        hopeless = beyond[..., :1] == 0
+        shares = np.where(hopeless, np.arange(len(steps)) == 0, shares / np.where(hopeless, 1.0, beyond[..., :1]))
+        mixed = (1 - floor) * shares.mean(-2) + floor / len(steps)
+        weights = np.empty_like(mixed)
+        weights[..., order] = mixed
+        return OddsPrior(self.steps, weights / weights.sum(-1, keepdims=True))
 
 
 _LARGEST_STEP = 4.5
@@ -128,13 +138,19 @@ def clopper_pearson_lower(successes: ArrayLike, trials: ArrayLike, alpha: ArrayL
     return np.asarray(np.where(hits > 0, quantile, 0.0), np.float64)
 
 
+def log_odds_mixture(
+    hits: FloatArray, draws: FloatArray, null: FloatArray, steps: FloatArray, log_weights: FloatArray | float
+) -> FloatArray:
+    """[`log_e_value`] for an [`OddsPrior`], without checks of its arguments, which have one shape (or are scalars)."""
+    gains = np.multiply.outer(hits, steps) - draws[..., None] * np.log1p(np.multiply.outer(null, np.expm1(steps)))
+    gains += log_weights
+    largest = gains.max(-1)
+    return largest + np.log(np.exp(gains - largest[..., None]).sum(-1))
+
+
 def _log_e_value(hits: FloatArray, draws: FloatArray, null: FloatArray, prior: Prior) -> FloatArray:
     if isinstance(prior, OddsPrior):
-        steps = np.asarray(prior.steps)
-        gains = np.multiply.outer(hits, steps) - draws[..., None] * np.log1p(np.multiply.outer(null, np.expm1(steps)))
-        if prior.weights is None:
-            return np.logaddexp.reduce(gains, axis=-1) - math.log(len(steps))
-        return np.logaddexp.reduce(gains + np.log(prior.weights), axis=-1)
+        return log_odds_mixture(hits, draws, null, np.asarray(prior.steps), prior.log_weights)
     a, b = prior
     with np.errstate(divide="ignore", invalid="ignore"):
         log_prior_mass = np.log(special.betaincc(a, b, null))

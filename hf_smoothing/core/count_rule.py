@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .certificates import Guarantee
-from .rule_protocols import CleanPass, Counts, NoiseDistribution, Outcome
+from .rule_protocols import CleanPass, Counts, NoiseDistribution, Outcomes, Rows
 from .validation import check_count
 
 
@@ -38,22 +39,25 @@ class CountRule:
     def check(self, noise: NoiseDistribution) -> None:
         """Counting is always possible."""
 
-    def start(self, noise: NoiseDistribution, clean: CleanPass) -> "CountRun":
-        return CountRun(self.n, len(clean.scores))
+    def start(self, noise: NoiseDistribution, num_rows: int, num_classes: int) -> "CountRuns":
+        return CountRuns(self.n, num_rows, num_classes)
 
 
-class CountRun:
-    """Counts `n` draws of one image."""
+class CountRuns:
+    """Counts `n` draws per image."""
 
-    def __init__(self, n: int, num_classes: int):
+    def __init__(self, n: int, num_rows: int, num_classes: int):
         self.n = n
-        self.counts = np.zeros(num_classes, np.int64)
+        self.counts = np.zeros((num_rows, num_classes), np.int64)
 
-    def next_draws(self) -> int:
-        return self.n - int(self.counts.sum())
+    def start(self, rows: Rows, clean: CleanPass | None) -> NDArray[np.int64]:
+        self.counts[rows] = 0
+        return np.full(len(rows), self.n)
 
-    def update(self, counts: Counts) -> None:
-        self.counts += counts
+    def update(self, rows: Rows, counts: Counts) -> NDArray[np.int64]:
+        self.counts[rows] += counts
+        return np.zeros(len(rows), np.int64)
 
-    def outcome(self) -> Outcome:
-        return Outcome(int(self.counts.argmax()), 0.0, 1.0)
+    def outcomes(self, rows: Rows) -> Outcomes:
+        zeros = np.zeros(len(rows))
+        return Outcomes(self.counts[rows].argmax(1), zeros, zeros, zeros + 1)

@@ -3,10 +3,13 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from .bounds import clopper_pearson_lower
 from .certificates import Guarantee
-from .count_rule import CountRun
-from .rule_protocols import ABSTENTION, CleanPass, Counts, NoiseDistribution, Outcome, check_reach
+from .count_rule import CountRuns
+from .rule_protocols import CleanPass, Counts, NoiseDistribution, Outcomes, Rows, check_reach
 from .validation import check_count, check_radius, check_share
 
 
@@ -56,29 +59,31 @@ class FixedRule:
     def check(self, noise: NoiseDistribution) -> None:
         check_reach(self.n, self.alpha, noise, self.radius or 0.0)
 
-    def start(self, noise: NoiseDistribution, clean: CleanPass) -> "_FixedRun":
-        return _FixedRun(self, noise, len(clean.scores))
+    def start(self, noise: NoiseDistribution, num_rows: int, num_classes: int) -> "_FixedRuns":
+        return _FixedRuns(self, noise, num_rows, num_classes)
 
 
-class _FixedRun(CountRun):
-    def __init__(self, rule: FixedRule, noise: NoiseDistribution, num_classes: int):
-        super().__init__(rule.n, num_classes)
+class _FixedRuns(CountRuns):
+    def __init__(self, rule: FixedRule, noise: NoiseDistribution, num_rows: int, num_classes: int):
+        super().__init__(rule.n, num_rows, num_classes)
         self.rule = rule
         self.noise = noise
-        self.selected: int | None = None
+        self.selected = np.full(num_rows, -1)
+        """The class that the selection draws chose; -1 before them."""
 
-    def next_draws(self) -> int:
-        return self.rule.n0 if self.selected is None else super().next_draws()
+    def start(self, rows: Rows, clean: CleanPass | None) -> NDArray[np.int64]:
+        super().start(rows, clean)
+        self.selected[rows] = -1
+        return np.full(len(rows), self.rule.n0)
 
-    def update(self, counts: Counts) -> None:
-        if self.selected is None:
-            self.selected = int(counts.argmax())  # selection draws are not counted again
-        else:
-            super().update(counts)
+    def update(self, rows: Rows, counts: Counts) -> NDArray[np.int64]:
+        selecting = self.selected[rows] < 0
+        self.selected[rows[selecting]] = counts[selecting].argmax(1)
+        super().update(rows[~selecting], counts[~selecting])  # selection draws are not counted again
+        return np.where(selecting, self.rule.n, 0)
 
-    def outcome(self) -> Outcome:
-        if self.selected is None:
-            return ABSTENTION
-        hits, draws = self.counts[self.selected], self.counts.sum()
-        p_lower = float(clopper_pearson_lower(hits, draws, self.rule.alpha))
-        return Outcome(self.selected, p_lower, 1 - p_lower) if self.noise.radius(p_lower) > 0 else ABSTENTION
+    def outcomes(self, rows: Rows) -> Outcomes:
+        selected, counts = self.selected[rows], self.counts[rows]
+        hits = counts[np.arange(len(rows)), selected]
+        p_lower = clopper_pearson_lower(hits, counts.sum(1), self.rule.alpha)
+        return Outcomes.from_bounds(self.noise.at(rows), selected, p_lower, 1 - p_lower)

@@ -1,15 +1,15 @@
 """The rule of the smoothed prediction without a radius."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
-from .certificates import Guarantee
-from .count_rule import CountRun
-from .rule_protocols import ABSTENTION, CleanPass, NoiseDistribution, Outcome
+from .certificates import ABSTAIN, Guarantee
+from .count_rule import CountRuns
+from .rule_protocols import NoiseDistribution, Outcomes, Rows
 from .validation import check_count, check_share
 
 
@@ -45,17 +45,19 @@ class PredictRule:
             needed = math.ceil(math.log2(2 / self.alpha))
             raise ValueError(f"n={self.n} draws always abstain at alpha={self.alpha:g}: it takes at least {needed}.")
 
-    def start(self, noise: NoiseDistribution, clean: CleanPass) -> "_PredictRun":
-        return _PredictRun(self, len(clean.scores))
+    def start(self, noise: NoiseDistribution, num_rows: int, num_classes: int) -> "_PredictRuns":
+        return _PredictRuns(self, num_rows, num_classes)
 
 
-class _PredictRun(CountRun):
-    def __init__(self, rule: PredictRule, num_classes: int):
-        super().__init__(rule.n, num_classes)
+class _PredictRuns(CountRuns):
+    def __init__(self, rule: PredictRule, num_rows: int, num_classes: int):
+        super().__init__(rule.n, num_rows, num_classes)
         self.alpha = rule.alpha
 
-    def outcome(self) -> Outcome:
-        second, first = np.sort(self.counts)[-2:] if len(self.counts) > 1 else (0, self.counts[0])
-        if first == 0 or stats.binomtest(int(first), int(first + second), 0.5).pvalue > self.alpha:
-            return ABSTENTION
-        return super().outcome()
+    def outcomes(self, rows: Rows) -> Outcomes:
+        outcomes = super().outcomes(rows)
+        counts = np.sort(np.pad(self.counts[rows], ((0, 0), (1, 0))), axis=1)  # a second class where there is only one
+        second, first = counts[:, -2], counts[:, -1]
+        # the binomial test that both are equally likely, two-sided
+        p_value = 2 * special.bdtr(second, first + second, 0.5)
+        return replace(outcomes, predictions=np.where(p_value <= self.alpha, outcomes.predictions, ABSTAIN))

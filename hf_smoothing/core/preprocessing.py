@@ -11,7 +11,6 @@ from torchvision.transforms import Compose
 from torchvision.transforms.v2 import functional
 
 from .image_loading import load_image
-from .noise import snap_to_8_bits
 from .validation import NoiseResolution, check_noise_resolution
 
 PictureStep = Callable[[Image.Image], torch.Tensor]
@@ -62,6 +61,10 @@ class Preprocessing:
         return (pixels - _per_channel(self.mean, pixels.device)) / _per_channel(self.std, pixels.device)
 
 
+_ROUNDING = 2**-22
+"""How far rounding in float32 may take pixels beyond 0 and 1."""
+
+
 def to_pixels(image: Any, preprocessing: Preprocessing | None = None) -> torch.Tensor:
     """
     Convert an image to the pixels to which noise is added: a float32 tensor `(channels, height, width)` in `[0, 1]`, on the
@@ -84,9 +87,9 @@ def to_pixels(image: Any, preprocessing: Preprocessing | None = None) -> torch.T
     if isinstance(side, int) and tuple(image.shape[1:]) != (side, side):
         raise ValueError(f"A tensor of shape {tuple(image.shape)} is not {side} pixels a side: pass a picture.")
     image = image.detach().to("cpu")
-    image = snap_to_8_bits(image.float() / 255 if image.dtype == torch.uint8 else image.float())
+    image = image.float() / 255 if image.dtype == torch.uint8 else image.float()
     low, high = float(image.min()), float(image.max())
-    if not (low >= 0 and high <= 1):  # NaN fails this too
+    if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):  # NaN fails this too
         raise ValueError(
             f"An image has values from {low:g} to {high:g}: pixels must lie in [0, 1], since sigma and radii are in their "
             "units. Undo the normalisation; it belongs after the noise."

@@ -1,7 +1,8 @@
 """What a sampling rule is: the protocols that all rules share, and helpers to check their settings.
 
-A rule holds settings only. For each image it starts a run. The run says how many draws it wants next (0: finished), takes
-their class counts, and says in the end what they prove. Rules see class counts and a noise distribution, never a model.
+A rule holds settings only. It starts runs: the sampling of many images, one row of arrays per image. For the rows that it is
+given, a run says how many draws it wants next (0: finished), takes their class counts, and says in the end what they prove.
+Rules see class counts and a noise distribution, never a model. No row depends on another.
 """
 
 import math
@@ -10,11 +11,14 @@ from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from .certificates import ABSTAIN, Guarantee, format_radius
 
 Counts = NDArray[np.int64]
+Rows = NDArray[np.int64]
+"""Indices of rows, each at most once."""
+FloatArray = NDArray[np.float64]
 
 
 class NoiseDistribution(Protocol):
@@ -24,57 +28,74 @@ class NoiseDistribution(Protocol):
     def sigma(self) -> float:
         """Its standard deviation, in `[0, 1]` pixels."""
 
-    def radius(self, p_a: float, p_b: float | None = None) -> float:
+    def radius(self, p_a: ArrayLike, p_b: ArrayLike | None = None) -> FloatArray:
         """
         The radius certified where the top class has probability `p_a` or more and every other class `p_b` or less
         (`1 - p_a` if None); 0 where these bounds prove nothing.
         """
 
-    def probability_needed(self, radius: float, p_b: float | None = None) -> float:
+    def probability_needed(self, radius: ArrayLike, p_b: ArrayLike | None = None) -> FloatArray:
         """The probability that the top class must exceed to be certified at `radius`; `p_b` as for `radius`."""
+
+    def at(self, rows: Rows) -> "NoiseDistribution":
+        """The distribution for these rows of a run; it differs between images by the sampler's error, see [`SampledNoise`]."""
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a run proved; fields as in [`Certificate`]."""
+class Outcomes:
+    """What was proved, one element per row: `predictions` with `ABSTAIN` where nothing was; the rest as in [`Certificate`]."""
 
-    prediction: int
-    p_lower: float
-    p_upper: float
+    predictions: NDArray[np.int64]
+    radii: FloatArray
+    p_lower: FloatArray
+    p_upper: FloatArray
     delta: float | None = None
     calibration: str | None = None
 
-
-ABSTENTION = Outcome(ABSTAIN, 0.0, 1.0)
+    @classmethod
+    def from_bounds(
+        cls, noise: NoiseDistribution, classes: NDArray[np.int64], p_lower: FloatArray, p_upper: FloatArray
+    ) -> "Outcomes":
+        """Claim these classes where the bounds give a radius above 0, and abstain elsewhere."""
+        radii = np.asarray(noise.radius(p_lower, p_upper))
+        claimed = radii > 0
+        predictions = np.where(claimed, classes, ABSTAIN)
+        return cls(predictions, radii, np.where(claimed, p_lower, 0.0), np.where(claimed, p_upper, 1.0))
 
 
 @dataclass(frozen=True)
 class CleanPass:
-    """The result of one pass over the clean image."""
+    """The results of one pass over clean images."""
 
-    scores: NDArray[np.float64]
-    """`(classes,)`: the base classifier's logits, or the prediction of a count head."""
+    scores: FloatArray
+    """`(images, classes)`: the base classifier's logits, or the predictions of a count head."""
     frequencies: bool = False
     """Whether the scores come from a count head: expected class frequencies under noise, of sum 1."""
 
 
-class Run(Protocol):
-    """The sampling of one image under a rule."""
+class Runs(Protocol):
+    """The sampling of images under a rule, one row per image. A row can be used again once its image is finished."""
 
     counts: Counts
+    """`(rows, classes)`: the counted draws."""
 
-    def next_draws(self) -> int:
-        """How many draws the run wants next; 0 when it is finished. Pass the counts of all of them to `update` at once."""
+    def start(self, rows: Rows, clean: CleanPass | None) -> NDArray[np.int64]:
+        """Start images in these rows, given their clean pass if the rule uses one; returns the draws that each wants."""
 
-    def update(self, counts: Counts) -> None:
-        """Take the class counts, shape `(classes,)`, of the draws that `next_draws` asked for."""
+    def update(self, rows: Rows, counts: Counts) -> NDArray[np.int64]:
+        """
+        Take the class counts `(len(rows), classes)` of all draws that these rows wanted.
 
-    def outcome(self) -> Outcome:
+        Returns:
+            How many draws each wants next, `(len(rows),)`; 0 when it is finished.
+        """
+
+    def outcomes(self, rows: Rows) -> Outcomes:
         """What has been proved so far."""
 
 
 class Rule(Protocol):
-    """Settings of a sampling rule; one out of range is a `ValueError` at construction. `start` begins an image."""
+    """Settings of a sampling rule; one out of range is a `ValueError` at construction."""
 
     method: ClassVar[str]
     uses_clean_pass: ClassVar[bool]
@@ -90,13 +111,13 @@ class Rule(Protocol):
     def check(self, noise: NoiseDistribution) -> None:
         """Raise a `ValueError` if the rule can never claim what it is asked to."""
 
-    def start(self, noise: NoiseDistribution, clean: CleanPass) -> Run:
-        """Start an image, given the result of its clean pass; all zeros unless `uses_clean_pass`."""
+    def start(self, noise: NoiseDistribution, num_rows: int, num_classes: int) -> Runs:
+        """Runs of up to `num_rows` images at a time, under the distribution that `noise` gives for their rows."""
 
 
 def probability_in_reach(noise: NoiseDistribution, radius: float) -> float:
     """The probability that `radius` needs. Raises a `ValueError` where no probability suffices."""
-    p0 = noise.probability_needed(radius)
+    p0 = float(noise.probability_needed(radius))
     if p0 >= 1:
         raise ValueError(f"radius={radius:g} can never be certified with this noise: it needs a larger sigma.")
     return p0
@@ -111,7 +132,7 @@ def probabilities_proving(radii: Sequence[float], noise: NoiseDistribution) -> l
     """The smallest probabilities that prove the radii, in floating point too; ascending."""
     probabilities = []
     for radius in sorted(radii):
-        probability = noise.probability_needed(radius)
+        probability = float(noise.probability_needed(radius))
         while noise.radius(probability) < radius and probability < 1:
             probability = math.nextafter(probability, 1.0)
         probabilities.append(probability)
@@ -123,7 +144,7 @@ def check_reach(n: int, alpha: float, noise: NoiseDistribution, radius: float) -
     p0 = probability_in_reach(noise, radius)
     if not radii_in_reach([radius], noise, n, alpha):
         needed = math.floor(math.log(alpha) / math.log(p0)) + 1
-        raise too_few("n", n, radius, noise.radius(alpha ** (1 / n)), needed)
+        raise too_few("n", n, radius, float(noise.radius(alpha ** (1 / n))), needed)
 
 
 def too_few(name: str, value: int, radius: float, reachable: float, needed: int) -> ValueError:

@@ -1,17 +1,19 @@
 """The sampler: fills forward passes with noisy draws of several images and passes their class counts to the rule."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from .base_classifier import BaseClassifier
-from .certificates import Certificate
-from .noise import NoisyImage, SmoothingNoise, image_key
+from .lattice import LatticeSampler, NoisyImage, SampledNoise, total_variation
+from .noise import SmoothingNoise
 from .progress_bar import ProgressBar
-from .rule_protocols import CleanPass, Counts, Rule, Run
+from .rule_protocols import CleanPass, Counts, Outcomes, Rows, Rule, Runs
 
 CountHead = Callable[[torch.Tensor, float], torch.Tensor]
 """Maps clean pixels `(batch, channels, height, width)` and sigma to expected class frequencies `(batch, classes)`."""
@@ -20,40 +22,71 @@ _FIRST_DRAWS = 8
 """Roughly how many draws each image requests after its clean pass."""
 
 
-@dataclass(eq=False)
-class ActiveImage:
-    """An image that is being sampled. Without a run it waits for its clean pass, from which the rule starts one."""
+@dataclass(frozen=True)
+class FinishedImages:
+    """Images that have finished together; all fields have one element per image."""
 
-    position: int
-    noisy: NoisyImage
-    num_samples: int = 0
-    """Forward passes spent on it."""
-    wanted: int = 1
-    """Forward passes that it waits for; 0 when it is finished."""
-    run: Run | None = None
+    positions: list[int]
+    """Places in the iterable of images."""
+    outcomes: Outcomes
+    counts: Counts
+    num_samples: NDArray[np.int64]
+    """Forward passes spent."""
+    dimensions: list[int]
+    """Numbers of pixel values."""
 
-    def start(self, run: Run) -> None:
-        self.run = run
-        self.wanted = run.next_draws()
-        self.pending = np.zeros_like(run.counts)
+
+@dataclass
+class _Batch:
+    """A forward pass whose results the CPU has not seen yet."""
+
+    rows: Rows
+    draws: NDArray[np.int64]
+    is_clean: NDArray[np.bool_]
+    """Which of the rows got their clean pass, in place of draws."""
+    counts: torch.Tensor
+    """`(len(rows) * classes + 1,)`, on the device: class counts, then the number of logits that are not finite."""
+    clean_logits: torch.Tensor
+
+
+class _ActiveImages:
+    """
+    The images that are being sampled: one row of arrays per image, which later images use again.
+
+    Attributes:
+        position: place in the iterable of images; -1 for a free row.
+        started: whether the run of the image has started; before that it waits for its clean pass.
+        to_launch, to_count: draws that the rule wants and that were not launched, or not counted, yet.
+        counts: class counts of the draws that the rule does not know yet.
+        num_samples: forward passes launched.
+    """
+
+    def __init__(self, num_rows: int, num_classes: int, noise: SmoothingNoise):
+        self.noisy: list[NoisyImage | None] = [None] * num_rows
+        self.free = list(range(num_rows - 1, -1, -1))
+        self.position = np.full(num_rows, -1)
+        self.started = np.zeros(num_rows, bool)
+        self.to_launch, self.to_count, self.num_samples = (np.zeros(num_rows, np.int64) for _ in range(3))
+        self.counts = np.zeros((num_rows, num_classes), np.int64)
+        self.noise = SampledNoise(noise, np.zeros(num_rows), np.zeros(num_rows))
+
+    def add(self, position: int, noisy: NoisyImage) -> int:
+        row = self.free.pop()
+        self.noisy[row], self.position[row] = noisy, position
+        self.started[row], self.num_samples[row] = False, 0
+        self.to_launch[row] = self.to_count[row] = 1
+        self.noise.slack[row] = total_variation(self.noise.noise, noisy.image.numel())
+        self.noise.moved[row] = noisy.moved
+        return row
+
+    def remove(self, rows: Rows) -> list[NoisyImage]:
+        self.position[rows] = -1
+        self.free += rows.tolist()
+        return [self.noisy[row] for row in rows]  # type: ignore[misc]
 
     @property
-    def finished(self) -> bool:
-        return self.wanted == 0
-
-    def draw(self, count: int) -> torch.Tensor:
-        """Pixels `(count, channels, height, width)` of the next forward passes."""
-        return self.noisy.image[None] if self.run is None else self.noisy.draw(count)
-
-    def add(self, counts: Counts, draws: int) -> None:
-        """Collect counts. The run gets them once all draws that it asked for are in, so that batch sizes decide nothing."""
-        assert self.run is not None
-        self.pending += counts
-        self.wanted -= draws
-        if self.wanted == 0:
-            self.run.update(self.pending)
-            self.pending = np.zeros_like(self.pending)
-            self.wanted = self.run.next_draws()
+    def rows(self) -> Rows:
+        return np.flatnonzero(self.position >= 0)
 
 
 @dataclass
@@ -61,7 +94,14 @@ class Sampler:
     """
     Samples images under a rule. Every forward pass is filled with `batch_size` draws, of as many images as it takes.
 
-    The count head, if any, replaces the base classifier in the clean pass.
+    On CUDA a second batch is launched before the results of the first are read, so that CPU and GPU work at the same time. The
+    rule gets counts only once all draws that an image asked for are in, so that batches decide nothing.
+
+    Args:
+        base_classifier, noise, rule, seed, batch_size: see [`SmoothedClassifier`].
+        count_head: replaces the base classifier in the clean pass, if the rule uses one.
+        progress: a bar to update.
+        batches_ahead: how many batches are launched before the results of one are read; by default 1 on CUDA, else 0.
     """
 
     base_classifier: BaseClassifier
@@ -69,15 +109,27 @@ class Sampler:
     rule: Rule
     seed: int
     batch_size: int
-    count_head: CountHead | None
-    progress: ProgressBar | None
+    count_head: CountHead | None = None
+    progress: ProgressBar | None = None
+    batches_ahead: int | None = None
 
-    _first_batch = True
+    _runs: Runs = field(init=False)
+    _active: _ActiveImages = field(init=False)
+    _lattice: LatticeSampler = field(init=False)
+    _first_batch: bool = field(init=False, default=True)
+
+    def __post_init__(self) -> None:
+        self.device = self.base_classifier.device
+        if self.batches_ahead is None:
+            self.batches_ahead = int(self.device.type == "cuda")
+        if not self.rule.uses_clean_pass:
+            self.count_head = None
+        self._lattice = LatticeSampler.on_device(self.noise, self.rule.method, self.seed, self.device)
 
     @torch.inference_mode()
-    def sample(self, images: Iterable[torch.Tensor]) -> Iterator[ActiveImage]:
+    def sample(self, images: Iterable[torch.Tensor]) -> Iterator[FinishedImages]:
         """
-        Yield images as they finish, in any order. Holds only as many images at a time as fill a batch.
+        Yield images as they finish, in any order. Holds only as many images at a time as fill the batches.
 
         Takes pixels as [`to_pixels`] returns them, all of one shape unless the base classifier resizes them.
 
@@ -86,23 +138,16 @@ class Sampler:
             ValueError: for different shapes, logits that are not finite, or a count head that returns no frequencies.
         """
         waiting = enumerate(self._check(images))
-        active: list[ActiveImage] = []
+        in_flight: deque[_Batch] = deque()
         while True:
-            self._admit(waiting, active)
-            if not active:
+            yield from self._admit(waiting)
+            if batch := self._launch():
+                in_flight.append(batch)
+            elif not in_flight:
                 return
-            if self.count_head is not None and self.rule.uses_clean_pass:
-                self._ask_count_head([image for image in active if image.run is None], self.count_head)
-            if unfinished := [image for image in active if not image.finished]:
-                self._run_batch(unfinished)
+            if not batch or len(in_flight) > (self.batches_ahead or 0):
+                yield from self._collect(in_flight.popleft())
             self._first_batch = False
-            finished = [image for image in active if image.finished]
-            active = [image for image in active if not image.finished]
-            yield from finished
-            if self.progress is not None:
-                self.progress.update(
-                    [image.num_samples for image in finished], [image.num_samples for image in active]
-                )
 
     def _check(self, images: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
         shape: torch.Size | None = None
@@ -116,78 +161,138 @@ class Sampler:
                 )
             yield pixels
 
-    def _admit(self, waiting: Iterator[tuple[int, torch.Tensor]], active: list[ActiveImage]) -> None:
+    def _admit(self, waiting: Iterator[tuple[int, torch.Tensor]]) -> Iterator[FinishedImages]:
         """Add waiting images until the active ones want a batch of draws."""
-        wanted = sum(map(self._expected_draws, active))
-        while wanted < self.batch_size and (item := next(waiting, None)) is not None:
-            active.append(self._activate(*item))
-            wanted += self._expected_draws(active[-1])
-
-    def _expected_draws(self, image: ActiveImage) -> int:
+        added: list[int] = []
+        wanted = 0 if self._first_batch else int(self._active.to_launch.sum())
         # A first batch of clean passes alone would take a batch full of images away from other processes
-        return _FIRST_DRAWS if self._first_batch and image.run is None else image.wanted
+        waits_for_clean_pass = self.rule.uses_clean_pass and self.count_head is None
+        first_wanted = _FIRST_DRAWS if self._first_batch or not waits_for_clean_pass else 1
+        while wanted < self.batch_size and (item := next(waiting, None)) is not None:
+            position, pixels = item
+            noisy = self._lattice.start(pixels)
+            if position == 0:
+                self._start_runs(noisy)
+            added.append(self._active.add(position, noisy))
+            if not self.rule.uses_clean_pass:
+                self._start(np.array(added[-1:]), None)
+                first_wanted = int(self._active.to_launch[added[-1]])
+            wanted += first_wanted
+        if added and self.count_head is not None:
+            yield from self._ask_count_head(np.array(added), self.count_head)
 
-    def _activate(self, position: int, pixels: torch.Tensor) -> ActiveImage:
-        key = image_key(pixels, self.seed)
-        pixels = pixels.to(self.base_classifier.device)
-        image = ActiveImage(position, self.noise.noisy_copies(pixels, key))
-        if position == 0:
-            self.rule.check(image.noisy)  # again: the sampler's error grows with the size of the images
-        if not self.rule.uses_clean_pass:
-            num_classes = self.base_classifier.num_classes(pixels)
-            image.start(self.rule.start(image.noisy, CleanPass(np.zeros(num_classes))))
-        return image
+    def _start_runs(self, first: NoisyImage) -> None:
+        num_classes = self.base_classifier.num_classes(first.image)
+        num_rows = self.batch_size * (1 + (self.batches_ahead or 0))
+        self._active = _ActiveImages(num_rows, num_classes, self.noise)
+        self._runs = self.rule.start(self._active.noise, num_rows, num_classes)
+        # again: the sampler's error grows with the size of the images
+        error = np.array([total_variation(self.noise, first.image.numel())]), np.array([first.moved])
+        self.rule.check(SampledNoise(self.noise, *error).at(np.array(0)))
 
-    def _ask_count_head(self, images: list[ActiveImage], count_head: CountHead) -> None:
+    def _start(self, rows: Rows, clean: CleanPass | None) -> None:
+        active = self._active
+        active.started[rows] = True
+        active.to_launch[rows] = active.to_count[rows] = self._runs.start(rows, clean)
+
+    def _ask_count_head(self, rows: Rows, count_head: CountHead) -> Iterator[FinishedImages]:
         """Start images with the class frequencies that the count head predicts."""
-        if not images:
-            return
-        clean = torch.cat([self.base_classifier.denoise_and_resize(image.noisy.image[None], 0.0) for image in images])
+        images = [self._active.noisy[row].image[None] for row in rows]  # type: ignore[union-attr]
+        clean = torch.cat([self.base_classifier.denoise_and_resize(image, 0.0) for image in images])
         frequencies = count_head(clean, self.noise.sigma).double().cpu().numpy()
-        one_row_per_image = frequencies.shape[:1] == (len(images),)
+        one_row_per_image = frequencies.shape[:1] == (len(rows),)
         if not one_row_per_image or not (np.abs(frequencies.sum(1) - 1) < 1e-3).all() or not (frequencies >= 0).all():
             raise ValueError("The count head must return class frequencies: for each image, shares of sum 1.")
-        for image, row in zip(images, frequencies):
-            image.num_samples += 1
-            image.start(self.rule.start(image.noisy, CleanPass(row, frequencies=True)))
+        self._active.num_samples[rows] += 1
+        self._start(rows, CleanPass(frequencies, frequencies=True))
+        yield from self._finish(rows[self._active.to_count[rows] == 0])
 
-    def _run_batch(self, active: list[ActiveImage]) -> None:
-        """Run one forward pass of at most `batch_size` draws, oldest images first, and update these images."""
-        batch: list[tuple[ActiveImage, int]] = []
-        room = self.batch_size
-        for image in active:
-            if draws := min(image.wanted, room):
-                batch.append((image, draws))
-                room -= draws
-        logits = self.base_classifier([image.draw(draws) for image, draws in batch], self.noise.sigma)
-        counts = _count_classes(logits, [draws for _, draws in batch])
-        if not bool(torch.isfinite(logits).all()):
-            raise ValueError("The base classifier returned logits that are not finite: it cannot be certified.")
-        first_row = 0
-        for (image, draws), image_counts in zip(batch, counts):
-            image.num_samples += draws
-            if image.run is None:
-                scores = logits[first_row].double().cpu().numpy()
-                image.start(self.rule.start(image.noisy, CleanPass(scores)))
+    def _launch(self) -> _Batch | None:
+        """Launch a forward pass of at most `batch_size` draws, oldest images first; `None` where no image wants draws."""
+        if self._first_batch and not hasattr(self, "_active"):
+            return None  # no images
+        active = self._active
+        rows = np.flatnonzero(active.to_launch)
+        if not len(rows):
+            return None
+        rows = rows[np.argsort(active.position[rows])]
+        before = np.cumsum(active.to_launch[rows]) - active.to_launch[rows]
+        rows = rows[before < self.batch_size]
+        draws = np.minimum(active.to_launch[rows], self.batch_size - before[: len(rows)])
+        active.to_launch[rows] -= draws
+        active.num_samples[rows] += draws
+        is_clean = ~active.started[rows]
+        logits = self.base_classifier(self._draw(rows, draws, is_clean), self.noise.sigma)
+        first_rows = np.cumsum(draws) - draws
+        clean_logits = logits[torch.from_numpy(first_rows[is_clean]).to(logits.device)]
+        return _Batch(rows, draws, is_clean, _count_classes(logits, draws), clean_logits)
+
+    def _draw(self, rows: Rows, draws: NDArray[np.int64], is_clean: NDArray[np.bool_]) -> list[torch.Tensor]:
+        """The pixels of a forward pass, in groups of one shape and kind."""
+        images = [self._active.noisy[row] for row in rows]
+        kinds = [(image.image.shape, clean) for image, clean in zip(images, is_clean)]  # type: ignore[union-attr]
+        groups, start = [], 0
+        for end in range(1, len(images) + 1):
+            if end < len(images) and kinds[end] == kinds[start]:
+                continue
+            if is_clean[start]:
+                groups.append(torch.stack([image.image for image in images[start:end]]))  # type: ignore[union-attr]
             else:
-                image.add(image_counts, draws)
-            first_row += draws
+                groups.append(self._lattice.draw(images[start:end], draws[start:end].tolist()))  # type: ignore[arg-type]
+            start = end
+        return groups
+
+    def _collect(self, batch: _Batch) -> Iterator[FinishedImages]:
+        """Read the results of a forward pass, update the runs of its images, and yield those that are finished."""
+        active, rows = self._active, batch.rows
+        results = batch.counts.cpu().numpy()
+        if results[-1]:
+            raise ValueError("The base classifier returned logits that are not finite: it cannot be certified.")
+        if batch.is_clean.any():
+            self._start(rows[batch.is_clean], CleanPass(batch.clean_logits.double().cpu().numpy()))
+        drawn = ~batch.is_clean
+        rows, counts = rows[drawn], results[:-1].reshape(len(rows), -1)[drawn]
+        active.counts[rows] += counts
+        active.to_count[rows] -= batch.draws[drawn]
+        complete = rows[active.to_count[rows] == 0]
+        active.to_launch[complete] = active.to_count[complete] = self._runs.update(complete, active.counts[complete])
+        active.counts[complete] = 0
+        yield from self._finish(batch.rows[active.to_count[batch.rows] == 0])
+
+    def _finish(self, rows: Rows) -> Iterator[FinishedImages]:
+        active = self._active
+        if len(rows):
+            positions, num_samples = active.position[rows].tolist(), active.num_samples[rows]
+            images = active.remove(rows)
+            for image in images:
+                self._lattice.finish(image)
+            dimensions = [image.image.numel() for image in images]
+            yield FinishedImages(positions, self._runs.outcomes(rows), self._runs.counts[rows], num_samples, dimensions)
+        if self.progress is not None:
+            in_progress = active.rows
+            self.progress.update(active.num_samples[rows].tolist(), active.num_samples[in_progress].tolist())
 
 
-def _count_classes(logits: torch.Tensor, draws: Sequence[int]) -> NDArray[np.int64]:
-    """Class counts `(images, classes)` from logits `(rows, classes)`: `draws[i]` rows for image i."""
+def _count_classes(logits: torch.Tensor, draws: NDArray[np.int64]) -> torch.Tensor:
+    """
+    Class counts of logits `(rows, classes)`, `draws[i]` rows for image i, and then the number of logits that are not finite;
+    one vector, on the device.
+    """
     num_images, num_classes = len(draws), logits.shape[1]
-    images = torch.repeat_interleave(torch.tensor(draws, device=logits.device))  # i, draws[i] times
-    votes = images * num_classes + logits.argmax(1)
-    return torch.bincount(votes, minlength=num_images * num_classes).view(-1, num_classes).cpu().numpy()
+    images = torch.from_numpy(np.repeat(np.arange(num_images) * num_classes, draws)).to(logits.device, non_blocking=True)
+    counts = torch.bincount(logits.argmax(1) + images, minlength=num_images * num_classes)
+    return torch.cat([counts, logits.isfinite().logical_not_().sum()[None]])
 
 
-def in_order(stream: Iterable[tuple[int, Certificate]]) -> Iterator[Certificate]:
-    """Certificates in the order of their images, each as soon as those before it are finished."""
-    early: dict[int, Certificate] = {}
+_Item = TypeVar("_Item")
+
+
+def in_order(stream: Iterable[tuple[int, _Item]]) -> Iterator[_Item]:
+    """Items in the order of their positions, each as soon as those before it are there."""
+    early: dict[int, _Item] = {}
     following = 0
-    for position, certificate in stream:
-        early[position] = certificate
+    for position, item in stream:
+        early[position] = item
         while following in early:
             yield early.pop(following)
             following += 1

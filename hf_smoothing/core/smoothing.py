@@ -20,7 +20,7 @@ from .preprocessing import NoiseResolution, Preprocessing, to_pixels
 from .progress_bar import ProgressBar
 from .rule_protocols import Rule
 from .rules import make_rule
-from .sampler import ActiveImage, CountHead, Sampler, in_order
+from .sampler import CountHead, FinishedImages, Sampler, in_order
 from .validation import check_count
 from .weights import weights_digest
 
@@ -271,34 +271,45 @@ class SmoothedClassifier:
         bar = ProgressBar(total, rule.budget) if progress else None
         sampler = Sampler(self.base_classifier, self.noise, rule, seed, self.batch_size, self.count_head, bar)
         try:
-            for image in sampler.sample(images):
-                yield image.position, self._certificate(image, rule, seed)
+            for finished in sampler.sample(images):
+                yield from zip(finished.positions, self._certificates(finished, rule, seed))
         finally:
             if bar is not None:
                 bar.close()
 
-    def _certificate(self, image: ActiveImage, rule: Rule, seed: int) -> Certificate:
-        assert image.run is not None
-        outcome = image.run.outcome()
-        return Certificate(
-            prediction=outcome.prediction,
-            radius=0.0 if outcome.prediction == ABSTAIN else image.noisy.radius(outcome.p_lower, outcome.p_upper),
-            guarantee=rule.guarantee,
-            method=rule.method,
-            noise=self.noise.name,
-            norm=self.noise.norm,
-            sampling=image.noisy.sampling,
-            noise_resolution=self.noise_resolution,
-            denoiser=self.base_classifier.denoiser_name,
-            sigma=self.noise.sigma,
-            alpha=rule.alpha,
-            p_lower=outcome.p_lower,
-            p_upper=outcome.p_upper,
-            counts=tuple(image.run.counts.tolist()),
-            num_samples=image.num_samples,
-            seed=seed,
-            dtype=self.base_classifier.precision,
-            compiled=self.base_classifier.compiled,
-            delta=outcome.delta,
-            calibration=outcome.calibration,
+    def _certificates(self, finished: FinishedImages, rule: Rule, seed: int) -> Iterator[Certificate]:
+        shared: dict[str, Any] = {
+            "guarantee": rule.guarantee,
+            "method": rule.method,
+            "noise": self.noise.name,
+            "norm": self.noise.norm,
+            "sampling": "lattice",
+            "noise_resolution": self.noise_resolution,
+            "denoiser": self.base_classifier.denoiser_name,
+            "sigma": self.noise.sigma,
+            "alpha": rule.alpha,
+            "seed": seed,
+            "dtype": self.base_classifier.precision,
+            "compiled": self.base_classifier.compiled,
+            "delta": finished.outcomes.delta,
+            "calibration": finished.outcomes.calibration,
+        }
+        outcomes = finished.outcomes
+        columns = (
+            outcomes.predictions.tolist(),
+            outcomes.radii.tolist(),
+            outcomes.p_lower.tolist(),
+            outcomes.p_upper.tolist(),
+            map(tuple, finished.counts.tolist()),
+            finished.num_samples.tolist(),
         )
+        for prediction, radius, p_lower, p_upper, counts, num_samples in zip(*columns):
+            yield Certificate(
+                prediction=prediction,
+                radius=radius,
+                p_lower=p_lower,
+                p_upper=p_upper,
+                counts=counts,
+                num_samples=num_samples,
+                **shared,
+            )

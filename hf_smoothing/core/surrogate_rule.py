@@ -1,19 +1,19 @@
 """The rule that draws nothing and relies on a count head."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .calibration import Calibration, estimate_lower_bound
-from .certificates import Guarantee
-from .count_rule import CountRun
+from .certificates import ABSTAIN, Guarantee
+from .count_rule import CountRuns
 from .rule_protocols import (
-    ABSTENTION,
     CleanPass,
     NoiseDistribution,
-    Outcome,
+    Outcomes,
+    Rows,
     check_reach,
     probabilities_proving,
 )
@@ -94,30 +94,38 @@ class SurrogateRule:
         needed = None if self.radii is None else probabilities_proving(self.radii, noise)
         return self.calibration.shift(noise.sigma, self.delta, needed)
 
-    def start(self, noise: NoiseDistribution, clean: CleanPass) -> "_SurrogateRun":
-        if not clean.frequencies:
+    def start(self, noise: NoiseDistribution, num_rows: int, num_classes: int) -> "_SurrogateRuns":
+        return _SurrogateRuns(self, noise, num_rows, num_classes)
+
+
+class _SurrogateRuns(CountRuns):
+    def __init__(self, rule: SurrogateRule, noise: NoiseDistribution, num_rows: int, num_classes: int):
+        super().__init__(0, num_rows, num_classes)
+        self.rule = rule
+        self.noise = noise
+        self.frequencies = np.zeros((num_rows, num_classes))
+
+    def start(self, rows: Rows, clean: CleanPass | None) -> NDArray[np.int64]:
+        if clean is None or not clean.frequencies:
             raise ValueError("method='surrogate' takes a count head: pass count_head.")
-        return _SurrogateRun(self, noise, clean.scores)
+        self.frequencies[rows] = clean.scores
+        return super().start(rows, clean)
 
-
-class _SurrogateRun(CountRun):
-    def __init__(self, rule: SurrogateRule, noise: NoiseDistribution, frequencies: NDArray[np.float64]):
-        super().__init__(0, len(frequencies))
-        top = int(frequencies.argmax())
-        calibration, claims_a_radius = rule.calibration, False
-        if rule.delta is None or calibration is None:
-            p_lower = float(estimate_lower_bound(frequencies[top], rule.n, rule.alpha))
+    def outcomes(self, rows: Rows) -> Outcomes:
+        rule, noise = self.rule, self.noise.at(rows)
+        tops, p_a = self.frequencies[rows].argmax(1), self.frequencies[rows].max(1)
+        claims_a_radius = np.zeros(len(rows), bool)
+        if rule.delta is None or rule.calibration is None:
+            p_lower = estimate_lower_bound(p_a, rule.n, rule.alpha)
         elif rule.radii is None:
-            p_lower = float(calibration.shifted_lower_bound(frequencies[top], rule.shift(noise)))
+            p_lower = rule.calibration.shifted_lower_bound(p_a, rule.shift(self.noise))
         else:
-            needed = probabilities_proving(rule.radii, noise)
-            claimed = int(calibration.count_claimed_radii(frequencies[top], rule.shift(noise), needed))
-            p_lower = [0.0, *needed][claimed]
+            needed = probabilities_proving(rule.radii, self.noise)
+            claimed = rule.calibration.count_claimed_radii(p_a, rule.shift(self.noise), needed)
+            p_lower = np.array([0.0, *needed])[claimed]
             claims_a_radius = claimed > 0  # a radius of 0, if asked for, is a claim too
-        claims = claims_a_radius or noise.radius(p_lower) > 0
-        outcome = Outcome(top, p_lower, 1 - p_lower) if claims else ABSTENTION
-        source = None if rule.delta is None or calibration is None else calibration.description
-        self._outcome = replace(outcome, delta=rule.delta, calibration=source)
-
-    def outcome(self) -> Outcome:
-        return self._outcome
+        radii = np.asarray(noise.radius(p_lower))
+        claims = claims_a_radius | (radii > 0)
+        bounds = np.where(claims, p_lower, 0.0), np.where(claims, 1 - p_lower, 1.0)
+        source = None if rule.delta is None or rule.calibration is None else rule.calibration.description
+        return Outcomes(np.where(claims, tops, ABSTAIN), radii, *bounds, rule.delta, source)

@@ -1,0 +1,71 @@
+"""
+Certificates of a small classifier are those of the file, whatever the batch size, the order and the number of batches in flight.
+
+`engine_golden.json` was written by an engine that took one image at a time. Where a rule is meant to decide otherwise, write
+it again with `python tests/core/test_engine_golden.py`, and say in the commit what changed and why.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_smoothing import FixedRule, GaussianNoise, LaplaceNoise, SequentialRule, SmoothedClassifier
+from hf_smoothing.core.count_rule import CountRule
+from hf_smoothing.core.predict_rule import PredictRule
+
+GOLDEN = Path(__file__).with_name("engine_golden.json")
+NUM_CLASSES = 5
+RULES = {
+    "decide": SequentialRule(radii=(0.1, 0.3), max_draws=800),
+    "find": SequentialRule(max_draws=600),
+    "fixed": FixedRule(n0=10, n=90),
+    "predict": PredictRule(60, 0.01),
+    "counts": CountRule(37),
+}
+CASES = [(name, kind) for name in RULES for kind in (GaussianNoise, LaplaceNoise)] + [("guided", GaussianNoise)]
+
+
+def make_images():
+    """Ten 8-bit pictures, and ten between the levels."""
+    generator = torch.Generator().manual_seed(3)
+    levels = torch.randint(0, 256, (10, 3, 4, 4), generator=generator) / 255
+    return [*levels, *torch.rand(10, 3, 4, 4, generator=generator)]
+
+
+def classify(pixels):
+    directions = torch.randn(48, NUM_CLASSES, generator=torch.Generator().manual_seed(4))
+    # the products in steps of 2^-12 are sums without rounding: logits do not depend on the batch size
+    directions = (directions * 2**6).round() / 2**6
+    return (((pixels.flatten(1) - 0.5) * 4080).round() @ directions) + torch.arange(NUM_CLASSES) * 2**-8
+
+
+def predict_counts(pixels, sigma):
+    return (classify(pixels) / 4080 / sigma).double().softmax(1)
+
+
+def certify(name, kind, batch_size=32, order=None):
+    rule = RULES["decide" if name == "guided" else name]
+    images = make_images()
+    order = order or list(range(len(images)))
+    head = predict_counts if name == "guided" else None
+    smoothed = SmoothedClassifier(classify, kind(0.25), batch_size=batch_size, count_head=head)
+    stream = smoothed.certify_stream([images[index] for index in order], rule, seed=7)
+    rows = [[order[position], c.prediction, c.radius, list(c.counts), c.num_samples] for position, c in stream]
+    return sorted(rows)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 128, 1024])
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_certificates_are_those_of_the_file(name, kind, batch_size):
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(batch_size)).tolist()
+    rows = certify(name, kind, batch_size, order)
+    for row, expected in zip(rows, json.loads(GOLDEN.read_text())[f"{name} {kind.name}"], strict=True):
+        assert row.pop(2) == pytest.approx(expected.pop(2), rel=1e-9)
+        assert row == expected
+
+
+if __name__ == "__main__":
+    lines = [f'"{name} {kind.name}": {json.dumps(certify(name, kind))}' for name, kind in CASES]
+    GOLDEN.write_text("{\n" + ",\n".join(lines) + "\n}\n")
