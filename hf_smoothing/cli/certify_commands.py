@@ -42,7 +42,7 @@ def certify(
     delta: options.Delta = None,
     noise_resolution: options.NoiseResolution = "input",
     denoiser: options.Denoiser = None,
-    seed: options.Seed = 0,
+    seed: options.Seed = None,
     batch_size: options.BatchSize = 128,
     json_lines: Annotated[
         bool, typer.Option("--json", help="Print one JSON object per picture instead of a table.")
@@ -127,7 +127,7 @@ def demo(
             help="A count head, which saves draws. Without it: the one in the folder MODEL-counts, if there is one."
         ),
     ] = None,
-    seed: options.Seed = 0,
+    seed: options.Seed = None,
     batch_size: options.BatchSize = 128,
 ) -> None:
     """

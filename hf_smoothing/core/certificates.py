@@ -31,7 +31,7 @@ class Certificate:
             upper bound of that of every other class.
         counts: how often each class was predicted in the counted draws.
         num_samples: forward passes spent on the image, selection draws included.
-        seed: seed of the noise.
+        seed: seed of the noise; alpha is a probability over a seed that is chosen after model and image.
         dtype, compiled: type of the forward passes, and whether they went through `torch.compile`.
         noise_resolution: where noise was added, and so the pixels that the radius is about: the network's `input`, the
             picture at its `native` size, or a number of pixels a side.

@@ -30,6 +30,7 @@ at once. (CPUs and GPUs have different generators: this holds on the same kind o
 """
 
 import hashlib
+import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -61,8 +62,22 @@ def total_variation(noise: SmoothingNoise, coordinates: int) -> float:
 
 def round_to_lattice(pixels: torch.Tensor) -> torch.Tensor:
     """The nearest points of the lattice, float32, as the base classifier sees them. Gradients pass through unchanged."""
-    points = (pixels.detach().double() * STEPS_PER_UNIT).round_().float().mul_(1 / STEPS_PER_UNIT)
-    return pixels + (points - pixels).detach() if pixels.requires_grad else points
+    return _RoundToLattice.apply(pixels)  # type: ignore[no-untyped-call]
+
+
+class _RoundToLattice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, pixels: torch.Tensor) -> torch.Tensor:
+        return (pixels.double() * STEPS_PER_UNIT).round_().float().mul_(1 / STEPS_PER_UNIT)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient
+
+
+def choose_seed() -> int:
+    """A seed from the operating system, which nobody knew when the model was trained or the picture was made."""
+    return secrets.randbits(52)  # JSON readers hold such integers exactly
 
 
 def place_on_lattice(image: torch.Tensor) -> tuple[FloatArray, FloatArray]:
@@ -123,7 +138,7 @@ class SampledNoise:
     def sigma(self) -> float:
         return self.noise.sigma
 
-    def at(self, rows: NDArray[np.int64]) -> "SampledNoise":
+    def at(self, rows: Any) -> "SampledNoise":
         """The distribution for these rows."""
         return SampledNoise(self.noise, self.slack[rows], self.moved[rows])
 

@@ -38,7 +38,8 @@ class CertifiedImageClassificationPipeline(Pipeline):
     - `max_draws`: the most draws per image. `tolerance`, `n0`, `n`, `delta`: see [`make_rule`].
     - `count_head`: a count head on the Hub or in a local folder. With it, `sequential` draws less.
     - `noise_resolution` (`"input"`), `denoiser`, `batch_size` (128): see [`SmoothedClassifier`].
-    - `seed` (0): the same seed gives an image the same noise, and so the same certificate, whatever the batch size.
+    - `seed`: by default one from the operating system, see [`SmoothedClassifier.certify`]. The same seed gives an image the
+      same noise, and so the same certificate, whatever the batch size.
     - `progress` (`False`): show a progress bar.
 
     Takes a path, an `http(s)` address, a PIL image, or a list or `datasets` column of these. For any other iterable (a
@@ -137,7 +138,7 @@ class CertifiedImageClassificationPipeline(Pipeline):
         inputs: Iterable[Any],
         smoothed: SmoothedClassifier,
         method: str = "sequential",
-        seed: int = 0,
+        seed: int | None = None,
         progress: bool = False,
         **rule_settings: Any,
     ) -> Iterator[Certificate]:

@@ -132,8 +132,8 @@ def probabilities_proving(radii: Sequence[float], noise: NoiseDistribution) -> l
     """The smallest probabilities that prove the radii, in floating point too; ascending."""
     probabilities = []
     for radius in sorted(radii):
-        probability = float(noise.probability_needed(radius))
-        while noise.radius(probability) < radius and probability < 1:
+        probability = float(np.max(noise.probability_needed(radius)))
+        while np.min(noise.radius(probability)) < radius and probability < 1:
             probability = math.nextafter(probability, 1.0)
         probabilities.append(probability)
     return probabilities

@@ -14,6 +14,7 @@ from .calibration import Calibration
 from .certificates import ABSTAIN, Certificate
 from .count_predictor import CountPredictor
 from .denoisers import Denoiser
+from .lattice import choose_seed
 from .noise import SmoothingNoise
 from .predict_rule import PredictRule
 from .preprocessing import NoiseResolution, Preprocessing, to_pixels
@@ -152,7 +153,7 @@ class SmoothedClassifier:
         images: Images | Iterator[Any],
         method: str = "sequential",
         *,
-        seed: int = 0,
+        seed: int | None = None,
         progress: bool = False,
         **settings: Any,
     ) -> list[Certificate] | Iterator[Certificate]:
@@ -164,7 +165,10 @@ class SmoothedClassifier:
                 `[0, 1]` or uint8, or, with an image processor, a path, an address or a PIL image. All of one shape.
             method: `"sequential"` (draw until the question is settled), `"fixed"` (the usual protocol), or `"surrogate"`
                 (only ask the count head: an estimate, or with `delta` and its calibration a claim about most images).
-            seed: seed of the noise. The same seed gives an image the same noise, whatever other images there are.
+            seed: seed of the noise; by default one from the operating system. Alpha is a probability over a seed that is
+                chosen after model and images: a seed that they could know of reproduces results, and promises nothing
+                against whoever made them to fit it. The same seed gives an image the same noise, whatever other images
+                there are. Trying k seeds until one certifies multiplies alpha by k.
             progress: show a progress bar.
             settings: of the method, such as `alpha` and `radius`, see [`make_rule`].
 
@@ -205,11 +209,11 @@ class SmoothedClassifier:
 
     @overload
     def predict(
-        self, images: Images, n: int = ..., alpha: float = ..., *, seed: int = ..., progress: bool = ...
+        self, images: Images, n: int = ..., alpha: float = ..., *, seed: int | None = ..., progress: bool = ...
     ) -> list[int]: ...
     @overload
     def predict(
-        self, images: Iterator[Any], n: int = ..., alpha: float = ..., *, seed: int = ..., progress: bool = ...
+        self, images: Iterator[Any], n: int = ..., alpha: float = ..., *, seed: int | None = ..., progress: bool = ...
     ) -> Iterator[int]: ...
     def predict(
         self,
@@ -217,7 +221,7 @@ class SmoothedClassifier:
         n: int = 100,
         alpha: float = 0.001,
         *,
-        seed: int = 0,
+        seed: int | None = None,
         progress: bool = False,
     ) -> list[int] | Iterator[int]:
         """
@@ -230,7 +234,7 @@ class SmoothedClassifier:
         return list(predictions) if isinstance(certificates, list) else predictions
 
     def _certify_in_order(
-        self, images: Images | Iterator[Any], rule: Rule, seed: int, progress: bool
+        self, images: Images | Iterator[Any], rule: Rule, seed: int | None, progress: bool
     ) -> list[Certificate] | Iterator[Certificate]:
         rule.check(self.noise)
         if isinstance(images, str | Path):
@@ -246,7 +250,7 @@ class SmoothedClassifier:
         images: Iterable[torch.Tensor],
         rule: Rule,
         *,
-        seed: int = 0,
+        seed: int | None = None,
         progress: bool = False,
         total: int | None = None,
     ) -> Iterator[tuple[int, Certificate]]:
@@ -257,7 +261,7 @@ class SmoothedClassifier:
         Args:
             images: an iterable, finite or not, of pixels as [`to_pixels`] returns them.
             rule: the sampling rule, such as `SequentialRule(radii=(0.5,))`.
-            seed: seed of the noise.
+            seed: seed of the noise, as in [`certify`].
             progress: show a progress bar.
             total: the number of images, for the bar, where `images` has no length.
 
@@ -266,6 +270,7 @@ class SmoothedClassifier:
             TypeError: for images that are not float32 tensors.
         """
         rule.check(self.noise)
+        seed = choose_seed() if seed is None else seed
         if total is None and isinstance(images, Sized):
             total = len(images)
         bar = ProgressBar(total, rule.budget) if progress else None

@@ -94,6 +94,18 @@ class SurrogateRule:
         needed = None if self.radii is None else probabilities_proving(self.radii, noise)
         return self.calibration.shift(noise.sigma, self.delta, needed)
 
+    def claim(self, noise: NoiseDistribution, p_a: float) -> float | None:
+        """The lower bound of the top class's probability that is claimed if the head predicts `p_a`; `None` to abstain."""
+        if self.delta is None or self.calibration is None:
+            p_lower = float(estimate_lower_bound(p_a, self.n, self.alpha))
+        elif self.radii is None:
+            p_lower = float(self.calibration.shifted_lower_bound(p_a, self.shift(noise)))
+        else:
+            needed = probabilities_proving(self.radii, noise)
+            claimed = int(self.calibration.count_claimed_radii(p_a, self.shift(noise), needed))
+            return needed[claimed - 1] if claimed else None  # a radius of 0, if asked for, is a claim too
+        return p_lower if noise.radius(p_lower) > 0 else None
+
     def start(self, noise: NoiseDistribution, num_rows: int, num_classes: int) -> "_SurrogateRuns":
         return _SurrogateRuns(self, noise, num_rows, num_classes)
 
@@ -112,20 +124,12 @@ class _SurrogateRuns(CountRuns):
         return super().start(rows, clean)
 
     def outcomes(self, rows: Rows) -> Outcomes:
-        rule, noise = self.rule, self.noise.at(rows)
         tops, p_a = self.frequencies[rows].argmax(1), self.frequencies[rows].max(1)
-        claims_a_radius = np.zeros(len(rows), bool)
-        if rule.delta is None or rule.calibration is None:
-            p_lower = estimate_lower_bound(p_a, rule.n, rule.alpha)
-        elif rule.radii is None:
-            p_lower = rule.calibration.shifted_lower_bound(p_a, rule.shift(self.noise))
-        else:
-            needed = probabilities_proving(rule.radii, self.noise)
-            claimed = rule.calibration.count_claimed_radii(p_a, rule.shift(self.noise), needed)
-            p_lower = np.array([0.0, *needed])[claimed]
-            claims_a_radius = claimed > 0  # a radius of 0, if asked for, is a claim too
-        radii = np.asarray(noise.radius(p_lower))
-        claims = claims_a_radius | (radii > 0)
-        bounds = np.where(claims, p_lower, 0.0), np.where(claims, 1 - p_lower, 1.0)
-        source = None if rule.delta is None or rule.calibration is None else rule.calibration.description
-        return Outcomes(np.where(claims, tops, ABSTAIN), radii, *bounds, rule.delta, source)
+        bounds = [self.rule.claim(self.noise.at(row), p) for row, p in zip(rows, p_a)]
+        claims = np.array([bound is not None for bound in bounds], bool)
+        p_lower = np.array([bound or 0.0 for bound in bounds])
+        calibration = self.rule.calibration
+        source = None if self.rule.delta is None or calibration is None else calibration.description
+        radii = np.where(claims, self.noise.at(rows).radius(p_lower), 0.0)
+        predictions = np.where(claims, tops, ABSTAIN)
+        return Outcomes(predictions, radii, p_lower, np.where(claims, 1 - p_lower, 1.0), self.rule.delta, source)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from ..core.certificates import ABSTAIN
+from ..core.lattice import round_to_lattice
 from ..core.smoothing import SmoothedClassifier
 from ..core.validation import check_count, check_share
 
@@ -219,7 +220,7 @@ def _ascend_gradient(
     for step in range(steps):
         change = change.detach().requires_grad_()
         noise = torch.randn((target.settings.draws, *pixels.shape), generator=generator, device=pixels.device)
-        logits = smoothed.base_classifier([pixels + change + sigma * noise], sigma)
+        logits = smoothed.base_classifier([round_to_lattice(pixels + change + sigma * noise)], sigma)
         # the share of draws that predict the class has no gradient; the mean probability has
         loss = -logits.log_softmax(1)[:, target.prediction].logsumexp(0)
         (gradient,) = torch.autograd.grad(loss, change)
@@ -246,7 +247,7 @@ def _passes_screening(target: _Target, change: torch.Tensor, seed: int, screenin
     generator = torch.Generator(pixels.device).manual_seed(seed)
     for draws, share in screening:
         noise = torch.randn((draws, *pixels.shape), generator=generator, device=pixels.device)
-        predictions = target.smoothed.base_classifier([pixels + sigma * noise], sigma).argmax(1)
+        predictions = target.smoothed.base_classifier([round_to_lattice(pixels + sigma * noise)], sigma).argmax(1)
         if float((predictions == target.prediction).float().mean()) > share:
             return False
     return True

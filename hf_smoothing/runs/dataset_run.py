@@ -104,7 +104,7 @@ def _find_shape(inputs: ModelInputs) -> tuple[int, ...] | None:
 
 def _certify(smoothed: SmoothedClassifier, inputs: ModelInputs, state: RunState, recorder: Recorder) -> None:
     """Certify the images that this process takes at the sigma of `smoothed`, and keep each record as soon as it is there."""
-    sigma, names, seed = smoothed.noise.sigma, smoothed.class_names or (), recorder.settings.seed
+    sigma, names, seed = smoothed.noise.sigma, smoothed.class_names or (), state.seed
     rule, _ = recorder.settings.rule(sigma)
     work = ((index, read) for index, read in inputs.images.rows() if (sigma, index) not in state.finished)
     # where the base classifier resizes, after the noise, it takes all sizes

@@ -12,6 +12,7 @@ from tempfile import TemporaryFile
 
 import pyarrow.parquet as pq
 
+from ..core.lattice import choose_seed
 from ..utils.files import read_json, write_json
 from .records import Record, ShardWriter, is_right, read_shards, repair, shards_in, write_parquet
 
@@ -46,11 +47,13 @@ class RunState:
 
     Attributes:
         start: a name for this start of the run.
+        seed: seed of the noise.
         image_shape: the shape that all images must have; `None` where no image can be read.
         finished: the images that have a record, and whether it is right.
     """
 
     start: str
+    seed: int
     image_shape: tuple[int, ...] | None
     finished: dict[Pair, bool]
 
@@ -121,7 +124,7 @@ class RunFolder:
         Start a run in the folder or resume the one there: compare the settings, repair the shards, see what is done.
 
         Args:
-            settings: what must be the same for a run to be resumed.
+            settings: what must be the same for a run to be resumed. Without a `seed` a new run chooses one.
             session: what is new at each start: command, versions, device, ...
             find_shape: finds the shape of the images; called if the run is new.
 
@@ -131,6 +134,8 @@ class RunFolder:
         self.shards.mkdir(parents=True, exist_ok=True)
         settings = json.loads(json.dumps(settings))
         run = self._read_started()
+        if settings["seed"] is None:
+            settings["seed"] = choose_seed() if run is None else run["settings"]["seed"]
         if run is not None:
             _refuse_other_settings(run["settings"], settings, self.path)
         elif shards_in(self.shards):
@@ -148,7 +153,7 @@ class RunFolder:
         run["sessions"].append({**session, "num_before": len(finished)})
         write_json({**run, "versions": _merge_versions(run["sessions"]), "finished": None}, self.file)
         shape = run["image_shape"]
-        return RunState(uuid.uuid4().hex, shape and tuple(shape), finished)
+        return RunState(uuid.uuid4().hex, settings["seed"], shape and tuple(shape), finished)
 
     def open_shard(self, rank: int) -> ShardWriter:
         """The writer of the shard of one process."""

@@ -61,7 +61,11 @@ class RunSettings:
         "draws that bound the probability of this class (`fixed`), or that are counted (`counts`)", default=None
     )
     tolerance: float | None = _option("relative tolerance of the radius (`sequential`, without radii)", default=None)
-    seed: int = _option("seed of the noise: the same seed gives the same certificates", default=0)
+    seed: int | None = _option(
+        "seed of the noise, to reproduce certificates (default: from the operating system, which is what makes alpha hold for "
+        "any model and picture)",
+        default=None,
+    )
     dtype: Literal["float32", "bfloat16"] = _option(
         "type of the forward passes (bfloat16: autocast)", default="float32"
     )
@@ -97,7 +101,7 @@ class RunSettings:
             )
         if not self.sigmas or len(set(self.sigmas)) < len(self.sigmas):
             raise ValueError(f"sigmas={self.sigmas} must be one or more different noise levels.")
-        if not 0 <= self.seed < 2**63:  # records hold it as a 64-bit number
+        if self.seed is not None and not 0 <= self.seed < 2**63:  # records hold it as a 64-bit number
             raise ValueError(f"seed={self.seed} must be 0 or above, and below 2**63.")
         reachable = {radius for sigma in self.sigmas for radius in self.rule(sigma)[1] or ()}
         if unreachable := sorted(set(self.radii or ()) - reachable):

@@ -98,15 +98,12 @@ def simulate_draws_to_decide(
         passes = clean_passes(frequencies[image], comparison.probabilities[image], logits[image])
         repeats = max(MIN_REPEATS, math.ceil(bounds[image] / draws_a_repeat))
         for name, clean_pass in passes.items():
-            draws, claims = [], []
-            for repeat in range(repeats):
-                generator = np.random.default_rng([seed, int(image), repeat])
-                outcome, num_draws = simulate(rule, noise, frequencies[image], clean_pass, generator)
-                draws.append(1 + num_draws)  # the clean pass counts
-                claims.append(noise.radius(outcome.p_lower, outcome.p_upper) >= radius)
-            means[name].append(float(np.mean(draws)))
-            variances[name].append(float(np.var(draws, ddof=1)) / repeats)
-            claimed[name].append(float(np.mean(claims)))
+            generator = np.random.default_rng([seed, int(image)])
+            clean = CleanPass(np.tile(clean_pass.scores, (repeats, 1)), clean_pass.frequencies)
+            outcomes, num_draws = simulate(rule, noise, np.tile(frequencies[image], (repeats, 1)), clean, generator)
+            means[name].append(float(1 + num_draws.mean()))  # the clean pass counts
+            variances[name].append(float(num_draws.var(ddof=1)) / repeats)
+            claimed[name].append(float((outcomes.radii >= radius).mean()))
     return {
         "sigma": comparison.sigma,
         "radius": radius,

@@ -118,9 +118,11 @@ def test_the_engine_claims_what_is_counted_here(bias, radii):
         ),
     )
     rule = SurrogateRule(N, ALPHA, 0.05, calibration, radii)
-    claims = [rule.start(NOISE, CleanPass(one, frequencies=True)).outcome() for one in rows.probabilities]
-    claimed = np.array([NOISE.radius(claim.p_lower) for claim in claims])
-    right = np.array([claim.prediction for claim in claims]) == rows.labels
+    runs, images = rule.start(NOISE, *rows.probabilities.shape), np.arange(len(rows.probabilities))
+    runs.start(images, CleanPass(rows.probabilities, frequencies=True))
+    claims = runs.outcomes(images)
+    claimed = NOISE.radius(claims.p_lower)
+    right = claims.predictions == rows.labels
     found = evaluate_calibration(rows, calibration, 0.05, (0.25,), decided=radii)
     proved = (rows.predictions == rows.predicted_classes) & (rows.certified_radii >= 0.25)
     for name, shares in (("accuracy", right), ("proved_accuracy", right & proved)):

@@ -40,13 +40,18 @@ def test_a_wrong_head_makes_no_wrong_claims(predicted):
     """p just under what the radius takes, where a wrong claim is likeliest."""
     generator, needed = np.random.default_rng(1), NOISE.probability_needed(0.5)
     rule = SequentialRule(radii=(0.5,), alpha=0.05, max_draws=60)
-    clean = CleanPass(np.array(predicted), frequencies=True)
-    found = [simulate(rule, NOISE, [needed, 1 - needed], clean, generator) for _ in range(1500)]
-    wrong = np.mean([outcome.p_lower > needed and outcome.prediction == 0 for outcome, _ in found])
+    outcomes, draws = simulate_many(rule, [needed, 1 - needed], np.array(predicted), generator, 1500)
+    wrong = np.mean((outcomes.p_lower > needed) & (outcomes.predictions == 0))
     assert wrong <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 1500)
-    assert max(taken for _, taken in found) <= 60
+    assert draws.max() <= 60
     if predicted[0] > 0.5:
         assert wrong > 0.01  # the test has something to see
+
+
+def simulate_many(rule, probabilities, predicted, generator, images, frequencies=True):
+    """Many images of one kind, for which a count head predicts the frequencies (or whose logits are) `predicted`."""
+    clean = CleanPass(np.tile(predicted, (images, 1)), frequencies)
+    return simulate(rule, NOISE, np.tile(probabilities, (images, 1)), clean, generator)
 
 
 def sure(of, classes=10):
@@ -67,32 +72,31 @@ def test_a_wrong_head_makes_no_wrong_claims_of_ten_classes(lie):
     }[lie]
     rule = SequentialRule(radii=(0.5,), alpha=0.05, max_draws=100)
     generator = np.random.default_rng(3)
-    clean = CleanPass(predicted, frequencies=True)
-    found = [simulate(rule, NOISE, probabilities, clean, generator) for _ in range(300)]
-    wrong = np.mean([NOISE.radius(one.p_lower, one.p_upper) >= 0.5 or one.prediction > 0 for one, _ in found])
+    outcomes, draws = simulate_many(rule, probabilities, predicted, generator, 300)
+    wrong = np.mean((outcomes.radii >= 0.5) | (outcomes.predictions > 0))
     assert wrong <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 300)
-    assert max(taken for _, taken in found) <= 100
+    assert draws.max() <= 100
     # and what is true is proved all the same, within the budget
     clear = np.array([0.97, *[0.03 / 9] * 9])
     rule = SequentialRule(radii=(0.5,), max_draws=1500)
-    found = [simulate(rule, NOISE, clear, clean, generator) for _ in range(20)]
-    assert np.mean([NOISE.radius(one.p_lower, one.p_upper) >= 0.5 for one, _ in found]) > 0.95
+    outcomes, _ = simulate_many(rule, clear, predicted, generator, 100)
+    assert np.mean(outcomes.radii >= 0.5) > 0.95
 
 
 def test_a_head_that_knows_p_saves_draws_and_a_wrong_one_costs_few():
     probabilities = np.array([0.97, 0.03])
     rule = SequentialRule(radii=(0.5,), max_draws=10_000)
     spent = {}
-    for name, clean in (
-        ("none", CleanPass(np.array([2.0, 0.0]))),
-        ("right", CleanPass(probabilities, frequencies=True)),
-        ("wrong", CleanPass(np.array([0.85, 0.15]), frequencies=True)),
-        ("permuted", CleanPass(np.array([0.001, 0.999]), frequencies=True)),
+    for name, predicted in (
+        ("none", np.array([2.0, 0.0])),
+        ("right", probabilities),
+        ("wrong", np.array([0.85, 0.15])),
+        ("permuted", np.array([0.001, 0.999])),
     ):
         generator = np.random.default_rng(2)
-        found = [simulate(rule, NOISE, probabilities, clean, generator) for _ in range(250)]
-        assert np.mean([NOISE.radius(outcome.p_lower) >= 0.5 for outcome, _ in found]) > 0.95
-        spent[name] = np.mean([taken for _, taken in found])
+        outcomes, draws = simulate_many(rule, probabilities, predicted, generator, 1000, frequencies=name != "none")
+        assert np.mean(outcomes.radii >= 0.5) > 0.95
+        spent[name] = draws.mean()
     assert spent["right"] < 0.98 * spent["none"]
     assert spent["wrong"] < 1.2 * spent["none"]
     assert spent["permuted"] < 1.6 * spent["none"]
