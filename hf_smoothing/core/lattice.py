@@ -309,8 +309,15 @@ class TorchLatticeSampler(LatticeSampler):
             for block, first, draws in image.next_parts(count):
                 if first == 0:
                     generator.manual_seed(int.from_bytes(image.block_digest(block)[:8], "little") >> 1)
-                    image.remainder = torch.empty((image.block_size, *image.image.shape), dtype=torch.float64, device=device)
+                    image.remainder = torch.empty(
+                        (image.block_size, *image.image.shape), dtype=torch.float64, device=device
+                    )
                     self.noise.fill_tensor(generator, image.remainder)
-                torch.add(image.steps, image.remainder[first : first + draws], alpha=self.scale, out=values[row : row + draws])
+                torch.add(
+                    image.steps,
+                    image.remainder[first : first + draws],
+                    alpha=self.scale,
+                    out=values[row : row + draws],
+                )
                 row += draws
         return values.round_().float().mul_(1 / STEPS_PER_UNIT)

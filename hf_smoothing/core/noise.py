@@ -40,7 +40,9 @@ class SmoothingNoise(ABC):
         if not isinstance(self.sigma, Real) or isinstance(self.sigma, bool) or not 0 < self.sigma < math.inf:
             raise ValueError(f"sigma={self.sigma!r} must be positive and finite, in [0, 1] pixels: such as 0.25.")
         if self.sigma > LARGEST_SIGMA:
-            raise ValueError(f"sigma={self.sigma:g} is above {LARGEST_SIGMA:g}: give it in [0, 1] pixels, such as 0.25.")
+            raise ValueError(
+                f"sigma={self.sigma:g} is above {LARGEST_SIGMA:g}: give it in [0, 1] pixels, such as 0.25."
+            )
 
     @abstractmethod
     def radius(self, p_a: ArrayLike, p_b: ArrayLike | None = None) -> FloatArray:

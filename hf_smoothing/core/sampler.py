@@ -267,7 +267,9 @@ class Sampler:
             for image in images:
                 self._lattice.finish(image)
             dimensions = [image.image.numel() for image in images]
-            yield FinishedImages(positions, self._runs.outcomes(rows), self._runs.counts[rows], num_samples, dimensions)
+            yield FinishedImages(
+                positions, self._runs.outcomes(rows), self._runs.counts[rows], num_samples, dimensions
+            )
         if self.progress is not None:
             in_progress = active.rows
             self.progress.update(active.num_samples[rows].tolist(), active.num_samples[in_progress].tolist())
@@ -279,7 +281,9 @@ def _count_classes(logits: torch.Tensor, draws: NDArray[np.int64]) -> torch.Tens
     one vector, on the device.
     """
     num_images, num_classes = len(draws), logits.shape[1]
-    images = torch.from_numpy(np.repeat(np.arange(num_images) * num_classes, draws)).to(logits.device, non_blocking=True)
+    images = torch.from_numpy(np.repeat(np.arange(num_images) * num_classes, draws)).to(
+        logits.device, non_blocking=True
+    )
     counts = torch.bincount(logits.argmax(1) + images, minlength=num_images * num_classes)
     return torch.cat([counts, logits.isfinite().logical_not_().sum()[None]])
 

@@ -209,7 +209,9 @@ class _SequentialRuns:
         rule, noise = self.rule, self.noise.at(rows)
         prior = rule._prior_for(noise, clean)
         self.log_weights[rows] = prior.log_weights
-        self.log_needed[rows] = -np.log((1 - _UPPER_SHARE) * rule.alpha * class_weights(clean.scores, rule.weight_floor))
+        self.log_needed[rows] = -np.log(
+            (1 - _UPPER_SHARE) * rule.alpha * class_weights(clean.scores, rule.weight_floor)
+        )
         self.counts[rows] = self.claimed[rows] = 0
         if rule.radii is None:
             largest = confidence_sequence_lower(rule.max_draws, rule.max_draws, rule._largest_alpha, prior)
@@ -295,7 +297,9 @@ class _SequentialRuns:
         proved = np.zeros(len(rows), bool)
         noise = self.noise.at(rows)
         images = np.flatnonzero(noise.radius(tally.hits / tally.draws, tally.runner_up / tally.draws) > radii)
-        proved[images] = self._top_exceeds(rows[images], tally.at(images), noise.at(images).probability_needed(radii[images]))
+        proved[images] = self._top_exceeds(
+            rows[images], tally.at(images), noise.at(images).probability_needed(radii[images])
+        )
         # If every other class has at most p_b, the top class needs less. This does not help where only two classes were
         # seen, whose bounds agree, nor from 1/2 on. A larger p_b is easier to prove and asks for more of the top class.
         images = images[~proved[images]]
@@ -341,4 +345,3 @@ class _SequentialRuns:
         rows, best = rows[better], self.best
         best.predictions[rows], best.radii[rows] = tally.top[better], radii[better]
         best.p_lower[rows], best.p_upper[rows] = p_lower[better], p_upper[better]
-

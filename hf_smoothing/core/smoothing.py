@@ -11,7 +11,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from .base_classifier import BaseClassifier, Classifier
 from .calibration import Calibration
-from .certificates import ABSTAIN, Certificate
+from .certificates import Certificate
 from .count_predictor import CountPredictor
 from .denoisers import Denoiser
 from .lattice import choose_seed

@@ -1,17 +1,10 @@
 import numpy as np
 import pytest
 import torch
-from scipy import stats
 
 from hf_smoothing import GaussianNoise, LaplaceNoise, NoiseMixture, SmoothedClassifier, UniformNoise
-from hf_smoothing.core.noise import LATTICE_STEPS, NoisyImage, image_key, snap_to_8_bits
 
 NOISES = [GaussianNoise, UniformNoise, LaplaceNoise]
-CUMULATIVE = {
-    GaussianNoise: stats.norm.cdf,
-    UniformNoise: stats.uniform(-np.sqrt(3), 2 * np.sqrt(3)).cdf,
-    LaplaceNoise: stats.laplace(scale=np.sqrt(0.5)).cdf,
-}
 
 
 @pytest.mark.parametrize("kind", NOISES)
@@ -27,111 +20,10 @@ def test_radius_and_probability_are_inverse(kind):
     assert GaussianNoise(0.5).radius(0.8413447460685429) == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("sigma", [0.0, -0.25, float("nan"), float("inf")])
+@pytest.mark.parametrize("sigma", [0.0, -0.25, float("nan"), float("inf"), 64])
 def test_a_sigma_that_is_no_noise_level(sigma):
     with pytest.raises(ValueError, match=rf"sigma={sigma}"):
         GaussianNoise(sigma)
-
-
-class OtherDevice(NoisyImage):
-    """How other devices than the CPU draw, run on the CPU: torch's generator in calls of one size."""
-
-    def __init__(self, noise, image, key):
-        super().__init__(noise, image, key)
-        self.torch_generator = torch.Generator().manual_seed(key)
-        self.ahead = image.new_empty((0, *image.shape))
-
-    def draw(self, count):
-        return self._draw_with_torch(count)
-
-
-MAKE = [NoisyImage, OtherDevice]
-IMAGES = {
-    "lattice": torch.randint(0, 256, (3, 8, 8), generator=torch.Generator().manual_seed(0)) / 255,
-    "float": torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(0)),
-}
-
-
-@pytest.mark.parametrize("make", MAKE)
-@pytest.mark.parametrize("sampling", ["lattice", "float"])
-@pytest.mark.parametrize("kind", NOISES)
-def test_noise_does_not_depend_on_how_many_draws_are_asked_for_at_a_time(make, sampling, kind):
-    def noisy(key):
-        return make(kind(0.25), IMAGES[sampling], key)
-
-    assert noisy(7).sampling == sampling
-    together = noisy(7).draw(100)
-    stream = noisy(7)
-    parts = torch.cat([stream.draw(count) for count in (1, 7, 64, 28)])
-    torch.testing.assert_close(parts, together, rtol=0, atol=0)
-    assert not torch.equal(noisy(8).draw(100), together)
-
-
-@pytest.mark.parametrize("make", MAKE)
-@pytest.mark.parametrize("sampling", ["lattice", "float"])
-@pytest.mark.parametrize("kind", NOISES)
-def test_noise_has_its_distribution_around_the_image(make, sampling, kind):
-    image = IMAGES[sampling]
-    noise = ((make(kind(0.25), image, 1).draw(300) - image) / 0.25).flatten().double().numpy()
-    assert stats.kstest(noise, CUMULATIVE[kind]).pvalue > 1e-3
-    assert noise.std() == pytest.approx(1, abs=0.02)
-    assert np.abs(np.corrcoef(noise[:-1], noise[1:])[0, 1]) < 0.015
-
-
-@pytest.mark.parametrize("kind", NOISES)
-def test_on_the_lattice_a_noisy_picture_tells_nothing_of_the_picture_it_came_from(kind):
-    """Every value is a multiple of the step, in exactly the float32 that the multiple has for any picture."""
-    drawn = kind(0.5).noisy_copies(IMAGES["lattice"], 3).draw(50)
-    steps = (drawn.double() * 255 * LATTICE_STEPS).round()
-    torch.testing.assert_close(steps.float() * (1 / (255 * LATTICE_STEPS)), drawn, rtol=0, atol=0)
-
-
-def rounding_attack(noisy: torch.Tensor) -> torch.Tensor:
-    """
-    A base classifier that reads the picture off the last bits of floating-point sums.
-
-    Around a pixel near 1/2, a sum that comes out small is a multiple of 2^-25, the last place of its parts; around a pixel
-    near 0 it may have finer digits. Class 1 says that all small values are such multiples.
-    """
-    small = noisy.abs() < 2**-3
-    coarse = (noisy * 2**25) % 1 == 0
-    fits = (coarse | ~small).flatten(1).all(1)
-    return torch.stack([~fits, fits], 1).double()
-
-
-def test_the_rounding_attack_breaks_plain_floats_and_not_the_lattice():
-    """
-    In the spirit of Voracek and Hein (arXiv 2207.07209): at 128/255 the classifier always says 1 and is certified far beyond
-    the picture at 1/255, where it says 0. On the lattice it has nothing to see.
-    """
-    here, there = torch.full((1, 16, 16), 128 / 255), torch.full((1, 16, 16), 1 / 255)
-    distance = float((here - there).norm())
-    for lattice in (False, True):
-        smoothed = SmoothedClassifier(rounding_attack, GaussianNoise(5.0, lattice=lattice), batch_size=4096)
-        at_here, at_there = smoothed.certify([here, there], max_draws=20_000, tolerance=0.01)
-        assert at_here.sampling == ("lattice" if lattice else "float")
-        broken = at_here.prediction == 1 and at_here.radius > distance and at_there.prediction == 0
-        assert broken == (not lattice)
-
-
-def test_the_samplers_error_is_subtracted_from_the_bound():
-    noisy = GaussianNoise(0.25).noisy_copies(IMAGES["lattice"], 0)
-    assert 0 < noisy.slack < 1e-6
-    assert noisy.radius(0.9) < GaussianNoise(0.25).radius(0.9)
-    assert noisy.radius(noisy.probability_needed(0.3)) == pytest.approx(0.3, abs=1e-15)
-    assert GaussianNoise(0.25).noisy_copies(IMAGES["float"], 0).slack == 0
-    assert GaussianNoise(0.25, lattice=False).noisy_copies(IMAGES["lattice"], 0).sampling == "float"
-    assert GaussianNoise(100.0).noisy_copies(IMAGES["lattice"], 0).sampling == "float"
-
-
-def test_eight_bit_pictures_are_found_on_their_grid():
-    levels = torch.arange(256).view(1, 16, 16)
-    exact = levels.float() / 255
-    for almost in (levels * np.float32(1 / 255), exact + 5e-8):
-        assert torch.equal(snap_to_8_bits(almost), exact)
-    between = exact.clone()
-    between[0, 0, 0] += 0.001
-    assert torch.equal(snap_to_8_bits(between), between)
 
 
 @pytest.mark.parametrize("kind", [UniformNoise, LaplaceNoise])
@@ -154,13 +46,6 @@ def test_l1_radii_are_exact_for_a_threshold_on_one_pixel(kind):
     assert wrong <= 60 * 0.01 + 3
     assert {a.norm for a in certificates} == {"l1"}
     assert np.mean([a.radius for a in certificates]) > 0.75 * exact.mean()
-
-
-def test_the_key_of_an_image():
-    image = torch.rand(3, 4, 4)
-    assert image_key(image, 0) == image_key(image.clone(), 0)
-    different = [image_key(image, 1), image_key(image + 1e-3, 0), image_key(image.view(3, 2, 8), 0)]
-    assert len({image_key(image, 0), *different}) == 4
 
 
 def test_the_mixture_draws_a_level_for_each_image():

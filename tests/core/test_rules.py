@@ -36,7 +36,9 @@ SHARED = ("radii", "steps", "log_weights_upper")
 
 def get_state(runs, rows):
     """Copies of the arrays of runs that have one element per row."""
-    arrays = {name: value for name, value in vars(runs).items() if isinstance(value, np.ndarray) and name not in SHARED}
+    arrays = {
+        name: value for name, value in vars(runs).items() if isinstance(value, np.ndarray) and name not in SHARED
+    }
     if hasattr(runs, "best"):
         arrays |= {f"best.{name}": value for name, value in vars(runs.best).items() if value is not None}
     return {name: value[rows] for name, value in arrays.items()}
