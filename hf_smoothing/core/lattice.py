@@ -6,8 +6,8 @@ classifier can read x off them (Voracek and Hein, arXiv 2207.07209). Here every 
 lattice `h * integer` with `h = 1/4080`, a sixteenth of an 8-bit level, in the one float32 that stands for this point. So the
 classifier that is smoothed is a rounding to the lattice followed by the base classifier, and the theorems hold for it.
 
-**The error that is left.** A coordinate is `round(X + s z)`, computed in float64, with `X = x/h` (exact: 24 bits times 4080),
-`s = sigma/h`, and z of standard deviation 1. Two things differ from the theorem.
+**The error that is left.** A coordinate is `round(X + s z)`, computed in float64, with `X = x/h` (exact: 24 bits times
+4080), `s = sigma/h`, and z of standard deviation 1. Two things differ from the theorem.
 
 - z comes from 52 or 53 random bits. The probability of `z <= b` is off by at most 2^-50: 2^-52 for the granularity of the
   uniforms, as much for the rounding of the transformed value (its density times its size is below 1), and a margin of two. A
@@ -25,8 +25,8 @@ probability under the sampler differs by more from that of the theorem, and [`Sa
 same however it was divided by 255. This moves the centre of the certified ball by about 1e-6, which is deducted.
 
 **Keys.** The noise of an image depends on a key (seed, method, distribution, pixels) and the number of the draw only, not on
-batch sizes, other images or processes. It comes in blocks, each from a generator of its own, so that several threads can draw
-at once. (CPUs and GPUs have different generators: this holds on the same kind of device.)
+batch sizes, other images or processes. It comes in blocks, each from a generator of its own, so that several threads draw at
+once. (CPUs and GPUs have different generators: this holds on the same kind of device.)
 """
 
 import hashlib
@@ -193,7 +193,7 @@ class LatticeSampler(ABC):
     def draw(self, images: Sequence[NoisyImage], counts: Sequence[int]) -> torch.Tensor:
         """The next `counts[i]` copies of each image, `(sum of counts, channels, height, width)`; images of one shape."""
 
-    def finish(self, image: NoisyImage) -> None:
+    def finish(self, image: NoisyImage) -> None:  # noqa: B027 (only some samplers keep something)
         """Say that an image needs no further copies."""
 
 
@@ -309,15 +309,10 @@ class TorchLatticeSampler(LatticeSampler):
             for block, first, draws in image.next_parts(count):
                 if first == 0:
                     generator.manual_seed(int.from_bytes(image.block_digest(block)[:8], "little") >> 1)
-                    image.remainder = torch.empty(
-                        (image.block_size, *image.image.shape), dtype=torch.float64, device=device
-                    )
+                    shape = (image.block_size, *image.image.shape)
+                    image.remainder = torch.empty(shape, dtype=torch.float64, device=device)
                     self.noise.fill_tensor(generator, image.remainder)
-                torch.add(
-                    image.steps,
-                    image.remainder[first : first + draws],
-                    alpha=self.scale,
-                    out=values[row : row + draws],
-                )
+                copies = image.remainder[first : first + draws]
+                torch.add(image.steps, copies, alpha=self.scale, out=values[row : row + draws])
                 row += draws
         return values.round_().float().mul_(1 / STEPS_PER_UNIT)

@@ -38,12 +38,12 @@ class NoiseDistribution(Protocol):
         """The probability that the top class must exceed to be certified at `radius`; `p_b` as for `radius`."""
 
     def at(self, rows: Rows) -> "NoiseDistribution":
-        """The distribution for these rows of a run; it differs between images by the sampler's error, see [`SampledNoise`]."""
+        """The distribution for these rows of a run: images differ by the sampler's error, see [`SampledNoise`]."""
 
 
 @dataclass(frozen=True)
 class Outcomes:
-    """What was proved, one element per row: `predictions` with `ABSTAIN` where nothing was; the rest as in [`Certificate`]."""
+    """What was proved, one element per row; `predictions` is `ABSTAIN` where nothing was. The rest is as in [`Certificate`]."""
 
     predictions: NDArray[np.int64]
     radii: FloatArray

@@ -94,8 +94,8 @@ class Sampler:
     """
     Samples images under a rule. Every forward pass is filled with `batch_size` draws, of as many images as it takes.
 
-    On CUDA a second batch is launched before the results of the first are read, so that CPU and GPU work at the same time. The
-    rule gets counts only once all draws that an image asked for are in, so that batches decide nothing.
+    On CUDA a second batch is launched before the results of the first are read, so that CPU and GPU work at the same time.
+    The rule gets counts only once all draws that an image asked for are in, so that batches decide nothing.
 
     Args:
         base_classifier, noise, rule, seed, batch_size: see [`SmoothedClassifier`].

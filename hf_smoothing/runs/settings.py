@@ -62,8 +62,8 @@ class RunSettings:
     )
     tolerance: float | None = _option("relative tolerance of the radius (`sequential`, without radii)", default=None)
     seed: int | None = _option(
-        "seed of the noise, to reproduce certificates (default: from the operating system, which is what makes alpha hold for "
-        "any model and picture)",
+        "seed of the noise, to reproduce certificates (default: from the operating system, which makes alpha hold for any "
+        "model and picture)",
         default=None,
     )
     dtype: Literal["float32", "bfloat16"] = _option(

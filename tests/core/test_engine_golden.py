@@ -1,5 +1,5 @@
 """
-Certificates of a small classifier are those of the file, whatever the batch size, the order and the number of batches in flight.
+Certificates of a small classifier are those of the file, whatever the batch size and the order.
 
 `engine_golden.json` was written by an engine that took one image at a time. Where a rule is meant to decide otherwise, write
 it again with `python tests/core/test_engine_golden.py`, and say in the commit what changed and why.
