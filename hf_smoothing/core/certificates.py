@@ -10,6 +10,8 @@ ABSTAIN = -1
 
 Guarantee = Literal["per_input", "marginal", "none"]
 
+_NORM_EXPONENTS = {"l1": 1.0, "l2": 2.0, "linf": math.inf}
+
 
 @dataclass(frozen=True)
 class Certificate:
@@ -35,6 +37,8 @@ class Certificate:
         dtype, compiled: type of the forward passes, and whether they went through `torch.compile`.
         noise_resolution: where noise was added, and so the pixels that the radius is about: the network's `input`, the
             picture at its `native` size, or a number of pixels a side.
+        dimensions: number of pixel values (channels x height x width) that got noise, which [`radius_in`] needs; None in
+            old records.
         denoiser: the denoiser in front of the classifier, if any; it is part of what is certified.
         delta: `marginal` only: the share of images, over calibration and test images, about which the claim may be wrong
             besides alpha: Monte-Carlo would prove a smaller radius or another prediction.
@@ -58,6 +62,7 @@ class Certificate:
     dtype: str
     compiled: bool = False
     noise_resolution: str = "input"
+    dimensions: int | None = None
     denoiser: str | None = None
     delta: float | None = None
     calibration: str | None = None
@@ -65,6 +70,34 @@ class Certificate:
     @property
     def abstains(self) -> bool:
         return self.prediction == ABSTAIN
+
+    def radius_in(self, norm: str) -> float:
+        """
+        The radius that this certificate implies in another norm, full precision: no change of the image with a smaller
+        `norm` changes the prediction.
+
+        In d dimensions `||x||_p <= max(1, d^(1/p - 1/q)) ||x||_q`, with equality for a change of one pixel value or of all
+        by the same size. So the l_p radius divided by this factor is the largest l_q radius that follows: an l2 radius r
+        implies r in l1 and r / sqrt(d) in linf; an l1 radius r implies r / sqrt(d) in l2 and r / d in linf. At 3x32x32 an
+        l2 radius is 55 times the linf radius that it implies: l2 smoothing is a weak defence against linf attacks.
+
+        Args:
+            norm: `"l1"`, `"l2"` or `"linf"`, of `[0, 1]` pixels at the resolution at which the noise was added.
+
+        Raises:
+            ValueError: for another norm, or where the factor depends on `dimensions` and they are unknown.
+        """
+        if norm not in _NORM_EXPONENTS:
+            raise ValueError(f"norm={norm!r} is unknown; choose from {', '.join(_NORM_EXPONENTS)}.")
+        exponent = 1 / _NORM_EXPONENTS[self.norm] - 1 / _NORM_EXPONENTS[norm]
+        if exponent <= 0 or self.radius == 0:
+            return self.radius
+        if self.dimensions is None:
+            raise ValueError(
+                f"The {norm} radius depends on the number of pixel values, and this certificate does not have it "
+                "(dimensions=None): set it with dataclasses.replace(certificate, dimensions=channels * height * width)."
+            )
+        return self.radius / self.dimensions**exponent
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as a plain dict, ready for JSON."""

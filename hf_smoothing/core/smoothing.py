@@ -307,8 +307,9 @@ class SmoothedClassifier:
             outcomes.p_upper.tolist(),
             map(tuple, finished.counts.tolist()),
             finished.num_samples.tolist(),
+            finished.dimensions,
         )
-        for prediction, radius, p_lower, p_upper, counts, num_samples in zip(*columns):
+        for prediction, radius, p_lower, p_upper, counts, num_samples, dimensions in zip(*columns):
             yield Certificate(
                 prediction=prediction,
                 radius=radius,
@@ -316,5 +317,6 @@ class SmoothedClassifier:
                 p_upper=p_upper,
                 counts=counts,
                 num_samples=num_samples,
+                dimensions=dimensions,
                 **shared,
             )

@@ -42,6 +42,7 @@ SCHEMA = pa.schema(
         "dtype": pa.string(),
         "compiled": pa.bool_(),
         "noise_resolution": pa.string(),
+        "dimensions": pa.int64(),
         "denoiser": pa.string(),
         "delta": pa.float64(),
         "calibration": pa.string(),
