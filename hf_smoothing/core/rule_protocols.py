@@ -43,7 +43,7 @@ class NoiseDistribution(Protocol):
 
 @dataclass(frozen=True)
 class Outcomes:
-    """What was proved, one element per row; `predictions` is `ABSTAIN` where nothing was. The rest is as in [`Certificate`]."""
+    """What was proved, one element per row, as in [`Certificate`]; `predictions` is `ABSTAIN` where nothing was."""
 
     predictions: NDArray[np.int64]
     radii: FloatArray

@@ -45,7 +45,7 @@ class _Batch:
     is_clean: NDArray[np.bool_]
     """Which of the rows got their clean pass, in place of draws."""
     counts: torch.Tensor
-    """`(len(rows) * classes + 1,)`, on the device: class counts, then the number of logits that are not finite."""
+    """`(len(rows) * classes + 1,)`, on the device: class counts, then the number of draws without a finite logit."""
     clean_logits: torch.Tensor
 
 
@@ -277,15 +277,16 @@ class Sampler:
 
 def _count_classes(logits: torch.Tensor, draws: NDArray[np.int64]) -> torch.Tensor:
     """
-    Class counts of logits `(rows, classes)`, `draws[i]` rows for image i, and then the number of logits that are not finite;
-    one vector, on the device.
+    Class counts of logits `(rows, classes)`, `draws[i]` rows for image i, and then the number of rows whose largest logit is
+    not finite; one vector, on the device.
     """
     num_images, num_classes = len(draws), logits.shape[1]
     images = torch.from_numpy(np.repeat(np.arange(num_images) * num_classes, draws)).to(
         logits.device, non_blocking=True
     )
-    counts = torch.bincount(logits.argmax(1) + images, minlength=num_images * num_classes)
-    return torch.cat([counts, logits.isfinite().logical_not_().sum()[None]])
+    largest, classes = logits.max(1)  # NaN where a row has one
+    counts = torch.bincount(classes + images, minlength=num_images * num_classes)
+    return torch.cat([counts, largest.isfinite().logical_not_().sum()[None]])
 
 
 _Item = TypeVar("_Item")

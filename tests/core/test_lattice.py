@@ -114,7 +114,7 @@ def rounding_attack(noisy: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("offset", [0.0, 0.3 / 255], ids=["8 bits", "between"])
 def test_the_rounding_attack_breaks_plain_floats_and_not_the_lattice(offset):
     """
-    In the spirit of Voracek and Hein (arXiv 2207.07209): in plain floats the classifier always says 1 at 128/255 and would be
+    In the spirit of Voracek and Hein (arXiv 2207.07209): in plain floats the classifier says 1 at 128/255 and would be
     certified far beyond the picture at 1/255, where it says 0. On the lattice it has nothing to see.
     """
     here, there = (torch.full((1, 16, 16), level / 255 + offset) for level in (128, 1))
