@@ -9,6 +9,7 @@ from torch import nn
 
 from .denoisers import DENOISERS, Denoiser
 from .preprocessing import Preprocessing
+from .row_independence import check_rows
 from .weights import check_weights, weights_digest
 
 Classifier = Callable[[torch.Tensor], Any]
@@ -18,7 +19,7 @@ class BaseClassifier:
     """
     Denoises, resizes, normalises and classifies.
 
-    The arguments are those of [`SmoothedClassifier`]. Modules are put into evaluation mode, the denoiser onto the device.
+    The arguments are those of [`SmoothedClassifier`]. The denoiser is put onto the device; `prepare` starts a run.
 
     Raises:
         ValueError: for a module with weights that are not finite, an unknown denoiser.
@@ -53,7 +54,6 @@ class BaseClassifier:
         self._num_classes: int | None = None
         self.device = torch.device(device or "cpu")
         if isinstance(self.denoiser, nn.Module):
-            # in training mode a draw could depend on the others in its batch, and no certificate would hold
             self.denoiser.eval().to(self.device)
             check_weights(self.denoiser)
 
@@ -70,6 +70,26 @@ class BaseClassifier:
         """The type of the forward passes, as certificates record it."""
         dtype = str(self.autocast or self.dtype).removeprefix("torch.")
         return dtype if self.autocast is None else f"{dtype} autocast"
+
+    def prepare(self, pixels: torch.Tensor, sigma: float) -> None:
+        """
+        Prepare a run: put modules into evaluation mode, and check that the rows of a batch do not depend on each other.
+
+        A user may have changed the modules since the last run: `model.train()` lets rows depend on each other.
+
+        Args:
+            pixels: the first image `(channels, height, width)`, on the device.
+            sigma: the noise level.
+
+        Raises:
+            ValueError: where rows depend on each other, see [`check_rows`]; for an output that is no logits.
+        """
+        parts = {"": getattr(self.classifier, "_orig_mod", self.classifier), "denoiser": self.denoiser}
+        modules = {prefix: part for prefix, part in parts.items() if isinstance(part, nn.Module)}
+        for module in modules.values():
+            module.eval()
+        logits = check_rows(lambda rows: self([rows], sigma), modules, pixels, sigma)
+        self._num_classes = logits.shape[1]
 
     def num_classes(self, pixels: torch.Tensor) -> int:
         """The number of classes, from one forward pass over `pixels` `(channels, height, width)` at the first call."""

@@ -182,6 +182,8 @@ class Sampler:
             yield from self._ask_count_head(np.array(added), self.count_head)
 
     def _start_runs(self, first: NoisyImage) -> None:
+        if self.rule.method != "surrogate":  # which does not ask the base classifier
+            self.base_classifier.prepare(first.image, self.noise.sigma)
         num_classes = self.base_classifier.num_classes(first.image)
         num_rows = self.batch_size * (1 + (self.batches_ahead or 0))
         self._active = _ActiveImages(num_rows, num_classes, self.noise)
