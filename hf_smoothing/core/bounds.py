@@ -235,7 +235,7 @@ def confidence_sequence_lower(
     # Illinois variant of regula falsi; bisection where an end is infinite. `low` is always a rejected null.
     above, below = excess(low), excess(high)
     middle = np.maximum(high - 2 * (mean - high), high / 2)  # the crossing is rarely below this
-    last = np.zeros(hits.shape, bool)
+    last, found = np.zeros(hits.shape, bool), np.zeros(hits.shape, bool)
     for step in range(100):
         value = excess(middle)
         rejected = value >= 0
@@ -244,8 +244,10 @@ def confidence_sequence_lower(
             np.where(rejected, value, np.where(again, above / 2, above)),
             np.where(rejected, np.where(again, below / 2, below), value),
         )
-        low, high, last = np.where(rejected, middle, low), np.where(rejected, high, middle), rejected
-        if (high - low <= _PRECISION * (mean - low)).all():
+        # a bound that was found stays: further steps for the sake of others would change its last bits
+        low, high = np.where(rejected & ~found, middle, low), np.where(rejected | found, high, middle)
+        found, last = found | (high - low <= _PRECISION * (mean - low)), rejected
+        if found.all():
             break
         with np.errstate(invalid="ignore"):
             share = above / (above - below)

@@ -183,3 +183,13 @@ def test_errors_name_the_value(call, named):
     with pytest.raises(ValueError, match=r".") as caught:
         call()
     assert named in str(caught.value)
+
+
+def test_a_bound_does_not_depend_on_the_others_that_are_computed_with_it():
+    generator = np.random.default_rng(0)
+    trials = generator.integers(1, 5000, 300)
+    successes = generator.binomial(trials, generator.random(300))
+    prior = OddsPrior.for_budget(5000, 0.001)
+    together = confidence_sequence_lower(successes, trials, 0.001, prior)
+    alone = [float(confidence_sequence_lower(*pair, 0.001, prior)) for pair in zip(successes, trials)]
+    assert together.tolist() == alone
