@@ -53,7 +53,8 @@ def certify_dataset(
 
     Raises:
         ValueError: before any work, for a model or dataset that cannot be loaded, a missing column, an empty split, classes
-            that do not match, a folder with a run under other settings; for a label outside the classes.
+            that do not match, a folder with a run under other settings or that hosts do not share; for a label outside
+            the classes.
         OSError: for a folder that cannot be written to, a full disk, an image whose file cannot be read. All records
             written before are kept, and the same call resumes the run.
         KeyboardInterrupt: on the user's, with a message that says how many records there are.
@@ -64,6 +65,7 @@ def certify_dataset(
             f"revision={settings.revision!r} is for models on the Hub; {settings.model_name_or_path!r} is a local folder."
         )
     on_main_first(accelerator, partial(folder.check, resume))
+    folder.check_shared(accelerator)
     requested = {**asdict(settings), "noise_resolution": settings.resolution}
     with accelerator.main_process_first():  # the main process downloads, the others read from its cache
         images = open_images(requested, streaming)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import socket
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -11,9 +12,12 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 import pyarrow.parquet as pq
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from ..core.lattice import choose_seed
 from ..utils.files import read_json, write_json
+from ..utils.processes import on_main_first
 from .records import Record, ShardWriter, is_right, read_shards, repair, shards_in, write_parquet
 
 Pair = tuple[float, int]
@@ -111,13 +115,40 @@ class RunFolder:
         """
         if self.path.is_file():
             raise ValueError(f"output_dir={str(self.path)!r} is a file: choose a folder.")
-        shards = self.shards.absolute()
         try:
-            TemporaryFile(dir=next(folder for folder in (shards, *shards.parents) if folder.exists())).close()
+            TemporaryFile(dir=self._existing_folder()).close()
         except OSError as error:
             raise OSError(f"output_dir={str(self.path)!r} cannot be written to: {error.strerror}.") from error
         if self._read_started() is not None and not resume:
             raise ValueError(f"{self.path} holds a run: choose another folder, or resume it (--resume).")
+
+    def check_shared(self, accelerator: Accelerator) -> None:
+        """
+        Check that all processes have the same folder: the main process leaves a file there, and the others look for it.
+        Raises a `ValueError` on all processes where one does not see it: hosts may have folders of their own.
+        """
+        if accelerator.num_processes == 1:
+            return
+        path = self._existing_folder() / on_main_first(accelerator, self._leave_file)
+        seen = gather_object([(accelerator.process_index, socket.gethostname(), path.is_file())])
+        if accelerator.is_main_process:
+            path.unlink()
+        if outside := [f"process {rank} on host {host!r}" for rank, host, sees_it in seen if not sees_it]:
+            raise ValueError(
+                f"output_dir={str(self.path)!r} is not the same folder for all processes: what process 0 on host "
+                f"{seen[0][1]!r} writes there is not seen by {', '.join(outside)}. Choose a folder on a file system that "
+                "all hosts share, and write its absolute path."
+            )
+
+    def _leave_file(self) -> str:
+        name = f".shared-{uuid.uuid4().hex}"
+        (self._existing_folder() / name).touch()
+        return name
+
+    def _existing_folder(self) -> Path:
+        """The innermost folder of the run that exists, or the innermost one around it."""
+        shards = self.shards.absolute()
+        return next(folder for folder in (shards, *shards.parents) if folder.exists())
 
     def start(self, settings: Record, session: Record, find_shape: Callable[[], tuple[int, ...] | None]) -> RunState:
         """

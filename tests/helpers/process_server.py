@@ -32,7 +32,7 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -128,8 +128,13 @@ class ProcessServer:
         """Run a command to its end; see [`start`] for the arguments."""
         return self.start(*command, **options).finish(timeout)
 
-    def start_ranks(self, num_processes: int, *command: Any, **options: Any) -> list[Process]:
-        """Start a command in several processes of one group, with the variables that torchrun sets."""
+    def start_ranks(
+        self, num_processes: int, *command: Any, cwds: Sequence[str | Path] | None = None, **options: Any
+    ) -> list[Process]:
+        """
+        Start a command in several processes of one group, with the variables that torchrun sets; in `cwds`, one folder for
+        each process, if they differ.
+        """
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
@@ -137,7 +142,10 @@ class ProcessServer:
         environment = options.pop("environment", None) or {}
         return [
             self.start(
-                *command, environment={**environment, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)}, **options
+                *command,
+                cwd=ROOT if cwds is None else cwds[rank],
+                environment={**environment, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                **options,
             )
             for rank in range(num_processes)
         ]
