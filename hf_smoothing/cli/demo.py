@@ -56,8 +56,8 @@ def run_demo(settings: RunSettings, output_dir: Path, batch_size: int) -> None:
     assert summary is not None  # there is one process
     folder = RunFolder(output_dir)
     run, rows = folder.read_run(), folder.read_records()
-    predictions, radii, labels, guarantees = (
-        [row[name] for row in rows] for name in ("prediction", "radius", "label", "guarantee")
+    predictions, radii, labels, guarantees, alphas = (
+        [row[name] for row in rows] for name in ("prediction", "radius", "label", "guarantee", "alpha")
     )
     title = (
         f"Certified at sigma = {settings.sigmas[0]:g}, alpha = {settings.alpha:g}: no change smaller than r "
@@ -66,11 +66,10 @@ def run_demo(settings: RunSettings, output_dir: Path, batch_size: int) -> None:
     pictures = load_demo_images()
     for file, at_most in (("certificates.png", None), ("certificates-few.png", 30)):
         picture_of_certificates(lambda index: pictures[index]["image"], rows, title, output_dir / file, at_most)
-    figures = certified_accuracy(predictions, labels, radii, DEMO_RADII, guarantees=guarantees)
+    figures = certified_accuracy(predictions, labels, radii, DEMO_RADII, guarantees=guarantees, alphas=alphas)
     results = {
         **{name: run[name] for name in ("settings", "command", "versions", "sessions", "num_records")},
-        "guarantee": figures["guarantee"],
-        "certified_accuracy": figures["certified_accuracy"],
+        **{name: figures[name] for name in ("guarantee", "certified_accuracy", "expected_wrong", "most_wrong")},
         "mean_draws": sum(row["num_samples"] for row in rows) / len(rows),
         # with loading the model and drawing the pictures; unknown where a part was certified before
         "seconds": time.monotonic() - started if summary.num_new == len(rows) else None,

@@ -46,6 +46,12 @@ def report(
         str | None,
         typer.Option(help="Guarantee of the certificates in logs, which logs do not contain: `per_input`, ..."),
     ] = None,
+    log_alpha: Annotated[
+        float | None,
+        typer.Option(
+            help="Alpha of the certificates in logs, which logs do not contain. Different alphas are refused."
+        ),
+    ] = None,
 ) -> None:
     """
     Write tables and curves of certified accuracy from finished runs.
@@ -58,8 +64,16 @@ def report(
     """
     from ..reporting.report import print_report, write_report
 
-    options = {"radii": radii, "envelope": envelope, "images": images, "split": split, "log_guarantee": log_guarantee}
-    summary, folder = write_report(runs, output_dir, **options)  # type: ignore[arg-type]
+    summary, folder = write_report(
+        runs,
+        output_dir,
+        radii=radii,
+        envelope=envelope,
+        images=images,
+        split=split,
+        log_guarantee=log_guarantee,
+        log_alpha=log_alpha,
+    )
     console = Console()
     print_report(summary, console)
     console.print(f"Wrote {folder / 'report.md'}, report.json and the pictures.", markup=False, soft_wrap=True)

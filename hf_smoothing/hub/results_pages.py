@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..reporting.rendering import format_count, render
-from ..reporting.report import Json, best_by_radius, render_report
+from ..reporting.report import Json, best_by_radius, render_report, wrong_certificates
 from ..reporting.results import name_of_figure
 from .count_head_results import count_head_data, count_head_summary
 
@@ -59,6 +59,8 @@ def _accuracy_table(report: Json) -> Json:
         "images": entry["num_images"],
         "alpha": entry["alpha"],
         "guarantee": report["guarantee"],
+        "sampling": sorted({kind for result in report["results"] for kind in result.get("sampling", {})}),
+        "wrong": wrong_certificates(report["results"]),
         "max_draws": settings.get("n") or settings.get("max_draws"),
         **{name: settings.get(name) for name in ("dataset_name", "split", "every", "dtype")},
     }

@@ -24,12 +24,12 @@ def plot_certified_accuracy(results: Sequence[Result], stem: Path, envelope: str
     Plot certified accuracy against radius with [`draw_certified_accuracy`], as `.png` and `.svg`.
 
     Args:
-        results: of one guarantee and one norm.
+        results: of one guarantee, alpha and norm.
         stem: path without an ending.
         envelope: the label of the best of all results, which is drawn too; None to leave it out.
 
     Raises:
-        ValueError: for mixed guarantees or norms.
+        ValueError: for mixed guarantees, alphas or norms.
     """
     guarantee, norm = shared_guarantee_and_norm(results)
     xlabel = f"radius ({norm or 'norm unknown'}, [0, 1] pixels)"
@@ -49,7 +49,7 @@ def draw_certified_accuracy(axes: Any, results: Sequence[Result], envelope: str 
 
     Args:
         axes: matplotlib's.
-        results: of one guarantee and one norm.
+        results: of one guarantee, alpha and norm.
         envelope: the label of the best of all results, which is drawn too: at every radius, or, where any result decided
             radii, at those radii at which no result is a floor. None leaves it out.
     """

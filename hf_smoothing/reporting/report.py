@@ -33,13 +33,14 @@ def write_report(
     images: str | None = None,
     split: str | None = None,
     log_guarantee: str | None = None,
+    log_alpha: float | None = None,
 ) -> tuple[Json, Path]:
     """
     Write `report.json`, `report.md` and pictures on finished runs; return the report and the folder with its files.
 
-    [`read_results`] takes `runs` and `log_guarantee`, [`summarize`] takes `radii` and `envelope`. [`load_pictures`] takes
-    `images`, the dataset of example pictures, and `split`. The folder is `output_dir`; by default it is the run folder if
-    there is one run, else `report`.
+    [`read_results`] takes `runs`, `log_guarantee` and `log_alpha`, [`summarize`] takes `radii` and `envelope`,
+    [`load_pictures`] takes `images`, the dataset of example pictures, and `split`. The folder is `output_dir`; by default it
+    is the run folder if there is one run, else `report`.
 
     Raises:
         ImportError: without matplotlib.
@@ -47,7 +48,7 @@ def write_report(
         ValueError: for runs that cannot be read or do not belong in one figure, and for images of another dataset.
     """
     require_matplotlib()
-    results = read_results(runs, log_guarantee)
+    results = read_results(runs, log_guarantee, log_alpha)
     report = summarize(results, radii, envelope)
     folder = output_dir or (runs[0] if len(runs) == 1 and runs[0].is_dir() else Path("report"))
     folder.mkdir(parents=True, exist_ok=True)
@@ -97,30 +98,30 @@ def summarize(results: Sequence[Result], radii: Sequence[float] | None = None, e
     What a report says, as a dict ready for JSON; tables and text are made from it alone.
 
     Args:
-        results: of one guarantee and one norm.
+        results: of one guarantee, alpha and norm.
         radii: where to count; by default those asked of the runs, or else 0, 0.25, ... 1.
         envelope: add the best share over all results at each radius that is more than a floor for one of them. It is the
             figure of no single model and sigma.
 
     Raises:
-        ValueError: for mixed guarantees or norms, bad values, or an envelope over one result or over different images.
+        ValueError: for mixed guarantees, alphas or norms, bad values, an envelope over one result or over different images.
     """
     guarantee, norm = shared_guarantee_and_norm(results)
     radii = radii or sorted({radius for result in results for radius in result.asked_radii}) or DEFAULT_THRESHOLDS
-    entries = [_summarize_result(result, radii) for result in results]
+    entries = [_summarize_result(result, radii, len(results)) for result in results]
     best = _summarize_envelope(results, entries) if envelope else None
     report = {"guarantee": guarantee, "norm": norm, "results": entries, "envelope": best}
     return report | {"versions": package_versions()}
 
 
-def _summarize_result(result: Result, radii: Sequence[float]) -> Json:
-    optional = {"p_lower": "p_lower", "num_samples": "num_samples", "guarantees": "guarantee"}
+def _summarize_result(result: Result, radii: Sequence[float], num_results: int) -> Json:
+    optional = {"p_lower": "p_lower", "num_samples": "num_samples", "guarantees": "guarantee", "alphas": "alpha"}
     columns = {name: result.column(column) for name, column in optional.items() if result.has(column)}
     seconds = [value for value in result.column("seconds") if value is not None]
     counted = [sum(counts) for counts in result.column("counts") if counts and sum(counts)]
     try:
         predictions, labels, certified = (result.column(name) for name in ("prediction", "label", "radius"))
-        figures = certified_accuracy(predictions, labels, certified, radii, **columns)
+        figures = certified_accuracy(predictions, labels, certified, radii, **columns, num_results=num_results)
     except ValueError as error:
         raise ValueError(f"{result.title}: {error}") from None
     for share in figures["certified_accuracy"]:
@@ -131,7 +132,7 @@ def _summarize_result(result: Result, radii: Sequence[float]) -> Json:
         "is_log": result.is_log,
         "model": result.settings.get("model_name_or_path"),
         "sigma": result.sigma,
-        "alpha": result.alpha,
+        "sampling": result.sampling,
         "delta": result.delta,
         "calibration": sorted({calibration for calibration in result.column("calibration") if calibration}),
         "noise_resolution": result.noise_resolution,
@@ -139,6 +140,7 @@ def _summarize_result(result: Result, radii: Sequence[float]) -> Json:
         "decided_radii": result.decided_radii,
         "radii_out_of_reach": result.radii_out_of_reach,
         **figures,
+        "alpha": result.alpha,  # of failed images too
         "median_counted_draws": median(counted) if counted else None,
         "mean_seconds": sum(seconds) / len(seconds) if seconds else None,
         "made_by": {name: result.run[name] for name in ("command", "settings", "versions") if name in result.run},
@@ -166,6 +168,7 @@ def _summarize_envelope(results: Sequence[Result], entries: Sequence[Json]) -> J
             "radius": best["radius"],
             "share": best["share"],
             "standing": "floor" if best["any_floor"] else "counted",
+            "net_of_alpha": best["net_of_alpha"],
             "from": best["entry"]["title"],
         }
         for best in best_by_radius(entries)
@@ -177,7 +180,14 @@ def best_by_radius(entries: Sequence[Json]) -> list[Json]:
     """
     The largest share at each radius that any of a report's results counted, with the `entry` that it is from, its `sigma`,
     and whether the share of any result is a floor only (`any_floor`).
+
+    Raises:
+        ValueError: for results of different alphas.
     """
+    certified = [entry for entry in entries if entry["num_failed"] < entry["num_images"]]
+    if len({entry["alpha"] for entry in certified}) > 1:
+        alphas = "; ".join(f"{entry['title']}: {format_number(entry['alpha'])}" for entry in certified)
+        raise ValueError(f"Results of different alphas have no best one. {alphas}.")
     best = []
     for shares in zip(*(entry["certified_accuracy"] for entry in entries)):
         standings = {share["standing"] for share in shares}
@@ -228,7 +238,20 @@ def other_rows(report: Json) -> list[dict[str, str]]:
 def render_notes(report: Json) -> str:
     """What a reader of the tables must know, one paragraph per note."""
     figure, stops = name_of_figure(report["guarantee"]), _early_stops(report["results"])
-    return render("report_notes", report=report, figure=figure, stops=stops).strip()
+    wrong = wrong_certificates(report["results"])
+    return render("report_notes", report=report, figure=figure, stops=stops, wrong=wrong).strip()
+
+
+def wrong_certificates(entries: Sequence[Json]) -> list[Json]:
+    """The results with a bound of wrong certificates: one dict for all with the same numbers of images and failures."""
+    groups: dict[str, Json] = {}
+    for entry in entries:
+        if entry.get("most_wrong") is not None:
+            certificates = entry["num_images"] - entry["num_failed"]
+            group = {name: entry[name] for name in ("expected_wrong", "most_wrong", "num_images")}
+            group |= {"certificates": certificates, "titles": []}
+            groups.setdefault(str(group), group)["titles"].append(entry["title"])
+    return list(groups.values())
 
 
 def _early_stops(entries: Sequence[Json]) -> list[Json]:

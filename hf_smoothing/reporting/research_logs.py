@@ -10,13 +10,14 @@ Row = dict[str, Any]
 LOG_COLUMNS = ("idx", "label", "predict", "radius")
 
 
-def read_log(source: Path, guarantee: str | None) -> list[Row]:
+def read_log(source: Path, guarantee: str | None, alpha: float | None = None) -> list[Row]:
     """
     The certificates in a log: tab-separated, with the columns idx, label, predict, radius, and often correct and time.
 
     Args:
         source: the file.
         guarantee: what the certificates carry; a log does not say.
+        alpha: largest probability that a certificate is wrong; a log does not say either.
 
     Raises:
         ValueError: for missing columns, or a line that is not a certificate; the message names the line.
@@ -31,7 +32,7 @@ def read_log(source: Path, guarantee: str | None) -> list[Row]:
             try:
                 if None in row or None in row.values():  # how `csv` marks extra and missing cells
                     raise ValueError(f"it does not have the columns {', '.join(header)}")
-                rows.append(_certificate(row, guarantee))
+                rows.append({**_certificate(row), "guarantee": guarantee, "alpha": alpha})
             except ValueError as error:
                 raise ValueError(f"{source}, line {reader.line_num}, is not a certificate: {error}.") from None
     if not rows:
@@ -39,7 +40,7 @@ def read_log(source: Path, guarantee: str | None) -> list[Row]:
     return rows
 
 
-def _certificate(row: dict[str, str], guarantee: str | None) -> Row:
+def _certificate(row: dict[str, str]) -> Row:
     label, prediction = int(row["label"]), int(row["predict"])
     correct = row.get("correct")
     if correct is not None and int(correct) != (label == prediction):
@@ -49,7 +50,6 @@ def _certificate(row: dict[str, str], guarantee: str | None) -> Row:
         "label": label,
         "prediction": prediction,
         "radius": float(row["radius"]),
-        "guarantee": guarantee,
         "norm": "l2",
         "seconds": _seconds(row["time"]) if row.get("time") else None,
     }

@@ -96,6 +96,11 @@ class Result:
         return self._only("alpha")
 
     @cached_property
+    def sampling(self) -> dict[str, int]:
+        """How many images got noise on the `lattice` and in `float`, see [`Certificate`]; empty where unknown."""
+        return dict(sorted(Counter(value for value in self.column("sampling") if value).items()))
+
+    @cached_property
     def noise_resolution(self) -> str:
         """The resolution whose pixels the radii belong to. Old runs do not name it: theirs is the input's."""
         return self._only("noise_resolution") or "input"
@@ -136,13 +141,16 @@ class Result:
         return values[0] if values else None
 
 
-def read_results(sources: Sequence[Path], log_guarantee: str | None = None) -> list[Result]:
+def read_results(
+    sources: Sequence[Path], log_guarantee: str | None = None, log_alpha: float | None = None
+) -> list[Result]:
     """
     Read run folders, Parquet files of certificates and logs: one result per source and noise level, in order.
 
     Args:
         sources: folders with `certificates.parquet` (and maybe `run.json`), such files, or logs, see [`read_log`].
         log_guarantee: the guarantee of the certificates in logs; a log does not say.
+        log_alpha: their alpha; a log does not say either.
 
     Raises:
         FileNotFoundError: for a source that does not exist.
@@ -158,7 +166,7 @@ def read_results(sources: Sequence[Path], log_guarantee: str | None = None) -> l
         if source.is_dir() or source.suffix == ".parquet":
             results += _read_run(source, name)
         elif source.is_file():
-            results.append(Result(source, name, read_log(source, log_guarantee), {}, is_log=True))
+            results.append(Result(source, name, read_log(source, log_guarantee, log_alpha), {}, is_log=True))
         else:
             raise FileNotFoundError(f"There is no run folder or log at {str(source)!r}.")
     for result in results:
@@ -205,13 +213,14 @@ def shared_guarantee_and_norm(results: Sequence[Result]) -> tuple[str | None, st
     The guarantee and the norm that results in one figure share. A result in which every image failed goes with any.
 
     Raises:
-        ValueError: for results that differ in guarantee, norm, noise resolution or delta: they do not make one figure.
+        ValueError: for results that differ in guarantee, alpha, norm, noise resolution or delta: they make no one figure.
     """
     certified = [result for result in results if result.guarantee != NO_CERTIFICATE] or list(results)
-    for name in ("guarantee", "norm", "noise_resolution", "delta"):
+    for name in ("guarantee", "alpha", "norm", "noise_resolution", "delta"):
         values = {str(getattr(result, name) or "unknown") for result in certified}
         if len(values) > 1:
             each = "; ".join(f"{result.title}: {getattr(result, name) or 'unknown'}" for result in certified)
-            hint = " (--log-guarantee states that of logs)" if name == "guarantee" and "unknown" in values else ""
+            stated = name in ("guarantee", "alpha") and "unknown" in values
+            hint = f" (--log-{name} states that of logs)" if stated else ""
             raise ValueError(f"Results of different {name} do not make one figure: report each alone{hint}. {each}.")
     return certified[0].guarantee, certified[0].norm

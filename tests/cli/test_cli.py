@@ -119,7 +119,19 @@ def test_report_of_runs_and_a_log(tmp_path):
     log = write_log(tmp_path / "cohen.tsv")
     out = tmp_path / "report"
     done = run(
-        "report", *runs, log, "--log-guarantee", "per_input", "--radii", 0, "--radii", 0.25, "--output-dir", out
+        "report",
+        *runs,
+        log,
+        "--log-guarantee",
+        "per_input",
+        "--log-alpha",
+        0.001,
+        "--radii",
+        0,
+        "--radii",
+        0.25,
+        "--output-dir",
+        out,
     )
     assert done.exit_code == 0, done.output
     for word in ("one", "two", "cohen.tsv", "r = 0.25", "unknown", "2410.06895", "report.md"):

@@ -18,16 +18,20 @@ def rows(folder):
 
 
 def write_run(
-    folder, sigmas=(0.25,), model="user/model", guarantee="per_input", radii=(), images=60, seed=0, method=None
-):
-    """A finished run: every 20th image, the third one undecodable. The settings name `radii` and the `method`, if any."""
+    folder, sigmas=(0.25,), model="user/model", guarantee="per_input", radii=(), images=60, seed=0, method=None,
+    alpha=0.001, sampling=None,
+):  # fmt: skip
+    """
+    A finished run: every 20th image, the third one undecodable. The settings name `radii` and the `method`, if any.
+    `sampling` is that of the certificates in turn, if known.
+    """
     generator = np.random.default_rng(seed)
     rows = []
     for sigma in sigmas:
         for position in range(images):
             label = position % 3
             row = {"index": 20 * position, "label": label, "label_name": NAMES[label], "sigma": sigma, "error": "torn"}
-            row |= {"num_samples": 0, "seconds": 0.1, "norm": "l2", "alpha": 0.001}
+            row |= {"num_samples": 0, "seconds": 0.1, "norm": "l2", "alpha": alpha}
             if position != 2:
                 hits = generator.beta(5, 1)
                 counts = np.roll(generator.multinomial(200, [hits, (1 - hits) * 0.7, (1 - hits) * 0.3]), label)
@@ -39,13 +43,15 @@ def write_run(
                     "prediction_name": NAMES[prediction] if prediction >= 0 else None,
                     "radius": GaussianNoise(sigma).radius(p_lower) if prediction >= 0 else 0.0,
                     "guarantee": guarantee,
-                    "alpha": 0.001,
+                    "alpha": alpha,
                     "counts": counts.tolist(),
                     "p_lower": p_lower,
                     "num_samples": int(generator.integers(20, 2000)),
                     "norm": "l2",
                     "seconds": 0.5,
                 }
+                if sampling:
+                    row["sampling"] = sampling[position % len(sampling)]
             rows.append(row)
     folder.mkdir()
     fullest = max(rows, key=len)

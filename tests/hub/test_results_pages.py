@@ -3,9 +3,12 @@
 import json
 
 import pytest
+from helpers.finished_runs import write_run
 from helpers.paths import ROOT, SHIPPED_MODEL
 
-from hf_smoothing.hub.results_pages import render_results, training_data
+from hf_smoothing.hub.results_pages import render_accuracy, render_results, training_data
+from hf_smoothing.reporting.report import summarize
+from hf_smoothing.reporting.results import read_results
 
 STUDY = json.loads(
     (ROOT / "model_cards" / "mixed-noise-vit-nano-cifar10-counts" / "results" / "study.json").read_text()
@@ -67,3 +70,20 @@ def test_a_training_shows_what_differs_between_its_stages():
 def test_an_unknown_template_is_refused():
     with pytest.raises(ValueError, match=r"'guess' is unknown: use report, .*benchmark"):
         render_results("guess", {})
+
+
+def test_the_table_of_a_card_says_what_its_certificates_rest_on(tmp_path):
+    runs = [write_run(tmp_path / "two", (0.25, 0.5), sampling=["lattice"]), write_run(tmp_path / "b", alpha=0.01)]
+    two, other = (summarize(read_results([run]), [0, 0.25]) for run in runs)
+    table = render_accuracy({"CIFAR-10": two})
+    for said in (
+        "`per_input`; sampling: `lattice`. With 95 % confidence, at most 1 of 59 certificates at each noise level",
+        "less 1.67 points (1/60), in all rows at once.",
+    ):
+        assert said in table
+    old = [{name: value for name, value in entry.items() if name != "most_wrong"} for entry in two["results"]]
+    assert "confidence" not in render_accuracy({"CIFAR-10": {**two, "results": old}})
+    with pytest.raises(ValueError, match=r"sigma = 0\.5: 0\.001; b, sigma = 0\.25: 0\.01"):
+        render_accuracy({"CIFAR-10": {**two, "results": [*two["results"], *other["results"]]}})
+    with pytest.raises(ValueError, match=r"B: per_input, alpha = 0\.01"):
+        render_accuracy({"A": two, "B": other})

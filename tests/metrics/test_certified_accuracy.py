@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 import hf_smoothing.metrics.certified_accuracy as package
-from hf_smoothing import ABSTAIN, CertifiedAccuracy
+from hf_smoothing import ABSTAIN, CertifiedAccuracy, GaussianNoise
+from hf_smoothing.core.bounds import clopper_pearson_lower
 from hf_smoothing.metrics.certified_accuracy import certified_accuracy, certified_accuracy_curve
 
 FOLDER = str(Path(package.__file__).parent)
@@ -30,6 +31,7 @@ HAND = {
     "guarantees": ["per_input"] * 5 + [None],
     "p_lower": [0.99, 0.8, 0.999, 0.0, 0.5, None],
     "num_samples": [100, 300, 50, 1000, 800, None],
+    "alphas": [0.01] * 5 + [None],
 }
 REQUIRED = {name: HAND[name] for name in ("predictions", "references", "radii")}
 
@@ -50,7 +52,9 @@ def test_a_case_computed_by_hand():
     assert found["clean_accuracy"] == 3 / 6
     assert found["abstention_rate"] == 1 / 6
     assert found["mean_certified_radius"] == pytest.approx(0.85 / 6)
-    assert found["guarantee"] == "per_input"
+    assert (found["guarantee"], found["alpha"]) == ("per_input", 0.01)
+    assert (found["expected_wrong"], found["most_wrong"]) == (0.05, 0)
+    assert [row["net_of_alpha"] for row in found["certified_accuracy"]] == shares(found)
     assert found["p_lower_quartiles"] == pytest.approx(np.quantile([0.99, 0.8, 0, 0, 0.5, 0], [0.25, 0.5, 0.75]))
     assert found["median_num_samples"] == 300
     assert json.loads(json.dumps(found)) == found
@@ -82,6 +86,10 @@ def test_the_definition_of_the_literature_on_the_format_of_its_logs():
         ({"guarantees": ["per_input"] * 4 + ["none", None]}, r"none, per_input\) do not make one figure"),
         ({"guarantees": ["per_input"] * 4 + [None, None]}, r"per_input, unknown\) do not make one figure"),
         ({"guarantees": ["surely"] * 6}, "'surely'; choose from per_input, marginal, none"),
+        ({"alphas": [0.01] * 4 + [0.001, None]}, r"alphas \(0.001, 0.01\) do not make one figure"),
+        ({"alphas": [0.01] * 4 + [None, None]}, r"alphas \(0.01, unknown\) do not make one figure"),
+        ({"alphas": [0.01] * 4 + [0, None]}, r"alphas\[4\]=0 must be a probability above 0"),
+        ({"num_results": 0}, "num_results=0 must be an integer"),
         ({"p_lower": [1.1] * 6}, r"p_lower\[0\]=1.1"),
         ({"num_samples": [-5] * 6}, r"num_samples\[0\]=-5"),
         ({"thresholds": [0.5, -0.25]}, r"thresholds=\[0.5, -0.25\]"),
@@ -97,6 +105,42 @@ def test_bad_input_is_named(changed, said, tmp_path):
     with pytest.raises(ValueError, match=said if "thresholds" not in changed else "thresholds="):
         metric.compute(**HAND | changed)
     assert metric.compute(**HAND) == certified_accuracy(**HAND)  # an error leaves nothing behind
+
+
+@pytest.mark.parametrize("num_results", [1, 3])
+def test_the_bound_net_of_alpha_holds_for_whole_tables(num_results):
+    """
+    Clopper-Pearson certificates at their weakest: 60 of 80 draws or more, which happens with probability alpha, claim a
+    radius that is slightly too large. A table is wrong if any of its bounds exceeds the true certified accuracy.
+    """
+    alpha, images, draws, tables = 0.05, 100, 80, 40_000
+    generator = np.random.default_rng(7)
+    p = clopper_pearson_lower(60, draws, alpha) - 1e-9
+    noise = GaussianNoise(1.0)
+    radius_of = [noise.radius(clopper_pearson_lower(hits, draws, alpha)) for hits in range(draws + 1)]
+    hits = generator.binomial(draws, p, (tables, num_results, images))
+    wrong = (np.array(radius_of)[hits] > noise.radius(p)).sum(2)
+    assert wrong.mean() == pytest.approx(alpha * images, rel=0.02)
+
+    def net_beyond_the_true_radius(number):
+        """The true certified accuracy there is 0."""
+        radii = [radius_of[60]] * number + [0.0] * (images - number)
+        given = {"guarantees": ["per_input"] * images, "alphas": [alpha] * images, "num_results": num_results}
+        found = certified_accuracy([0] * images, [0] * images, radii, [radius_of[60]], **given)
+        return found["certified_accuracy"][0]["net_of_alpha"]
+
+    net = np.array([net_beyond_the_true_radius(number) for number in range(wrong.max() + 2)])
+    error = 4 * np.sqrt(0.05 * 0.95 / tables)
+    assert (net[wrong] > 0).any(1).mean() <= 0.05 + error
+    assert (net[wrong + 1] > 0).any(1).mean() > 0.05 + error  # deducting one less is not enough
+
+
+def test_no_bound_net_of_alpha_without_what_it_rests_on():
+    for missing in ("guarantees", "alphas"):
+        found = certified_accuracy(**{name: column for name, column in HAND.items() if name != missing})
+        assert found["most_wrong"] is found["expected_wrong"] is found["certified_accuracy"][0]["net_of_alpha"] is None
+    estimated = certified_accuracy(**HAND | {"guarantees": ["none"] * 6})
+    assert (estimated["alpha"], estimated["most_wrong"]) == (0.01, None)
 
 
 radii = st.floats(0, 4, allow_nan=False)
@@ -152,6 +196,7 @@ def test_the_metric_of_evaluate(metric):
     wanted = certified_accuracy(**HAND, thresholds=thresholds)
     assert metric.compute(**HAND, thresholds=thresholds) == wanted
     assert metric.compute(**REQUIRED) == certified_accuracy(**REQUIRED)
+    assert metric.compute(**HAND, num_results=3) == certified_accuracy(**HAND, num_results=3)
     for chosen in (slice(0, 1), slice(1, 4), slice(4, 6)):
         metric.add_batch(**{name: column[chosen] for name, column in HAND.items()})
     assert metric.compute(thresholds=thresholds) == wanted
@@ -185,10 +230,14 @@ def test_tensors_and_arrays_keep_full_precision(metric):
     assert shares(metric.compute(thresholds=[radius])) == [0.5]
 
 
-def test_guarantees_are_not_mixed_between_batches_either(metric):
+def test_guarantees_and_alphas_are_not_mixed_between_batches_either(metric):
     for guarantee in ("per_input", "marginal"):
         metric.add_batch(predictions=[1], references=[1], radii=[0.1], guarantees=[guarantee])
     with pytest.raises(ValueError, match="marginal, per_input"):
+        metric.compute()
+    for alpha in (0.1, 0.2):
+        metric.add_batch(predictions=[1], references=[1], radii=[0.1], alphas=[alpha])
+    with pytest.raises(ValueError, match=r"alphas \(0.1, 0.2\)"):
         metric.compute()
     assert metric.compute(**HAND) == certified_accuracy(**HAND)
 

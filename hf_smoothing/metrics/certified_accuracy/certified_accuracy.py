@@ -31,6 +31,7 @@ class _Columns:
     failed: NDArray[np.bool_]
     radii: NDArray[np.float64]
     guarantee: str | None
+    alpha: float | None
     p_lower: NDArray[np.float64] | None
     num_samples: NDArray[np.float64]
     """Only of images that did not fail, where known."""
@@ -44,11 +45,14 @@ def certified_accuracy(
     guarantees: Column | None = None,
     p_lower: Column | None = None,
     num_samples: Column | None = None,
+    alphas: Column | None = None,
+    num_results: int = 1,
 ) -> dict[str, Any]:
     """
     Share of *all* images whose prediction is right and certified at each radius or beyond (Cohen et al., arXiv 1902.02918).
 
     Abstentions and images that failed count as wrong. Intervals are exact (Clopper-Pearson), 95 %, each for itself.
+    `net_of_alpha` deducts wrong certificates from each share, see [`most_wrong_certificates`].
 
     Args:
         predictions: class indices; -1 where the classifier abstains, None where the image failed.
@@ -59,29 +63,35 @@ def certified_accuracy(
             not make one figure. With `none` the figures are estimates, not certified.
         p_lower: lower bounds, in [0, 1], of the probability of the predicted class under noise.
         num_samples: forward passes spent on each image, 0 or above; None where unknown.
+        alphas: largest probability that the certificate of each image is wrong, above 0 and below 1; None where unknown.
+            Different ones are refused, as different guarantees are.
+        num_results: how many results the bounds net of alpha must hold for together, such as the rows of a table.
 
     Returns:
         A dict ready for JSON:
 
         - `num_images`, `num_failed`;
-        - `certified_accuracy`: for each threshold `radius`, `right` (images), `share`, `interval_95` (low, high);
+        - `certified_accuracy`: for each threshold `radius`, `right` (images), `share`, `interval_95` (low, high),
+          `net_of_alpha`;
         - `clean_accuracy`: the share at radius 0;
         - `abstention_rate`: share of all images;
         - `mean_certified_radius`: wrong images count 0. It is a weak measure: a useless classifier can make it as large as
           it likes, and it rewards easy images (arXiv 2410.06895). Compare the shares or the distribution of p_A instead;
-        - `guarantee`: of all images; None where unknown;
+        - `guarantee`, `alpha`: of all images; None where unknown;
+        - `expected_wrong`, `most_wrong`: how many certificates are wrong on average, at most (alpha N), and with 95 %
+          confidence (q). They and `net_of_alpha` are None unless the guarantee is `per_input` and alpha is known;
         - `p_lower_quartiles`: of the bound on the *true* class, which is 0 where the prediction is wrong; None without
           `p_lower`;
         - `median_num_samples`: over the images that did not fail; None without `num_samples`.
 
     Raises:
-        ValueError: for no images, unequal numbers, mixed guarantees, or a value out of its range; the message names it.
+        ValueError: for no images, unequal numbers, mixed guarantees or alphas, a value out of its range (named).
 
     >>> figures = certified_accuracy([0, 1, -1], [0, 0, 0], [0.3, 0.9, 0.0], thresholds=[0, 0.25, 0.5])
     >>> [row["right"] for row in figures["certified_accuracy"]], round(figures["abstention_rate"], 3)
     ([1, 1, 0], 0.333)
     """
-    columns = _validate(predictions, references, radii, guarantees, p_lower, num_samples)
+    columns = _validate(predictions, references, radii, guarantees, p_lower, num_samples, alphas)
     if not len(columns.right):
         raise ValueError("There are no images: predictions, references and radii are empty.")
     try:
@@ -90,15 +100,23 @@ def certified_accuracy(
         raise ValueError(f"thresholds={thresholds!r} must be a list of radii, such as [0, 0.5].") from None
     if not levels or not all(0 <= level < math.inf for level in levels):
         raise ValueError(f"thresholds={levels} must be one or more finite radii, 0 or above.")
+    if not isinstance(num_results, int) or num_results < 1:
+        raise ValueError(f"num_results={num_results!r} must be an integer, 1 or above.")
     bounds, draws = columns.p_lower, columns.num_samples
+    alpha = columns.alpha if columns.guarantee == "per_input" else None
+    certificates = int((~columns.failed).sum())
+    most_wrong = None if alpha is None else most_wrong_certificates(certificates, alpha, num_results)
     return {
         "num_images": len(columns.right),
         "num_failed": int(columns.failed.sum()),
-        "certified_accuracy": [_share(columns, level) for level in levels],
+        "certified_accuracy": [_share(columns, level, most_wrong) for level in levels],
         "clean_accuracy": float(columns.right.mean()),
         "abstention_rate": float(columns.abstains.mean()),
         "mean_certified_radius": float(np.where(columns.right, columns.radii, 0.0).mean()),
         "guarantee": columns.guarantee,
+        "alpha": columns.alpha,
+        "expected_wrong": None if alpha is None else alpha * certificates,
+        "most_wrong": most_wrong,
         "p_lower_quartiles": None if bounds is None else np.quantile(bounds * columns.right, _QUARTILES).tolist(),
         "median_num_samples": float(np.median(draws)) if len(draws) else None,
     }
@@ -125,9 +143,44 @@ def certified_accuracy_curve(
     return corners, (len(reached) - np.searchsorted(reached, corners)) / len(columns.right)
 
 
-def _share(columns: _Columns, level: float) -> dict[str, Any]:
+def most_wrong_certificates(certificates: int, alpha: float, num_results: int = 1) -> int:
+    """
+    The number of wrong certificates that is not exceeded with 95 % confidence: the 95 % quantile of Binomial(N, alpha).
+
+    A certificate is wrong if a change smaller than its radius changes the prediction of the smoothed classifier. Given the
+    images, certificate i is wrong with probability p_i <= alpha, independently of the others, since each image has its own
+    draws. Let it be wrong if U_i <= p_i, with independent, uniform U_i; then U_i <= alpha. So the number W of wrong ones is
+    stochastically at most Binomial(N, alpha), and W <= q with 95 % confidence, where q is the 95 % quantile.
+
+    Let k of M images be right and certified at some radius. At most W of these certificates are wrong, so at k - W images or
+    more the smoothed classifier gives the right class under every change smaller than that radius: the true certified
+    accuracy on these images is at least (k - W) / M. A certificate is wrong or not as a whole, so W does not depend on the
+    radius, and with 95 % confidence the true certified accuracy is at least (k - q) / M at *all* radii at once.
+
+    If several results are shown together, each takes its share of the 5 % (Bonferroni), and the bounds of all of them hold
+    at once, even if their draws depend on each other. The bound is about these images. The intervals of
+    [`certified_accuracy`] are about the population that the images are drawn from, and count every certificate as correct.
+
+    Args:
+        certificates: N, images that did not fail; abstentions count too. They must be different images.
+        alpha: largest probability that one certificate is wrong (`per_input`), over its draws.
+        num_results: how many results are shown together.
+
+    >>> most_wrong_certificates(500, 0.001), most_wrong_certificates(10_000, 0.001)
+    (2, 15)
+    """
+    return int(stats.binom.ppf(1 - 0.05 / num_results, certificates, alpha))
+
+
+def _share(columns: _Columns, level: float, most_wrong: int | None) -> dict[str, Any]:
     right, images = int((columns.right & (columns.radii >= level)).sum()), len(columns.right)
-    return {"radius": level, "right": right, "share": right / images, "interval_95": exact_interval(right, images)}
+    return {
+        "radius": level,
+        "right": right,
+        "share": right / images,
+        "interval_95": exact_interval(right, images),
+        "net_of_alpha": None if most_wrong is None else max(right - most_wrong, 0) / images,
+    }
 
 
 def exact_interval(right: int, images: int) -> list[float]:
@@ -143,9 +196,10 @@ def _validate(
     guarantees: Column | None = None,
     p_lower: Column | None = None,
     num_samples: Column | None = None,
+    alphas: Column | None = None,
 ) -> _Columns:
     columns: dict[str, Column | None] = {"predictions": predictions, "references": references, "radii": radii}
-    columns |= {"guarantees": guarantees, "p_lower": p_lower, "num_samples": num_samples}
+    columns |= {"guarantees": guarantees, "p_lower": p_lower, "num_samples": num_samples, "alphas": alphas}
     given = {name: list(column) for name, column in columns.items() if column is not None}
     if len({len(column) for column in given.values()}) > 1:
         sizes = ", ".join(f"{len(column)} {name}" for name, column in given.items())
@@ -175,6 +229,7 @@ def _validate(
         failed=failed,
         radii=distances,
         guarantee=_guarantee(given.get("guarantees", []), failed),
+        alpha=_alpha(given.get("alphas", []), failed),
         p_lower=bounds,
         num_samples=draws[known & ~failed],
     )
@@ -192,6 +247,18 @@ def _guarantee(guarantees: list[Any], failed: NDArray[np.bool_]) -> str | None:
     if len(kinds) > 1:
         raise ValueError(f"Different guarantees ({', '.join(kinds)}) do not make one figure: compute each alone.")
     return kinds[0] if kinds and kinds != ["unknown"] else None
+
+
+def _alpha(alphas: list[Any], failed: NDArray[np.bool_]) -> float | None:
+    known = np.array([value is not None for value in alphas], bool)
+    values = _numbers("alphas", alphas, missing=0.5)
+    _check("alphas", values, (values > 0) & (values < 1), "must be a probability above 0 and below 1.")
+    kinds = sorted(
+        {f"{value:g}" if there else "unknown" for value, there, skip in zip(values, known, failed) if not skip}
+    )
+    if len(kinds) > 1:
+        raise ValueError(f"Different alphas ({', '.join(kinds)}) do not make one figure: compute each alone.")
+    return float(values[known & ~failed][0]) if kinds and kinds != ["unknown"] else None
 
 
 def _numbers(name: str, values: list[Any], missing: float | None = None) -> NDArray[np.float64]:
@@ -213,15 +280,15 @@ def _check(name: str, values: NDArray[np.float64], fine: NDArray[np.bool_], want
 
 _INTEGERS, _FLOATS, _STRINGS = (datasets.Value(kind) for kind in ("int64", "float64", "string"))
 _REQUIRED = {"predictions": _INTEGERS, "references": _INTEGERS, "radii": _FLOATS}
-_FEATURES = {**_REQUIRED, "guarantees": _STRINGS, "p_lower": _FLOATS, "num_samples": _INTEGERS}
+_FEATURES = {**_REQUIRED, "guarantees": _STRINGS, "p_lower": _FLOATS, "num_samples": _INTEGERS, "alphas": _FLOATS}
 
 
 class CertifiedAccuracy(evaluate.Metric):
     """
     [`certified_accuracy`] as a metric of `evaluate`: `CertifiedAccuracy()`, or `evaluate.load` with this folder.
 
-    `predictions`, `references` and `radii` are required; `guarantees`, `p_lower` and `num_samples` are optional, the same
-    ones in every batch. `evaluate.combine` passes only the three required columns to `add_batch`, and all to `compute`.
+    `predictions`, `references` and `radii` are required; `guarantees`, `p_lower`, `num_samples` and `alphas` are optional,
+    the same ones in every batch. `evaluate.combine` passes only the three required columns to `add_batch`, all to `compute`.
 
     >>> metric = CertifiedAccuracy()
     >>> metric.add_batch(predictions=[0, 1], references=[0, 0], radii=[0.3, 0.9], guarantees=["per_input"] * 2)
@@ -270,7 +337,7 @@ class CertifiedAccuracy(evaluate.Metric):
 
     def _expect(self, batch: dict[str, Any]) -> None:
         """Set the columns of all batches until `compute`."""
-        given = {name for name, column in batch.items() if column is not None} - {"thresholds"}
+        given = {name for name, column in batch.items() if column is not None} - {"thresholds", "num_results"}
         if unknown := sorted(given.difference(_FEATURES)):
             raise ValueError(f"There is no column {unknown[0]!r}; there are {', '.join(_FEATURES)}.")
         if missing := [name for name in _REQUIRED if name not in given]:
