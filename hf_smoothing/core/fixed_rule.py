@@ -86,4 +86,4 @@ class _FixedRuns(CountRuns):
         selected, counts = self.selected[rows], self.counts[rows]
         hits = counts[np.arange(len(rows)), selected]
         p_lower = clopper_pearson_lower(hits, counts.sum(1), self.rule.alpha)
-        return Outcomes.from_bounds(self.noise.at(rows), selected, p_lower, 1 - p_lower)
+        return Outcomes.from_bounds(self.noise, selected, p_lower, 1 - p_lower)

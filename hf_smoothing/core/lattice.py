@@ -22,7 +22,8 @@ classifier that is smoothed is a rounding to the lattice followed by the base cl
 probability under the sampler differs by more from that of the theorem, and [`SampledNoise`] subtracts it from every bound.
 
 **8-bit pictures.** A picture that is within float32 rounding of 8-bit levels is moved to them, so that its copies are the
-same however it was divided by 255. This moves the centre of the certified ball by about 1e-6, which is deducted.
+same however it was divided by 255. This moves the centre of the certified ball by at most 2^-23 per value, which is deducted
+from every radius (7e-6 in l2 at 3x32x32).
 
 **Keys.** The noise of an image depends on a key (seed, method, distribution, pixels) and the number of the draw only, not on
 batch sizes, other images or processes. It comes in blocks, each from a generator of its own, so that several threads draw at
@@ -49,8 +50,8 @@ STEPS_PER_UNIT = 255 * 16
 _BLOCK_VALUES = 2**16
 """Roughly how many values a block of noise holds."""
 _LEVEL = STEPS_PER_UNIT // 255
-_ROUNDING = 2**-10
-"""Two last places of float32 below 1, in steps of the lattice."""
+_ROUNDING = 2**-11
+"""How far rounding in float32 may take k/255 from its level, in steps of the lattice: 2^-23 of a unit."""
 
 
 def total_variation(noise: SmoothingNoise, coordinates: int) -> float:
@@ -80,15 +81,14 @@ def choose_seed() -> int:
     return secrets.randbits(52)  # JSON readers hold such integers exactly
 
 
-def place_on_lattice(image: torch.Tensor) -> tuple[FloatArray, FloatArray]:
+def place_on_lattice(image: torch.Tensor) -> FloatArray:
     """
-    An image (float32 on the CPU) in steps of the lattice, `(values,)`, and by how much each value was moved: 0 for all but
-    pictures within rounding of 8-bit levels.
+    An image (float32 on the CPU) in steps of the lattice, `(values,)`. A picture within rounding of 8-bit levels is moved to
+    them, see the top of this file.
     """
     steps = image.numpy().astype(np.float64).ravel() * STEPS_PER_UNIT
     levels = np.rint(steps * (1 / _LEVEL)) * _LEVEL
-    moves = levels - steps
-    return (levels, moves) if np.abs(moves).max(initial=0.0) <= _ROUNDING else (steps, np.zeros_like(steps))
+    return levels if np.abs(levels - steps).max(initial=0.0) <= _ROUNDING else steps
 
 
 @dataclass(eq=False)
@@ -99,8 +99,6 @@ class NoisyImage:
     key: bytes
     steps: Any
     """The image in steps of the lattice, float64: an array `(values,)`, or a tensor on the device that draws."""
-    moved: float
-    """By how much the image was moved to 8-bit levels, in the norm of the radius."""
     block_size: int
     drawn: int = 0
     remainder: Any = None
@@ -119,28 +117,17 @@ class NoisyImage:
         return hashlib.blake2b(block.to_bytes(8, "little"), key=self.key, digest_size=32).digest()
 
 
-@dataclass(frozen=True)
 class SampledNoise:
     """
-    A distribution as the sampler draws it: radii and probabilities are corrected for the sampler's error.
-
-    Args:
-        noise: the distribution.
-        slack: `(rows,)`, [`total_variation`] for each image; subtracted from lower bounds and added to upper ones.
-        moved: `(rows,)`, by how much images were moved to 8-bit levels, in the norm of the radius; subtracted from radii.
+    A distribution as the sampler draws it for images of up to `coordinates` values: radii and probabilities are corrected
+    for the sampler's error, and for moving 8-bit pictures to their levels.
     """
 
-    noise: SmoothingNoise
-    slack: FloatArray
-    moved: FloatArray
-
-    @property
-    def sigma(self) -> float:
-        return self.noise.sigma
-
-    def at(self, rows: Any) -> "SampledNoise":
-        """The distribution for these rows."""
-        return SampledNoise(self.noise, self.slack[rows], self.moved[rows])
+    def __init__(self, noise: SmoothingNoise, coordinates: int):
+        self.noise = noise
+        self.sigma = noise.sigma
+        self.slack = total_variation(noise, coordinates)
+        self.moved = coordinates ** (0.5 if noise.norm == "l2" else 1.0) * _ROUNDING / STEPS_PER_UNIT
 
     def radius(self, p_a: ArrayLike, p_b: ArrayLike | None = None) -> FloatArray:
         p_a = np.asarray(p_a, np.float64)[()]
@@ -148,6 +135,7 @@ class SampledNoise:
         return np.maximum(0.0, radius - self.moved)
 
     def probability_needed(self, radius: ArrayLike, p_b: ArrayLike | None = None) -> FloatArray:
+        radius = np.asarray(radius, np.float64)[()]
         others = None if p_b is None else np.asarray(p_b, np.float64)[()] + self.slack
         # the ball around the moved image must hold the ball around the image, at radius 0 the image itself
         return self.noise.probability_needed(radius + self.moved, others) + self.slack
@@ -178,12 +166,11 @@ class LatticeSampler(ABC):
 
     def start(self, image: torch.Tensor) -> NoisyImage:
         """Start the copies of an image, `(channels, height, width)`, float32 on the CPU."""
-        steps, moves = place_on_lattice(image)
+        steps = place_on_lattice(image)
         settings = hashlib.blake2b(f"{self._key} {tuple(image.shape)}".encode()).digest()
         key = hashlib.blake2b(steps.tobytes(), key=settings).digest()
-        moved = float(np.linalg.norm(moves, 2 if self.noise.norm == "l2" else 1)) / STEPS_PER_UNIT
         block_size = max(1, _BLOCK_VALUES // image.numel())
-        return NoisyImage(image.to(self.device), key, self._store(steps, image.shape), moved, block_size)
+        return NoisyImage(image.to(self.device), key, self._store(steps, image.shape), block_size)
 
     @abstractmethod
     def _store(self, steps: FloatArray, shape: torch.Size) -> Any:

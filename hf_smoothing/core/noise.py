@@ -52,10 +52,6 @@ class SmoothingNoise(ABC):
     def probability_needed(self, radius: ArrayLike, p_b: ArrayLike | None = None) -> FloatArray:
         """See [`NoiseDistribution`]; 1 if no probability suffices."""
 
-    def at(self, rows: NDArray[np.int64]) -> "SmoothingNoise":
-        """See [`NoiseDistribution`]: the same for all images."""
-        return self
-
     @abstractmethod
     def fill_array(self, generator: np.random.Generator, out: FloatArray) -> None:
         """Fill `out` with draws of standard deviation 1; however they are split into calls, the sequence is the same."""

@@ -37,9 +37,6 @@ class NoiseDistribution(Protocol):
     def probability_needed(self, radius: ArrayLike, p_b: ArrayLike | None = None) -> FloatArray:
         """The probability that the top class must exceed to be certified at `radius`; `p_b` as for `radius`."""
 
-    def at(self, rows: Rows) -> "NoiseDistribution":
-        """The distribution for these rows of a run: images differ by the sampler's error, see [`SampledNoise`]."""
-
 
 @dataclass(frozen=True)
 class Outcomes:

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from .base_classifier import BaseClassifier
-from .lattice import LatticeSampler, NoisyImage, SampledNoise, total_variation
+from .lattice import LatticeSampler, NoisyImage, SampledNoise
 from .noise import SmoothingNoise
 from .progress_bar import ProgressBar
 from .rule_protocols import CleanPass, Counts, Outcomes, Rows, Rule, Runs
@@ -59,24 +59,24 @@ class _ActiveImages:
         to_launch, to_count: draws that the rule wants and that were not launched, or not counted, yet.
         counts: class counts of the draws that the rule does not know yet.
         num_samples: forward passes launched.
+        size: the number of values of the image, rounded up, see [`Sampler`].
     """
 
-    def __init__(self, num_rows: int, num_classes: int, noise: SmoothingNoise):
+    def __init__(self, num_rows: int, num_classes: int):
         self.noisy: list[NoisyImage | None] = [None] * num_rows
         self.free = list(range(num_rows - 1, -1, -1))
         self.position = np.full(num_rows, -1)
         self.started = np.zeros(num_rows, bool)
         self.to_launch, self.to_count, self.num_samples = (np.zeros(num_rows, np.int64) for _ in range(3))
         self.counts = np.zeros((num_rows, num_classes), np.int64)
-        self.noise = SampledNoise(noise, np.zeros(num_rows), np.zeros(num_rows))
+        self.size = np.zeros(num_rows, np.int64)
 
     def add(self, position: int, noisy: NoisyImage) -> int:
         row = self.free.pop()
         self.noisy[row], self.position[row] = noisy, position
         self.started[row], self.num_samples[row] = False, 0
         self.to_launch[row] = self.to_count[row] = 1
-        self.noise.slack[row] = total_variation(self.noise.noise, noisy.image.numel())
-        self.noise.moved[row] = noisy.moved
+        self.size[row] = _round_up(noisy.image.numel())
         return row
 
     def remove(self, rows: Rows) -> list[NoisyImage]:
@@ -97,6 +97,8 @@ class Sampler:
     On CUDA a second batch is launched before the results of the first are read, so that CPU and GPU work at the same time.
     The rule gets counts only once all draws that an image asked for are in, so that batches decide nothing.
 
+    The sampler's error depends on the size of images. Images whose size has the same next power of two share runs.
+
     Args:
         base_classifier, noise, rule, seed, batch_size: see [`SmoothedClassifier`].
         count_head: replaces the base classifier in the clean pass, if the rule uses one.
@@ -113,7 +115,7 @@ class Sampler:
     progress: ProgressBar | None = None
     batches_ahead: int | None = None
 
-    _runs: Runs = field(init=False)
+    _runs: dict[int, Runs] = field(init=False, default_factory=dict)
     _active: _ActiveImages = field(init=False)
     _lattice: LatticeSampler = field(init=False)
     _first_batch: bool = field(init=False, default=True)
@@ -185,17 +187,25 @@ class Sampler:
         if self.rule.method != "surrogate":  # which does not ask the base classifier
             self.base_classifier.prepare(first.image, self.noise.sigma)
         num_classes = self.base_classifier.num_classes(first.image)
-        num_rows = self.batch_size * (1 + (self.batches_ahead or 0))
-        self._active = _ActiveImages(num_rows, num_classes, self.noise)
-        self._runs = self.rule.start(self._active.noise, num_rows, num_classes)
+        self._active = _ActiveImages(self.batch_size * (1 + (self.batches_ahead or 0)), num_classes)
         # again: the sampler's error grows with the size of the images
-        error = np.array([total_variation(self.noise, first.image.numel())]), np.array([first.moved])
-        self.rule.check(SampledNoise(self.noise, *error).at(np.array(0)))
+        self.rule.check(SampledNoise(self.noise, _round_up(first.image.numel())))
+
+    def _by_size(self, rows: Rows) -> Iterator[tuple[NDArray[np.int64], Runs]]:
+        """The rows of each size, as indices into `rows`, and their runs."""
+        sizes = self._active.size[rows]
+        for size in np.unique(sizes).tolist():
+            if size not in self._runs:
+                noise = SampledNoise(self.noise, size)
+                self._runs[size] = self.rule.start(noise, *self._active.counts.shape)
+            yield np.flatnonzero(sizes == size), self._runs[size]
 
     def _start(self, rows: Rows, clean: CleanPass | None) -> None:
         active = self._active
         active.started[rows] = True
-        active.to_launch[rows] = active.to_count[rows] = self._runs.start(rows, clean)
+        for images, runs in self._by_size(rows):
+            part = None if clean is None else CleanPass(clean.scores[images], clean.frequencies)
+            active.to_launch[rows[images]] = active.to_count[rows[images]] = runs.start(rows[images], part)
 
     def _ask_count_head(self, rows: Rows, count_head: CountHead) -> Iterator[FinishedImages]:
         """Start images with the class frequencies that the count head predicts."""
@@ -257,24 +267,29 @@ class Sampler:
         active.counts[rows] += counts
         active.to_count[rows] -= batch.draws[drawn]
         complete = rows[active.to_count[rows] == 0]
-        active.to_launch[complete] = active.to_count[complete] = self._runs.update(complete, active.counts[complete])
+        for images, runs in self._by_size(complete):
+            part = complete[images]
+            active.to_launch[part] = active.to_count[part] = runs.update(part, active.counts[part])
         active.counts[complete] = 0
         yield from self._finish(batch.rows[active.to_count[batch.rows] == 0])
 
     def _finish(self, rows: Rows) -> Iterator[FinishedImages]:
         active = self._active
-        if len(rows):
-            positions, num_samples = active.position[rows].tolist(), active.num_samples[rows]
-            images = active.remove(rows)
-            for image in images:
+        for images, runs in self._by_size(rows):
+            part = rows[images]
+            positions, num_samples = active.position[part].tolist(), active.num_samples[part]
+            finished = active.remove(part)
+            for image in finished:
                 self._lattice.finish(image)
-            dimensions = [image.image.numel() for image in images]
-            yield FinishedImages(
-                positions, self._runs.outcomes(rows), self._runs.counts[rows], num_samples, dimensions
-            )
+            dimensions = [image.image.numel() for image in finished]
+            yield FinishedImages(positions, runs.outcomes(part), runs.counts[part], num_samples, dimensions)
         if self.progress is not None:
             in_progress = active.rows
             self.progress.update(active.num_samples[rows].tolist(), active.num_samples[in_progress].tolist())
+
+
+def _round_up(size: int) -> int:
+    return 1 << (size - 1).bit_length()
 
 
 def _count_classes(logits: torch.Tensor, draws: NDArray[np.int64]) -> torch.Tensor:

@@ -1,14 +1,15 @@
-"""The sequential rule: draw until the question is settled; the guarantee holds whenever that is."""
+"""The sequential rule: draw until radii are decided; the guarantee holds whenever that is."""
 
 import math
+from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import special
 
-from .bounds import OddsPrior, clopper_pearson_lower, confidence_sequence_lower, draws_to_reject, log_odds_mixture
+from .bets import BetGrid, slope
 from .certificates import ABSTAIN, Guarantee
 from .rule_protocols import (
     CleanPass,
@@ -22,326 +23,273 @@ from .rule_protocols import (
 )
 from .validation import check_count, check_radii, check_share
 
-_PRIOR_FLOOR = 0.5
-"""The share of the prior's weight that a count head cannot move: a wrong head costs at most log(1/0.5) of evidence. If it
-moved more, a head would cost about as many draws where it is wrong as it saves where it is right."""
-_PRIOR_SPREAD = 0.9
-"""Assumed standard deviation of the error of the log-odds that a count head predicts. A smaller one costs more draws where a
-head is wrong than it saves where it is right."""
-_ROUNDING = 16
-"""Predicted log-odds are rounded to this fraction of a unit."""
-_RANK_DECAY = 0.1
-"""About how often the prediction under noise is not the class ranked next on the clean image."""
-_UPPER_SHARE = 0.05
-"""The part of alpha for the upper bounds. It adds less than 1 % to the draws of a claim that does not need them."""
-_ALPHA_STOP = 0.03
-"""Level of the intervals that show a radius to be out of reach: it costs some claims at worst, never validity."""
-_BISECTIONS = 20
-"""Steps of the search for a bound of the runner-up; a radius that needs more steps is left to the next look."""
-_ALPHA_KNOWN = 0.05
-"""Level of the upper end of the radius that `tolerance` is measured against; informative only."""
+_FIRST_DRAWS = 8
+_LOOK_SHARE = 128
+"""At least this share of the draws is added between looks; half of it is wasted on average."""
+_FUTILITY_LATE, _FUTILITY_DECADE, _FUTILITY_MOST = 1.2, 0.3, 2.0
+"""Standard deviations of optimism when a radius is given up: 1.2 at the end of the budget, .3 more for each factor of ten before
+it, at most 2. It costs some claims at worst, never validity."""
 
 
 @dataclass(frozen=True)
 class SequentialRule:
     """
-    Draw until the question is settled; the certificate holds whenever that is.
+    Draw until every radius is claimed or the next one is out of reach. The certificate holds whenever that is.
 
-    E-processes bound the probability of each class from below and from above at all times at once ([`log_e_value`]). Most of
-    alpha goes to the lower bounds, split over the classes by weights fixed before the first counted draw. A twentieth goes
-    to the upper bounds, in equal shares. The certificate rests on the lower bound of one class and the largest upper bound
-    of the others, or on the lower bound alone where that proves more. The question only decides when to stop:
+    **Which class.** For each class t there is an e-process against "t is the most probable class". Every draw bets on the
+    class c that led *before* it was asked for (at first: on the clean image) against t, with the bets of [`BetGrid`] at
+    radius 0, whose mean payoff is at most 1 if t is the most probable class, whatever class was leading. Class t is excluded
+    once its e-value reaches 1 / (level), and c is the answer once all other classes are excluded. A wrong answer has excluded
+    the most probable class, so by Ville's inequality its probability is at most the level. Neither the number of rivals nor
+    that of possible answers costs anything. (Classes that are equally probable are all right answers.)
 
-    - with `radii`: once every radius is claimed, or the next one is out of reach.
-    - without: once the radius is known to the relative `tolerance`, or the budget can no longer prove any.
+    **Which radius.** A share of alpha is the level of the class. A radius is claimed for the answer c once the e-values of
+    [`BetGrid`] against "the radius of c is no larger" reach 1 over the rest of alpha for every rival. A wrong class has
+    probability at most the first part; if c is right, a wrong radius has probability at most the second.
 
-    The certificate carries the largest radius that was proved, which may exceed those asked for.
+    **Several radii** are claimed in ascending order, all for the same class. A wrong claim includes one of the smallest radius
+    that is too large, so they share one level.
+
+    When to look is chosen from counts of the past, so looks are stopping times. Giving a radius up claims nothing.
 
     Args:
-        radii: radii to decide; `None` finds the radius.
+        radii: radii to decide. Radius 0 asks for the answer alone.
         alpha: probability of a wrong certificate, in (0, 1).
         max_draws: the most draws per image, besides its clean pass.
-        tolerance: without `radii`, stop once the proved radius is at least `1 - tolerance` of what it can still
-            become (the upper end of a 95 % confidence interval, or what the budget can prove if that is less).
-        weight_floor: the part of alpha split equally over all classes; the rest follows their rank on the clean image, or
-            the rank that a count head predicts.
-        prior: prior of the e-processes; by default the [`OddsPrior`] for `max_draws`. A count head moves half of its weight
-            to where it expects p; a wrong head costs draws, never validity.
 
-    Source: Ville's inequality for the mixture e-process of [`log_e_value`]; the radius is theorem 1 of Cohen et al. 2019
-    (arXiv 1902.02918) for Gaussian noise.
+    Source: see [`bets`]; the radius is theorem 1 of Cohen et al. 2019 (arXiv 1902.02918) for Gaussian noise.
     """
 
-    radii: tuple[float, ...] | None = None
+    radii: tuple[float, ...]
     alpha: float = 0.001
     max_draws: int = 10_000
-    tolerance: float = 0.1
-    weight_floor: float = 0.05
-    prior: OddsPrior | None = None
 
     method: ClassVar[str] = "sequential"
-    takes: ClassVar[tuple[str, ...]] = ("alpha", "radius", "radii", "max_draws", "tolerance")
+    takes: ClassVar[tuple[str, ...]] = ("alpha", "radius", "radii", "max_draws")
     guarantee: ClassVar[Guarantee] = "per_input"
     uses_clean_pass: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_share("alpha", self.alpha)
-        check_share("tolerance", self.tolerance)
-        check_share("weight_floor", self.weight_floor)
         check_count("max_draws", self.max_draws)
-        if self.radii is not None:
-            check_radii(self.radii)
+        check_radii(self.radii)
 
     @classmethod
-    def from_settings(cls, **settings: Any) -> "SequentialRule":
-        if "radii" in settings and "tolerance" in settings:
-            raise ValueError(f"tolerance={settings['tolerance']} has no meaning when radii are given: leave it out.")
-        return cls(**settings)
+    def from_settings(cls, *, radii: tuple[float, ...] | None = None, **settings: Any) -> "SequentialRule":
+        if radii is None:
+            raise ValueError("method='sequential' decides radii: give radius or radii, or leave method out.")
+        return cls(radii, **settings)
 
     @property
     def budget(self) -> int:
         return self.max_draws
 
     def check(self, noise: NoiseDistribution) -> None:
-        radius = max(self.radii or (0.0,))
-        alpha = self._largest_alpha
-        p0 = probability_in_reach(noise, radius)
-        needed, short = draws_to_reject(p0, alpha, self._prior), 0
-        if needed > self.max_draws:
-            while short < needed:  # the prior for a larger budget may need even more draws
-                short, needed = needed, draws_to_reject(p0, alpha, replace(self, max_draws=needed)._prior)
-            best = float(noise.radius(confidence_sequence_lower(self.max_draws, self.max_draws, alpha, self._prior)))
-            raise too_few("max_draws", self.max_draws, radius, best, needed)
+        radius = max(self.radii)
+        probability_in_reach(noise, radius)
+        if self._suffices(noise):
+            return
+        needed = _first_true(lambda draws: replace(self, max_draws=draws)._suffices(noise), self.max_draws)
+        below = [share / 1000 * radius for share in range(1000)]
+        out_of_reach = bisect_left(below, True, key=lambda value: not replace(self, radii=(value,))._suffices(noise))
+        raise too_few("max_draws", self.max_draws, radius, below[max(out_of_reach - 1, 0)], needed)
 
-    @property
-    def _prior(self) -> OddsPrior:
-        return self.prior or OddsPrior.for_budget(self.max_draws, self.alpha)
-
-    @property
-    def _largest_alpha(self) -> float:
-        """The share of alpha for a claim of the class ranked first, without the little that the floor adds."""
-        return (1 - _UPPER_SHARE) * (1 - self.weight_floor) * (1 - _RANK_DECAY) * self.alpha
+    def _suffices(self, noise: NoiseDistribution) -> bool:
+        """Whether the draws prove the largest radius if all of them hit the class that leads on the clean image."""
+        tests = _Tests(self, noise)
+        hits, none = np.array([float(self.max_draws)]), np.zeros(1)
+        class_proved = tests.class_grid.log_e_value(hits, none, hits) >= tests.needed_for_class
+        needed = tests.needed_for_radius if max(self.radii) else tests.needed_for_class
+        return bool(class_proved & (tests.grids[-1].log_e_value(hits, none, hits) >= needed))
 
     def start(self, noise: NoiseDistribution, num_rows: int, num_classes: int) -> "_SequentialRuns":
         return _SequentialRuns(self, noise, num_rows, num_classes)
 
-    def _prior_for(self, noise: NoiseDistribution, clean: CleanPass) -> OddsPrior:
-        """The prior of the lower bounds, moved by a count head's predictions if there are any."""
-        prior = self._prior
-        if not clean.frequencies:
-            return prior
-        # rounded: the last bits of the prediction differ between batch sizes and must decide nothing
-        log_odds = np.rint(_ROUNDING * special.logit(np.clip(clean.scores.max(1), 1e-6, 1 - 1e-6))) / _ROUNDING
-        if self.radii is None:  # the radius that will probably be claimed
-            most = confidence_sequence_lower(self.max_draws, self.max_draws, self._largest_alpha, prior)
-            radii = [(1 - self.tolerance) * noise.radius(np.minimum(special.expit(log_odds), most))]
-        else:
-            radii = [np.full(len(log_odds), radius) for radius in self.radii]
-        nulls = np.stack([noise.probability_needed(radius) for radius in radii], axis=1)
-        return prior.reweight(log_odds[:, None] - special.logit(nulls), _PRIOR_SPREAD, _PRIOR_FLOOR)
+
+def _first_true(holds: Callable[[int], bool], start: int) -> int:
+    """The smallest number above `start` for which a monotone statement holds."""
+    most = start + 1
+    while not holds(most):
+        most *= 2
+    return bisect_left(range(most), True, lo=start, key=holds)
 
 
-def class_weights(scores: FloatArray, floor: float) -> FloatArray:
-    """
-    Shares of alpha from scores `(images, classes)` known before the first draw: of the same shape, positive, of sum 1.
+class _Tests:
+    """The bets of a rule, and the evidence (log e-values) that its claims take."""
 
-    Only the ranking of the scores counts: their values differ in the last bit between batch sizes, certificates must not.
-    The part `floor` is split equally.
-    """
-    falling = (1 - _RANK_DECAY) * _RANK_DECAY ** np.arange(scores.shape[1])
-    weights = np.empty_like(scores)
-    np.put_along_axis(weights, np.argsort(-scores, axis=1, kind="stable"), falling[None] / falling.sum(), axis=1)
-    return (1 - floor) * weights + floor / scores.shape[1]
+    def __init__(self, rule: SequentialRule, noise: NoiseDistribution):
+        radii = sorted(rule.radii)
+        share = _class_share(noise, radii, rule.alpha)
+        self.needed_for_class = -math.log(rule.alpha * share)
+        self.needed_for_radius = -math.log(rule.alpha * (1 - share)) if share < 1 else math.inf
+        self.class_grid = BetGrid.for_radius(noise, 0.0, rule.max_draws, rule.alpha)
+        self.grids = [
+            BetGrid.for_radius(noise, radius, rule.max_draws, rule.alpha) if radius else self.class_grid
+            for radius in radii
+        ]
 
 
-@dataclass(frozen=True)
-class Tally:
-    """Class counts of images: the class drawn most often, its draws, those of the class in second place, all draws."""
-
-    top: NDArray[np.int64]
-    hits: FloatArray
-    runner_up: FloatArray
-    draws: FloatArray
-
-    @classmethod
-    def from_counts(cls, counts: Counts) -> "Tally":
-        top = counts.argmax(1)[:, None]
-        others = counts.copy()
-        np.put_along_axis(others, top, 0, axis=1)
-        hits = np.take_along_axis(counts, top, axis=1)[:, 0]
-        return cls(top[:, 0], hits * 1.0, others.max(1) * 1.0, counts.sum(1) * 1.0)
-
-    def at(self, images: NDArray[Any]) -> "Tally":
-        """The tally of some of the images, by mask or index."""
-        return Tally(self.top[images], self.hits[images], self.runner_up[images], self.draws[images])
-
-    def optimistic_probabilities(self, alpha: float) -> tuple[FloatArray, FloatArray]:
-        """An upper bound of the top class's probability and a lower bound of the runner-up's, each at level `alpha`."""
-        misses = clopper_pearson_lower(self.draws - self.hits, self.draws, alpha)
-        return 1 - misses, clopper_pearson_lower(self.runner_up, self.draws, alpha)
-
-    def extrapolate(self, draws: FloatArray, p_a: FloatArray, p_b: FloatArray) -> "Tally":
-        """The expected tally after so many further draws, if the top classes have these probabilities."""
-        return Tally(self.top, self.hits + draws * p_a, self.runner_up + draws * p_b, self.draws + draws)
+def _class_share(noise: NoiseDistribution, radii: list[float], alpha: float) -> float:
+    """The part of alpha for the class: such that both claims take as many draws where every draw hits, .01 to .5."""
+    if radii[0] == 0:
+        return 0.5 if len(radii) > 1 else 1.0
+    p0 = float(noise.probability_needed(radii[0]))
+    for share in np.geomspace(0.01, 0.5, 40):
+        if -math.log(alpha * share) / math.log(2) <= -math.log(alpha * (1 - share)) / -math.log(p0):
+            return float(share)
+    return 0.5
 
 
 class _SequentialRuns:
     def __init__(self, rule: SequentialRule, noise: NoiseDistribution, num_rows: int, num_classes: int):
         self.rule = rule
         self.noise = noise
-        self.radii = np.array(sorted(rule.radii or ()))
-        prior = rule._prior
-        self.steps = np.array(prior.steps)
-        self.log_weights = np.zeros((num_rows, len(self.steps)))
-        self.log_weights_upper = prior.log_weights  # a count head predicts the top class, not the others
-        self.log_needed = np.zeros((num_rows, num_classes))
-        """Evidence that a lower bound takes: minus the logarithm of its share of alpha."""
-        self.log_needed_upper = -math.log(_UPPER_SHARE * rule.alpha / num_classes)
-        self.counts = np.zeros((num_rows, num_classes), np.int64)
+        self.radii = np.array(sorted(rule.radii))
+        self.tests = _Tests(rule, noise)
+        shape = (num_rows, num_classes)
+        self.counts = np.zeros(shape, np.int64)
+        self.draws = np.zeros(num_rows, np.int64)
+        self.leader, self.next = np.zeros(num_rows, np.int64), np.zeros(num_rows, np.int64)
+        """The class that the next draws bet on, and the one that they bet on against the leader."""
+        self.bet_hits = np.zeros(shape, np.int64)
+        """For each class t, how many draws hit the class that was bet on against t."""
+        self.excluded = np.zeros(shape, bool)
+        """Classes that are not the answer."""
+        self.answer = np.zeros(num_rows, np.int64)
         self.claimed = np.zeros(num_rows, np.int64)
         """How many of the radii are claimed."""
-        self.largest_radius = np.zeros(num_rows)
-        """What the budget can prove; used without radii only."""
-        self.best = Outcomes(*(np.zeros(num_rows, kind) for kind in (np.int64, np.float64, np.float64, np.float64)))
+        self.log_weights = [np.zeros((num_rows, len(grid.log_weights))) for grid in self.tests.grids]
 
     def start(self, rows: Rows, clean: CleanPass | None) -> NDArray[np.int64]:
         assert clean is not None
-        rule, noise = self.rule, self.noise.at(rows)
-        prior = rule._prior_for(noise, clean)
-        self.log_weights[rows] = prior.log_weights
-        self.log_needed[rows] = -np.log(
-            (1 - _UPPER_SHARE) * rule.alpha * class_weights(clean.scores, rule.weight_floor)
-        )
-        self.counts[rows] = self.claimed[rows] = 0
-        if rule.radii is None:
-            largest = confidence_sequence_lower(rule.max_draws, rule.max_draws, rule._largest_alpha, prior)
-            self.largest_radius[rows] = noise.radius(largest)
-        best = self.best
-        best.predictions[rows], best.radii[rows], best.p_lower[rows], best.p_upper[rows] = ABSTAIN, 0.0, 0.0, 1.0
-        return np.full(len(rows), min(8, rule.max_draws))
+        self.counts[rows] = self.bet_hits[rows] = self.draws[rows] = self.claimed[rows] = 0
+        self.excluded[rows], self.answer[rows] = False, ABSTAIN
+        # only the ranking: values differ in the last bit between batch sizes, certificates must not
+        order = np.argsort(-clean.scores, axis=1, kind="stable")
+        self.leader[rows], self.next[rows] = order[:, 0], order[:, min(1, order.shape[1] - 1)]
+        for grid, log_weights in zip(self.tests.grids, self.log_weights):
+            log_weights[rows] = grid.reweight(*_first_two(clean.scores)) if clean.frequencies else grid.log_weights
+        return np.full(len(rows), min(_FIRST_DRAWS, self.rule.max_draws))
 
     def update(self, rows: Rows, counts: Counts) -> NDArray[np.int64]:
+        images, leader = np.arange(len(rows)), self.leader[rows]
+        hits = np.repeat(counts[images, leader][:, None], counts.shape[1], axis=1)
+        hits[images, leader] = counts[images, self.next[rows]] if counts.shape[1] > 1 else 0
+        self.bet_hits[rows] += hits
         self.counts[rows] += counts
-        tally = Tally.from_counts(self.counts[rows])
-        if self.rule.radii is None:
-            claims, wanted = np.zeros(len(rows), bool), self._draws_to_find_radius(rows, tally)
-        else:
-            claims = self._claim_radii(rows, tally)
-            wanted = self._draws_to_decide_radii(rows, tally)
-        wanted = np.minimum(wanted, self.rule.max_draws - tally.draws).astype(np.int64)
-        # at every claim too: later draws may prove less, and the claim stands
-        keep = claims | (wanted == 0)
-        self._keep_better(rows[keep], tally.at(keep))
+        self.draws[rows] += counts.sum(1)
+        wanted = np.zeros(len(rows), np.int64)
+        while len(images):  # once more for images that claim a radius and have another
+            wanted[images], claims = self._look(rows[images])
+            images = images[claims]
+            images = images[self.claimed[rows[images]] < len(self.radii)]
         return wanted
 
     def outcomes(self, rows: Rows) -> Outcomes:
-        best = self.best
-        return Outcomes(best.predictions[rows], best.radii[rows], best.p_lower[rows], best.p_upper[rows])
+        """
+        The radii claimed, with a pair of probabilities on their boundary: what is proved is that the answer's probability
+        exceeds `probability_needed(radius, p_b)` for the probability `p_b` of every rival. `p_upper` is the runner-up's share.
+        """
+        top, _, _, rival = _tally(self.counts[rows], self.answer[rows])
+        claimed = self.claimed[rows]
+        radii = np.where(claimed > 0, self.radii[np.maximum(claimed, 1) - 1], 0.0)
+        most = 1 - self.noise.probability_needed(radii)
+        p_upper = np.minimum(np.maximum(rival, 0.5) / np.maximum(self.draws[rows], 1), most)
+        p_lower = self.noise.probability_needed(radii, p_upper)
+        proved = claimed > 0
+        predictions = np.where(proved, top, ABSTAIN)
+        return Outcomes(predictions, radii, np.where(proved, p_lower, 0.0), np.where(proved, p_upper, 1.0))
 
-    def _claim_radii(self, rows: Rows, tally: Tally) -> NDArray[np.bool_]:
-        """Claim the radii that are proved, in ascending order; returns which images claim one."""
-        claims = np.zeros(len(rows), bool)
-        images = np.arange(len(rows))
-        while len(images := images[self.claimed[rows[images]] < len(self.radii)]):
-            radii = self.radii[self.claimed[rows[images]]]
-            images = images[self._proves(rows[images], radii, tally.at(images))]
-            self.claimed[rows[images]] += 1
-            claims[images] = True
-        return claims
+    def _look(self, rows: Rows) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Claim the next radius where it is proved; returns the draws that the images want, and which have claimed."""
+        tests = self.tests
+        draws = self.draws[rows]
+        top, hits, second, rival = _tally(self.counts[rows], self.answer[rows])
+        missing = self._exclude_rivals(rows, top, second)
+        leader = self.counts[rows].argmax(1)
+        self.leader[rows], self.next[rows] = leader, np.where(leader == top, second, top)
+        # no draw adds more evidence than this: a claim takes at least so many
+        wait = missing / tests.class_grid.largest_gain
+        left = self.rule.max_draws - draws
+        hopeless = np.zeros(len(rows), bool)
+        level = self.claimed[rows]
+        for number in np.unique(level):
+            images, grid, radius = np.flatnonzero(level == number), tests.grids[number], self.radii[number]
+            part = hits[images], rival[images], draws[images]
+            log_weights, needed, bets = self.log_weights[number][rows[images]], tests.needed_for_radius, hits[images]
+            if radius == 0:
+                needed, bets = tests.needed_for_class, self.bet_hits[rows[images], second[images]]
+            else:
+                gap = needed - grid.log_e_value(*part, log_weights)
+                missing[images] = np.maximum(missing[images], gap)
+                wait[images] = np.maximum(wait[images], gap / grid.largest_gain)
+            p_a, p_b = self._expect(*part, radius)
+            end = bets + left[images] * p_a, rival[images] + left[images] * p_b, draws[images] + left[images]
+            hopeless[images] = grid.log_e_value(*end, log_weights) < needed
+        claims = missing <= 0
+        self.answer[rows[claims]] = top[claims]
+        self.claimed[rows[claims]] += 1
+        latest = np.maximum(_FIRST_DRAWS, draws // 8)  # early enough to notice soon that the radius is out of reach
+        look = np.ceil(np.minimum(np.maximum(wait, 0.0), latest)).astype(np.int64)
+        wanted = np.minimum(np.maximum(np.maximum(2, draws // _LOOK_SHARE), look), left)
+        return np.where(claims | hopeless, 0, wanted), claims
 
-    def _draws_to_decide_radii(self, rows: Rows, tally: Tally) -> FloatArray:
-        """Draws until the next look; 0 once every radius is claimed or the next one is out of reach."""
-        wanted = np.zeros(len(rows))
-        images = np.flatnonzero(self.claimed[rows] < len(self.radii))
-        radii = self.radii[self.claimed[rows[images]]]
-        undecided = ~self._is_hopeless(rows[images], radii, tally.at(images))
-        images, radii = images[undecided], radii[undecided]
-        tally, rows = tally.at(images), rows[images]
-        # No draw multiplies the e-value by more than 1/p0: a claim from the lower bound alone takes at least this many
-        p0 = self.noise.at(rows).probability_needed(radii)
-        log_e = log_odds_mixture(tally.hits, tally.draws, p0, self.steps, self.log_weights[rows])
-        missing = self.log_needed[rows, tally.top] - log_e
-        # so look again after that many draws, but early enough to notice soon that the radius is out of reach
-        latest = np.maximum(8, tally.draws // 8)
-        look = np.ceil(np.minimum(missing / -np.log(p0), latest))
-        wanted[images] = np.maximum(np.maximum(2, tally.draws // 64), look)
-        return wanted
+    def _exclude_rivals(self, rows: Rows, top: NDArray[np.int64], second: NDArray[np.int64]) -> FloatArray:
+        """Exclude classes where the evidence suffices; what is missing until all but the top class are, `-inf` if none is."""
+        missing = np.full(len(rows), -np.inf)
+        if self.counts.shape[1] == 1:
+            return missing
+        unsure = self.answer[rows] == ABSTAIN
+        # the strongest rival first: mostly it decides
+        images = np.flatnonzero(unsure & ~self.excluded[rows, second])
+        missing[images] = self._exclude(rows[images], second[images])
+        others = ~self.excluded[rows] & (unsure & (missing <= 0))[:, None]
+        others[np.arange(len(rows)), top] = False
+        images, classes = np.nonzero(others)
+        np.maximum.at(missing, images, self._exclude(rows[images], classes))
+        missing[unsure & self.excluded[rows, top]] = np.inf  # an excluded class leads: claim nothing
+        return missing
 
-    def _draws_to_find_radius(self, rows: Rows, tally: Tally) -> FloatArray:
-        """Draws until the next look; 0 once the radius is known to the tolerance, or the budget cannot prove any."""
-        wanted = np.zeros(len(rows))
-        images = np.flatnonzero(~self._is_hopeless(rows, np.zeros(len(rows)), tally))
-        tally, rows = tally.at(images), rows[images]
-        reachable = np.minimum(
-            self.noise.at(rows).radius(*tally.optimistic_probabilities(_ALPHA_KNOWN)), self.largest_radius[rows]
-        )
-        enough = (1 - self.rule.tolerance) * reachable
-        known = (enough > 0) & self._proves(rows, enough, tally)
-        wanted[images] = np.where(known, 0, np.maximum(8, tally.draws // 8))
-        return wanted
+    def _exclude(self, rows: Rows, classes: NDArray[np.int64]) -> FloatArray:
+        """Exclude these classes where the evidence suffices; returns what is missing."""
+        hits, rival = self.bet_hits[rows, classes], self.counts[rows, classes]
+        log_e = self.tests.class_grid.log_e_value(hits, rival, self.draws[rows])
+        missing = self.tests.needed_for_class - log_e
+        self.excluded[rows, classes] |= missing <= 0
+        return missing
 
-    def _is_hopeless(self, rows: Rows, radii: FloatArray, tally: Tally) -> NDArray[np.bool_]:
-        """Whether the rest of the budget would not prove the radii even if it went well; no guarantee rests on this."""
-        left = self.rule.max_draws - tally.draws
-        # where draws like those so far would do, better ones would too: spares the quantiles
-        likely = tally.extrapolate(left, tally.hits / tally.draws, tally.runner_up / tally.draws)
-        hopeless = ~self._proves(rows, radii, likely)
-        images = np.flatnonzero(hopeless)
-        tally = tally.at(images)
-        best = tally.extrapolate(left[images], *tally.optimistic_probabilities(_ALPHA_STOP))
-        hopeless[images] = ~self._proves(rows[images], radii[images], best)
-        return hopeless
+    def _expect(
+        self, hits: FloatArray, rival: FloatArray, draws: FloatArray, radius: float
+    ) -> tuple[FloatArray, FloatArray]:
+        """
+        Optimistic probabilities of the top class and its rival: their shares, moved towards the claim by some standard
+        deviations of the margin `p_c - s p_j`. They move on the sphere of the square roots of the shares, which has the same
+        variance everywhere (for two classes: the arcsine interval).
+        """
+        largest = 1 - self.noise.probability_needed(radius)
+        s = slope(self.noise, radius, np.minimum((rival + 0.5) / (draws + 1), largest))
+        shares = np.stack([hits, rival, draws - hits - rival]) / draws
+        score = np.stack([np.ones(len(draws)), -s, np.zeros(len(draws))])
+        roots = np.sqrt(shares)
+        direction = roots * (score - (shares * score).sum(0))
+        direction /= np.maximum(np.sqrt((direction * direction).sum(0)), 1e-300)
+        deviations = _FUTILITY_LATE + _FUTILITY_DECADE * np.log10(self.rule.max_draws / draws)
+        angle = np.minimum(np.minimum(_FUTILITY_MOST, deviations) / (2 * np.sqrt(draws)), math.pi / 2)
+        moved = np.maximum(np.cos(angle) * roots + np.sin(angle) * direction, 0) ** 2
+        moved /= moved.sum(0)
+        return moved[0], moved[1]
 
-    def _proves(self, rows: Rows, radii: FloatArray, tally: Tally) -> NDArray[np.bool_]:
-        """Whether the tallies prove the radii."""
-        proved = np.zeros(len(rows), bool)
-        noise = self.noise.at(rows)
-        images = np.flatnonzero(noise.radius(tally.hits / tally.draws, tally.runner_up / tally.draws) > radii)
-        proved[images] = self._top_exceeds(
-            rows[images], tally.at(images), noise.at(images).probability_needed(radii[images])
-        )
-        # If every other class has at most p_b, the top class needs less. This does not help where only two classes were
-        # seen, whose bounds agree, nor from 1/2 on. A larger p_b is easier to prove and asks for more of the top class.
-        images = images[~proved[images]]
-        helps = (tally.runner_up < tally.draws - tally.hits) & (tally.runner_up < tally.draws / 2)
-        images = images[helps[images]]
-        low, high = tally.runner_up[images] / tally.draws[images], np.full(len(images), 0.5)
-        for _ in range(_BISECTIONS):
-            if not len(images):
-                break
-            p_b = (low + high) / 2
-            part = tally.at(images)
-            needed = noise.at(images).probability_needed(radii[images], p_b)
-            others_bounded = self._others_are_below(part, p_b)
-            top_proved = self._top_exceeds(rows[images], part, needed)
-            agree = others_bounded == top_proved
-            proved[images[agree]] = others_bounded[agree]
-            low, high = np.where(others_bounded, low, p_b)[~agree], np.where(others_bounded, p_b, high)[~agree]
-            images = images[~agree]
-        return proved
 
-    def _top_exceeds(self, rows: Rows, tally: Tally, p0: FloatArray) -> NDArray[np.bool_]:
-        """Whether the top class is proved to be more probable than `p0`."""
-        log_e = log_odds_mixture(tally.hits, tally.draws, p0, self.steps, self.log_weights[rows])
-        return (tally.hits > p0 * tally.draws) & (log_e >= self.log_needed[rows, tally.top])
+def _tally(counts: Counts, answer: NDArray[np.int64]) -> tuple[NDArray[np.int64], ...]:
+    """The answer, or else the class drawn most often, and its draws; the runner-up, and its draws."""
+    images = np.arange(len(counts))
+    top = np.where(answer >= 0, answer, counts.argmax(1))
+    others = counts.copy()
+    others[images, top] = -1
+    second = others.argmax(1)
+    return top, counts[images, top], second, np.maximum(others[images, second], 0)
 
-    def _others_are_below(self, tally: Tally, p_b: FloatArray) -> NDArray[np.bool_]:
-        """Whether every class but the top one is proved to be less probable than `p_b`."""
-        misses = tally.draws - tally.runner_up
-        log_e = log_odds_mixture(misses, tally.draws, 1 - p_b, self.steps, self.log_weights_upper)
-        return (misses > (1 - p_b) * tally.draws) & (log_e >= self.log_needed_upper)
 
-    def _keep_better(self, rows: Rows, tally: Tally) -> None:
-        """Keep the bounds that the tallies prove, where they give a larger radius than those of earlier looks."""
-        if not len(rows):
-            return
-        prior = OddsPrior(self.rule._prior.steps, np.exp(self.log_weights[rows]))
-        p_lower = confidence_sequence_lower(tally.hits, tally.draws, np.exp(-self.log_needed[rows, tally.top]), prior)
-        alpha_upper = math.exp(-self.log_needed_upper)
-        others = confidence_sequence_lower(tally.draws - tally.runner_up, tally.draws, alpha_upper, self.rule._prior)
-        p_upper = np.minimum(1 - others, 1 - p_lower)
-        radii = np.asarray(self.noise.at(rows).radius(p_lower, p_upper))
-        better = radii > self.best.radii[rows]
-        rows, best = rows[better], self.best
-        best.predictions[rows], best.radii[rows] = tally.top[better], radii[better]
-        best.p_lower[rows], best.p_upper[rows] = p_lower[better], p_upper[better]
+def _first_two(frequencies: FloatArray) -> tuple[FloatArray, FloatArray]:
+    second, first = np.sort(np.pad(frequencies, ((0, 0), (1, 0))), axis=1)[:, -2:].T
+    return first, second

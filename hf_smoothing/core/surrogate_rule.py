@@ -125,11 +125,11 @@ class _SurrogateRuns(CountRuns):
 
     def outcomes(self, rows: Rows) -> Outcomes:
         tops, p_a = self.frequencies[rows].argmax(1), self.frequencies[rows].max(1)
-        bounds = [self.rule.claim(self.noise.at(row), p) for row, p in zip(rows, p_a)]
+        bounds = [self.rule.claim(self.noise, p) for row, p in zip(rows, p_a)]
         claims = np.array([bound is not None for bound in bounds], bool)
         p_lower = np.array([bound or 0.0 for bound in bounds])
         calibration = self.rule.calibration
         source = None if self.rule.delta is None or calibration is None else calibration.description
-        radii = np.where(claims, self.noise.at(rows).radius(p_lower), 0.0)
+        radii = np.where(claims, self.noise.radius(p_lower), 0.0)
         predictions = np.where(claims, tops, ABSTAIN)
         return Outcomes(predictions, radii, p_lower, np.where(claims, 1 - p_lower, 1.0), self.rule.delta, source)
