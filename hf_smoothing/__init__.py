@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .core.bounds import clopper_pearson_lower, confidence_sequence_lower, log_e_value
+    from .core.bounds import clopper_pearson_lower
     from .core.certificates import ABSTAIN, Certificate, format_radius
     from .core.configuration_mixed_noise_vit import MixedNoiseViTConfig
     from .core.count_rule import CountRule
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
     )
     from .core.noise import GaussianNoise, LaplaceNoise, UniformNoise
     from .core.pipeline_certified_image_classification import CertifiedImageClassificationPipeline
-    from .core.predict_rule import PredictRule
     from .core.sequential_rule import SequentialRule
     from .core.smoothing import SmoothedClassifier
+    from .core.two_stage_rule import TwoStageRule
     from .data.demo_images import load_demo_images
     from .metrics.certified_accuracy import CertifiedAccuracy
     from .training.from_timm import from_timm
     from .training.noise_mixture import NoiseMixture
 
 _NAMES = {
-    "core.bounds": ("clopper_pearson_lower", "confidence_sequence_lower", "log_e_value"),
+    "core.bounds": ("clopper_pearson_lower",),
     "core.certificates": ("ABSTAIN", "Certificate", "format_radius"),
     "core.configuration_mixed_noise_vit": ("MixedNoiseViTConfig",),
     "core.count_rule": ("CountRule",),
@@ -46,8 +46,8 @@ _NAMES = {
     ),
     "core.noise": ("GaussianNoise", "LaplaceNoise", "UniformNoise"),
     "core.pipeline_certified_image_classification": ("CertifiedImageClassificationPipeline",),
-    "core.predict_rule": ("PredictRule",),
     "core.sequential_rule": ("SequentialRule",),
+    "core.two_stage_rule": ("TwoStageRule",),
     "core.smoothing": ("SmoothedClassifier",),
     "data.demo_images": ("load_demo_images",),
     "metrics.certified_accuracy": ("CertifiedAccuracy",),

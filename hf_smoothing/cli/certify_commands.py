@@ -32,12 +32,13 @@ def certify(
     ] = None,
     max_draws: options.MaxDraws = None,
     method: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="`sequential` draws until the question is settled; `fixed` draws a fixed number; `surrogate` only asks the "
-            "count head."
+            help="`two-stage` finds the radius (the default), `sequential` decides `--radius` (the default with it), "
+            "`fixed` draws a fixed number, `surrogate` only asks the count head."
         ),
-    ] = "sequential",
+    ] = None,
+    draws: Annotated[int | None, options.option("draws")] = None,
     count_head: options.CountHead = None,
     delta: options.Delta = None,
     noise_resolution: options.NoiseResolution = "input",
@@ -65,7 +66,14 @@ def certify(
     from ..core.weights import loading
     from ..reporting.tables import print_table
 
-    settings = {"alpha": alpha, "radius": radius, "max_draws": max_draws, "method": method, "seed": seed}
+    settings = {
+        "alpha": alpha,
+        "radius": radius,
+        "draws": draws,
+        "max_draws": max_draws,
+        "method": method,
+        "seed": seed,
+    }
     settings |= {"count_head": count_head, "delta": delta, "denoiser": denoiser}
     settings["noise_resolution"] = parse_noise_resolution(noise_resolution)
     task = "certified-image-classification"

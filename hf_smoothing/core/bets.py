@@ -4,24 +4,24 @@ Bets on class counts: the e-processes of the sequential rule.
 Notation. Draws are independent with class probabilities p; `n_c` of n draws hit class c. `g(b) = probability_needed(r, b)`:
 class c holds to the radius r if `p_c > g(p_j)` for every rival j. The null of a pair is `N(c, j) = {p: p_c <= g(p_j)}`.
 
-**One bet.** g is concave and increases (Gaussian: `g'(b) = exp(-d z - d^2/2)` with `z = Phi^-1(b)` and `d = 2 r/sigma` falls in b;
-uniform: linear; Laplace: the smaller of two lines). So N(c, j) lies below each tangent: `p_c - s p_j <= m` with `s = g'(b)` and
-`m = g(b) - s b >= 0`. A draw pays `1 + lam (1 - m)` if it hits c, `1 - lam (m + s)` if it hits j, and `1 - lam m` otherwise,
-for `0 < lam < 1/(m + s)`. All payoffs are positive, and their mean is `1 + lam (p_c - s p_j - m) <= 1` for every p in N(c, j).
-So the product over the draws is a non-negative supermartingale, and so is a mixture of such products with weights fixed before
-the first counted draw,
+**One bet.** g is concave and increases (Gaussian: `g'(b) = exp(-d z - d^2/2)` with `z = Phi^-1(b)` and `d = 2 r/sigma` falls
+in b; uniform: linear; Laplace: the smaller of two lines). So N(c, j) lies below each tangent: `p_c - s p_j <= m` with
+`s = g'(b)` and `m = g(b) - s b >= 0`. A draw pays `1 + lam (1 - m)` if it hits c, `1 - lam (m + s)` if it hits j, and
+`1 - lam m` otherwise, for `0 < lam < 1/(m + s)`. All payoffs are positive, and their mean is `1 + lam (p_c - s p_j - m) <= 1`
+for every p in N(c, j). So the product over the draws is a non-negative supermartingale, and so is a mixture of such products
+with weights fixed before the first counted draw,
 
     E_cj = sum_k w_k (1 + lam_k (1 - m_k))^n_c (1 - lam_k (m_k + s_k))^n_j (1 - lam_k m_k)^(n - n_c - n_j).
 
 By Ville's inequality, `P(E_cj ever reaches 1/a) <= a` for every p in N(c, j). (Each bet is the likelihood ratio of some q to
 its reverse information projection on N(c, j), and so log-optimal against q.) At r = 0, s = 1 and m = 0: the sign test.
 
-**Every rival.** Given `n_c` and n, `E_cj` falls in `n_j`, since s > 0: all rivals are rejected if the one with the most draws
-is. No alpha is split over rivals: if the radius of c is at most r, p lies in N(c, j) for some *fixed* j, and the claim needs
-that `E_cj` too (an intersection-union test).
+**Every rival.** Given `n_c` and n, `E_cj` falls in `n_j`, since s > 0: all rivals are rejected if the one with the most
+draws is. No alpha is split over rivals: if the radius of c is at most r, p lies in N(c, j) for some *fixed* j, and the claim
+needs that `E_cj` too (an intersection-union test).
 
-Sources: Ramdas et al., "Game-theoretic statistics and safe anytime-valid inference", Statistical Science 38 (2023); Grunwald,
-de Heide and Koolen, "Safe testing", JRSS B 86 (2024), theorem 1; Berger, Technometrics 24 (1982).
+Sources: Ramdas et al., "Game-theoretic statistics and safe anytime-valid inference", Statistical Science 38 (2023);
+Grunwald, de Heide and Koolen, "Safe testing", JRSS B 86 (2024), theorem 1; Berger, Technometrics 24 (1982).
 """
 
 import math
@@ -74,7 +74,7 @@ class BetGrid:
         p0 = float(noise.probability_needed(radius))
         smallest = math.sqrt(8 * -math.log(alpha) / (max_draws / 4)) / math.sqrt(4 * p0 * (1 - p0))
         count = max(0, math.floor(math.log(max(1.0, _LARGEST_STEP / smallest)) / math.log(_STEP_RATIO)))
-        bets: dict[tuple[float, float], tuple[float, float]] = {}  # step and slope: intercept and weight
+        bets: dict[tuple[float, float], tuple[float, ...]] = {}
         for step in (_LARGEST_STEP / _STEP_RATIO**k for k in range(count + 1)):
             distances = np.arange(_TANGENT_FIRST, _TANGENT_LAST, _TANGENT_SPACING * math.sqrt(step))
             if radius == 0:
@@ -85,9 +85,8 @@ class BetGrid:
             for distance, share in zip(distances, shares):
                 s, m = tangent(noise, radius, float(special.ndtr(special.ndtri(1 - p0) - distance)))
                 key = (step, round(s, 6))  # a line has one tangent
-                bets[key] = (m, share + bets.get(key, (m, 0.0))[1])
-        step, s = np.array(list(bets)).T
-        m, weight = np.array(list(bets.values())).T
+                bets[key] = (step, s, m, share) if key not in bets else (*bets[key][:3], bets[key][3] + share)
+        step, s, m, weight = np.array(list(bets.values())).T
         lam = np.expm1(step) / ((1 - m) + np.exp(step) * (m + s))
         payoffs = np.stack([np.log1p(lam * (1 - m)), np.log1p(-lam * (m + s)), np.log1p(-lam * m)])
         return cls(payoffs, np.log(weight / weight.sum()))
@@ -104,7 +103,9 @@ class BetGrid:
         Log e-values, `(images,)`.
 
         Args:
-            hits, rival, draws: `(images,)`, draws of class c, of the rival, and all draws.
+            hits: `(images,)`, draws of class c.
+            rival: draws of the rival.
+            draws: all draws.
             log_weights: `(images, bets)`, in place of the grid's own.
         """
         gains = np.stack([hits, rival, draws], axis=-1).astype(np.float64) @ self._per_count  # type: ignore[attr-defined]

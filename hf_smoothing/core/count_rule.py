@@ -21,6 +21,7 @@ class CountRule:
     takes: ClassVar[tuple[str, ...]] = ("alpha", "max_draws", "n")
     guarantee: ClassVar[Guarantee] = "none"
     uses_clean_pass: ClassVar[bool] = False
+    uses_count_head: ClassVar[bool] = False
     alpha: ClassVar[float] = 1.0  # nothing is claimed
 
     def __post_init__(self) -> None:

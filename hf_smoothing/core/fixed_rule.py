@@ -36,6 +36,7 @@ class FixedRule:
     takes: ClassVar[tuple[str, ...]] = ("alpha", "radius", "radii", "max_draws", "n0", "n")
     guarantee: ClassVar[Guarantee] = "per_input"
     uses_clean_pass: ClassVar[bool] = False
+    uses_count_head: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_count("n0", self.n0)

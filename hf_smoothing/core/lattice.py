@@ -36,6 +36,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -117,17 +118,27 @@ class NoisyImage:
         return hashlib.blake2b(block.to_bytes(8, "little"), key=self.key, digest_size=32).digest()
 
 
+@dataclass(frozen=True)
 class SampledNoise:
     """
     A distribution as the sampler draws it for images of up to `coordinates` values: radii and probabilities are corrected
     for the sampler's error, and for moving 8-bit pictures to their levels.
     """
 
-    def __init__(self, noise: SmoothingNoise, coordinates: int):
-        self.noise = noise
-        self.sigma = noise.sigma
-        self.slack = total_variation(noise, coordinates)
-        self.moved = coordinates ** (0.5 if noise.norm == "l2" else 1.0) * _ROUNDING / STEPS_PER_UNIT
+    noise: SmoothingNoise
+    coordinates: int
+
+    @property
+    def sigma(self) -> float:
+        return self.noise.sigma
+
+    @cached_property
+    def slack(self) -> float:
+        return total_variation(self.noise, self.coordinates)
+
+    @cached_property
+    def moved(self) -> float:
+        return self.coordinates ** (0.5 if self.noise.norm == "l2" else 1.0) * _ROUNDING / STEPS_PER_UNIT
 
     def radius(self, p_a: ArrayLike, p_b: ArrayLike | None = None) -> FloatArray:
         p_a = np.asarray(p_a, np.float64)[()]

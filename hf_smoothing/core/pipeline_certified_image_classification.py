@@ -19,7 +19,7 @@ from .smoothing import SmoothedClassifier
 
 CLASSIFIER_SETTINGS = ("sigma", "count_head", "noise_resolution", "denoiser")
 CERTIFY_SETTINGS = (
-    "seed", "progress", "method", "alpha", "radius", "radii", "max_draws", "n0", "n", "tolerance", "delta",
+    "seed", "progress", "method", "alpha", "radius", "radii", "draws", "max_draws", "n0", "n", "delta",
 )  # fmt: skip
 
 
@@ -33,9 +33,9 @@ class CertifiedImageClassificationPipeline(Pipeline):
     - `alpha` (0.001): probability that a certificate is wrong.
     - `radius` or `radii`: decide these radii and stop as soon as they are decided. Without them the radius is found.
       `"surrogate"` with `delta` claims the largest of them that it can.
-    - `method` (`"sequential"`): or `"fixed"`, the usual protocol with a fixed number of draws; or `"surrogate"`, which draws
-      nothing and returns the count head's estimate.
-    - `max_draws`: the most draws per image. `tolerance`, `n0`, `n`, `delta`: see [`make_rule`].
+    - `method`: `"two-stage"` finds radii, `"sequential"` decides them; `"fixed"`, the usual protocol, draws a fixed number;
+      `"surrogate"` draws nothing and returns the count head's estimate.
+    - `draws`: mean draws per image to find radii. `max_draws`: the most per image. `n0`, `n`, `delta`: see [`make_rule`].
     - `count_head`: a count head on the Hub or in a local folder. With it, `sequential` draws less.
     - `noise_resolution` (`"input"`), `denoiser`, `batch_size` (128): see [`SmoothedClassifier`].
     - `seed`: by default one from the operating system, see [`SmoothedClassifier.certify`]. The same seed gives an image the
@@ -137,7 +137,7 @@ class CertifiedImageClassificationPipeline(Pipeline):
         images: Iterable[torch.Tensor],
         inputs: Iterable[Any],
         smoothed: SmoothedClassifier,
-        method: str = "sequential",
+        method: str | None = None,
         seed: int | None = None,
         progress: bool = False,
         **rule_settings: Any,

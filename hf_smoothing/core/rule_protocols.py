@@ -77,7 +77,7 @@ class Runs(Protocol):
     """`(rows, classes)`: the counted draws."""
 
     def start(self, rows: Rows, clean: CleanPass | None) -> NDArray[np.int64]:
-        """Start images in these rows, given their clean pass if the rule uses one; returns the draws that each wants."""
+        """Start images in these rows, given their clean pass if there was one; returns the draws that each wants."""
 
     def update(self, rows: Rows, counts: Counts) -> NDArray[np.int64]:
         """
@@ -96,6 +96,8 @@ class Rule(Protocol):
 
     method: ClassVar[str]
     uses_clean_pass: ClassVar[bool]
+    """Whether it needs the base classifier's logits of clean images, where no count head takes their place."""
+    uses_count_head: ClassVar[bool]
 
     @property
     def guarantee(self) -> Guarantee: ...
@@ -136,12 +138,12 @@ def probabilities_proving(radii: Sequence[float], noise: NoiseDistribution) -> l
     return probabilities
 
 
-def check_reach(n: int, alpha: float, noise: NoiseDistribution, radius: float) -> None:
+def check_reach(n: int, alpha: float, noise: NoiseDistribution, radius: float, name: str = "n") -> None:
     """Raise a `ValueError` where `n` draws can never prove `radius` by Clopper-Pearson."""
     p0 = probability_in_reach(noise, radius)
     if not radii_in_reach([radius], noise, n, alpha):
         needed = math.floor(math.log(alpha) / math.log(p0)) + 1
-        raise too_few("n", n, radius, float(noise.radius(alpha ** (1 / n))), needed)
+        raise too_few(name, n, radius, float(noise.radius(alpha ** (1 / n))), needed)
 
 
 def too_few(name: str, value: int, radius: float, reachable: float, needed: int) -> ValueError:

@@ -9,6 +9,7 @@ from .fixed_rule import FixedRule
 from .rule_protocols import Rule
 from .sequential_rule import SequentialRule
 from .surrogate_rule import SurrogateRule
+from .two_stage_rule import TwoStageRule
 from .validation import check_radius
 
 
@@ -24,20 +25,20 @@ class NamedRule(Rule, Protocol):
 
 
 RULES: dict[str, type[NamedRule]] = {
-    rule.method: rule for rule in (SequentialRule, FixedRule, SurrogateRule, CountRule)
+    rule.method: rule for rule in (TwoStageRule, SequentialRule, FixedRule, SurrogateRule, CountRule)
 }
 
 
 def make_rule(
-    method: str,
+    method: str | None = None,
     *,
     alpha: float = 0.001,
     radius: float | None = None,
     radii: Sequence[float] | None = None,
+    draws: int | None = None,
     max_draws: int | None = None,
     n0: int | None = None,
     n: int | None = None,
-    tolerance: float | None = None,
     delta: float | None = None,
     calibration: Calibration | None = None,
 ) -> Rule:
@@ -45,20 +46,23 @@ def make_rule(
     Make a rule by name from the settings that users give. Settings left at `None` take the rule's defaults.
 
     Args:
-        method: `"sequential"`, `"fixed"`, `"surrogate"` (only asks a count head) or `"counts"` (only counts).
+        method: `"two-stage"` (finds radii), `"sequential"` (decides radii), `"fixed"` (the usual protocol), `"surrogate"`
+            (only asks a count head) or `"counts"` (only counts). By default `"sequential"` with radii, `"two-stage"` without.
         alpha: probability of a wrong certificate, in (0, 1); without meaning for `counts`, which claims nothing.
         radius: one radius to decide; for `surrogate` with `delta` only.
         radii: several radii to decide, instead of `radius`.
+        draws: mean number of draws per image to plan for, `two-stage` only.
         max_draws: the most draws per image (for `fixed` and `counts` it is `n`, unless `n` is given).
         n0: selection draws, `fixed` only.
         n: draws that bound the probability (`fixed`), are counted (`counts`), or that the head stands for (`surrogate`).
-        tolerance: relative tolerance of the radius, `sequential` without a radius only.
         delta: the share of images about which a calibrated count head may be wrong, `surrogate` only.
         calibration: the count head's; used only with `delta`, and then `n` is by default the calibration's.
 
     Raises:
         ValueError: for an unknown method, a setting out of range, or one that the method does not take.
     """
+    if method is None:
+        method = SequentialRule.method if radius is not None or radii is not None else TwoStageRule.method
     if method not in RULES:
         *names, last = map(repr, RULES)
         raise ValueError(f"method={method!r} is unknown: use {', '.join(names)} or {last}.")
@@ -66,8 +70,14 @@ def make_rule(
         raise ValueError("Give radius or radii, not both.")
     if radii is not None and not isinstance(radii, Sequence):
         raise ValueError(f"radii={radii!r} must be a list of radii; one alone is `radius`.")
-    settings: dict[str, Any] = {"alpha": alpha, "radius": radius, "radii": radii, "max_draws": max_draws}
-    settings |= {"n0": n0, "n": n, "tolerance": tolerance, "delta": delta}
+    settings: dict[str, Any] = {
+        "alpha": alpha,
+        "radius": radius,
+        "radii": radii,
+        "draws": draws,
+        "max_draws": max_draws,
+    }
+    settings |= {"n0": n0, "n": n, "delta": delta}
     settings |= {"calibration": None if delta is None else calibration}
     settings = {name: value for name, value in settings.items() if value is not None}
     rule = RULES[method]

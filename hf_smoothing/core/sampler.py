@@ -101,7 +101,7 @@ class Sampler:
 
     Args:
         base_classifier, noise, rule, seed, batch_size: see [`SmoothedClassifier`].
-        count_head: replaces the base classifier in the clean pass, if the rule uses one.
+        count_head: replaces the clean pass, if the rule uses one.
         progress: a bar to update.
         batches_ahead: how many batches are launched before the results of one are read; by default 1 on CUDA, else 0.
     """
@@ -124,7 +124,7 @@ class Sampler:
         self.device = self.base_classifier.device
         if self.batches_ahead is None:
             self.batches_ahead = int(self.device.type == "cuda")
-        if not self.rule.uses_clean_pass:
+        if not self.rule.uses_count_head:
             self.count_head = None
         self._lattice = LatticeSampler.on_device(self.noise, self.rule.method, self.seed, self.device)
 
@@ -176,7 +176,7 @@ class Sampler:
             if position == 0:
                 self._start_runs(noisy)
             added.append(self._active.add(position, noisy))
-            if not self.rule.uses_clean_pass:
+            if not self.rule.uses_clean_pass and self.count_head is None:
                 self._start(np.array(added[-1:]), None)
                 first_wanted = int(self._active.to_launch[added[-1]])
             wanted += first_wanted

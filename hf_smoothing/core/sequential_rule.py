@@ -27,8 +27,8 @@ _FIRST_DRAWS = 8
 _LOOK_SHARE = 128
 """At least this share of the draws is added between looks; half of it is wasted on average."""
 _FUTILITY_LATE, _FUTILITY_DECADE, _FUTILITY_MOST = 1.2, 0.3, 2.0
-"""Standard deviations of optimism when a radius is given up: 1.2 at the end of the budget, .3 more for each factor of ten before
-it, at most 2. It costs some claims at worst, never validity."""
+"""Standard deviations of optimism when a radius is given up: 1.2 at the end of the budget, .3 more for each factor of ten
+before it, at most 2. It costs some claims at worst, never validity."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ class SequentialRule:
 
     **Which class.** For each class t there is an e-process against "t is the most probable class". Every draw bets on the
     class c that led *before* it was asked for (at first: on the clean image) against t, with the bets of [`BetGrid`] at
-    radius 0, whose mean payoff is at most 1 if t is the most probable class, whatever class was leading. Class t is excluded
-    once its e-value reaches 1 / (level), and c is the answer once all other classes are excluded. A wrong answer has excluded
-    the most probable class, so by Ville's inequality its probability is at most the level. Neither the number of rivals nor
-    that of possible answers costs anything. (Classes that are equally probable are all right answers.)
+    radius 0. Their mean payoff is at most 1 if t is the most probable class, whatever class was leading. Class t is excluded
+    once its e-value reaches 1 over the level, and c is the answer once all other classes are excluded. A wrong answer has
+    excluded the most probable class, so by Ville's inequality its probability is at most the level. Neither the number of
+    rivals nor that of possible answers costs anything. (Classes that are equally probable are all right answers.)
 
     **Which radius.** A share of alpha is the level of the class. A radius is claimed for the answer c once the e-values of
     [`BetGrid`] against "the radius of c is no larger" reach 1 over the rest of alpha for every rival. A wrong class has
@@ -68,6 +68,7 @@ class SequentialRule:
     takes: ClassVar[tuple[str, ...]] = ("alpha", "radius", "radii", "max_draws")
     guarantee: ClassVar[Guarantee] = "per_input"
     uses_clean_pass: ClassVar[bool] = True
+    uses_count_head: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_share("alpha", self.alpha)
@@ -187,8 +188,8 @@ class _SequentialRuns:
 
     def outcomes(self, rows: Rows) -> Outcomes:
         """
-        The radii claimed, with a pair of probabilities on their boundary: what is proved is that the answer's probability
-        exceeds `probability_needed(radius, p_b)` for the probability `p_b` of every rival. `p_upper` is the runner-up's share.
+        The radii claimed, with a pair of probabilities on their boundary. What is proved is that the answer's probability
+        exceeds `probability_needed(radius, p_b)` for the probability `p_b` of every rival; `p_upper` is the runner-up's share.
         """
         top, _, _, rival = _tally(self.counts[rows], self.answer[rows])
         claimed = self.claimed[rows]
@@ -235,7 +236,7 @@ class _SequentialRuns:
         return np.where(claims | hopeless, 0, wanted), claims
 
     def _exclude_rivals(self, rows: Rows, top: NDArray[np.int64], second: NDArray[np.int64]) -> FloatArray:
-        """Exclude classes where the evidence suffices; what is missing until all but the top class are, `-inf` if none is."""
+        """Exclude classes where the evidence suffices; returns what is missing until all but the top class are."""
         missing = np.full(len(rows), -np.inf)
         if self.counts.shape[1] == 1:
             return missing

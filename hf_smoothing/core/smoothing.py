@@ -16,12 +16,12 @@ from .count_predictor import CountPredictor
 from .denoisers import Denoiser
 from .lattice import choose_seed
 from .noise import SmoothingNoise
-from .predict_rule import PredictRule
 from .preprocessing import NoiseResolution, Preprocessing, to_pixels
 from .progress_bar import ProgressBar
 from .rule_protocols import Rule
 from .rules import make_rule
 from .sampler import CountHead, FinishedImages, Sampler, in_order
+from .sequential_rule import SequentialRule
 from .validation import check_count
 from .weights import weights_digest
 
@@ -145,13 +145,13 @@ class SmoothedClassifier:
             raise ValueError(f"The count head knows {known} noise, not {noise.name}.")
 
     @overload
-    def certify(self, images: Images, method: str = ..., **settings: Any) -> list[Certificate]: ...
+    def certify(self, images: Images, method: str | None = ..., **settings: Any) -> list[Certificate]: ...
     @overload
-    def certify(self, images: Iterator[Any], method: str = ..., **settings: Any) -> Iterator[Certificate]: ...
+    def certify(self, images: Iterator[Any], method: str | None = ..., **settings: Any) -> Iterator[Certificate]: ...
     def certify(
         self,
         images: Images | Iterator[Any],
-        method: str = "sequential",
+        method: str | None = None,
         *,
         seed: int | None = None,
         progress: bool = False,
@@ -163,8 +163,9 @@ class SmoothedClassifier:
         Args:
             images: a batch tensor, a list or an iterator of images; each a tensor `(channels, height, width)`, float in
                 `[0, 1]` or uint8, or, with an image processor, a path, an address or a PIL image. All of one shape.
-            method: `"sequential"` (draw until the question is settled), `"fixed"` (the usual protocol), or `"surrogate"`
-                (only ask the count head: an estimate, or with `delta` and its calibration a claim about most images).
+            method: `"two-stage"` (how far does it hold? the default without radii), `"sequential"` (does it hold to these
+                radii? the default with them), `"fixed"` (the usual protocol), or `"surrogate"` (only ask the count head: an
+                estimate, or with `delta` and its calibration a claim about most images).
             seed: seed of the noise; by default one from the operating system. Alpha is a probability over a seed that is
                 chosen after model and images: a seed that they could know of reproduces results, and promises nothing
                 against whoever made them to fit it. The same seed gives an image the same noise, whatever other images
@@ -182,7 +183,7 @@ class SmoothedClassifier:
         """
         return self._certify_in_order(images, self.make_rule(method, **settings), seed, progress)
 
-    def make_rule(self, method: str, **settings: Any) -> Rule:
+    def make_rule(self, method: str | None = None, **settings: Any) -> Rule:
         """Make a rule by name, as [`rules.make_rule`], with the calibration of the count head where it is needed."""
         if method == "surrogate":
             if self.count_head is None:
@@ -209,27 +210,34 @@ class SmoothedClassifier:
 
     @overload
     def predict(
-        self, images: Images, n: int = ..., alpha: float = ..., *, seed: int | None = ..., progress: bool = ...
+        self, images: Images, alpha: float = ..., max_draws: int = ..., *, seed: int | None = ..., progress: bool = ...
     ) -> list[int]: ...
     @overload
     def predict(
-        self, images: Iterator[Any], n: int = ..., alpha: float = ..., *, seed: int | None = ..., progress: bool = ...
+        self,
+        images: Iterator[Any],
+        alpha: float = ...,
+        max_draws: int = ...,
+        *,
+        seed: int | None = ...,
+        progress: bool = ...,
     ) -> Iterator[int]: ...
     def predict(
         self,
         images: Images | Iterator[Any],
-        n: int = 100,
         alpha: float = 0.001,
+        max_draws: int = 1000,
         *,
         seed: int | None = None,
         progress: bool = False,
     ) -> list[int] | Iterator[int]:
         """
-        Predictions without a radius: class indices, or `ABSTAIN` (-1) where `n` draws leave doubt, see [`PredictRule`].
+        The smoothed classifier's answers without a radius, as class indices: each is wrong with probability at most `alpha`.
+        Takes as few draws as that needs, see [`SequentialRule`]; `ABSTAIN` (-1) where `max_draws` leave doubt.
 
         Takes images and returns a list or an iterator as [`certify`] does.
         """
-        certificates = self._certify_in_order(images, PredictRule(n, alpha), seed, progress)
+        certificates = self._certify_in_order(images, SequentialRule((0.0,), alpha, max_draws), seed, progress)
         predictions = (certificate.prediction for certificate in certificates)
         return list(predictions) if isinstance(certificates, list) else predictions
 

@@ -48,7 +48,8 @@ class SurrogateRule:
 
     method: ClassVar[str] = "surrogate"
     takes: ClassVar[tuple[str, ...]] = ("alpha", "radius", "radii", "n", "delta", "calibration")
-    uses_clean_pass: ClassVar[bool] = True
+    uses_clean_pass: ClassVar[bool] = False
+    uses_count_head: ClassVar[bool] = True
     budget: ClassVar[int] = 1
 
     def __post_init__(self) -> None:

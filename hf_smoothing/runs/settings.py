@@ -49,18 +49,19 @@ class RunSettings:
         "--delta, and claims the largest possible one of them)",
         default=None,
     )
-    method: str = _option(
-        "how to draw noisy copies: `sequential` stops as soon as the radius is decided, `fixed` takes n0 + n draws, "
+    method: str | None = _option(
+        "how to draw noisy copies: `two-stage` plans for each image how many draws find its radius (the default without "
+        "radii), `sequential` stops as soon as the radii are decided (the default with radii), `fixed` takes n0 + n draws, "
         "`surrogate` takes none and estimates with a count head, `counts` only counts the classes of n draws",
-        default="sequential",
+        default=None,
     )
     alpha: float = _option("largest probability that a certificate is wrong", default=0.001)
+    draws: int | None = _option("mean number of draws per image to plan for (`two-stage`)", default=None)
     max_draws: int | None = _option("largest number of draws (noisy copies) per image", default=None)
     n0: int | None = _option("selection draws, which choose the class (`fixed`)", default=None)
     n: int | None = _option(
         "draws that bound the probability of this class (`fixed`), or that are counted (`counts`)", default=None
     )
-    tolerance: float | None = _option("relative tolerance of the radius (`sequential`, without radii)", default=None)
     seed: int | None = _option(
         "seed of the noise, to reproduce certificates (default: from the operating system, which makes alpha hold for any "
         "model and picture)",
@@ -88,6 +89,8 @@ class RunSettings:
     def __post_init__(self) -> None:
         from ..core.noise import GaussianNoise
 
+        if self.method is None:
+            object.__setattr__(self, "method", "two-stage" if self.radii is None else "sequential")
         check_count("every", self.every)
         if self.max_samples is not None:
             check_count("max_samples", self.max_samples)
@@ -95,7 +98,7 @@ class RunSettings:
             raise ValueError(f"dtype={self.dtype!r} is unknown: use float32 or bfloat16.")
         if self.method == "surrogate" and self.count_head is None:
             raise ValueError("method='surrogate' takes a count head: pass count_head.")
-        if self.count_head is not None and self.method not in ("surrogate", "sequential"):
+        if self.count_head is not None and self.method not in ("surrogate", "sequential", "two-stage"):
             raise ValueError(
                 f"count_head={self.count_head!r} has no meaning for method {self.method!r}: leave it out."
             )
@@ -133,7 +136,7 @@ class RunSettings:
     def _make_rule(self, radii: Sequence[float] | None) -> "Rule":
         from ..core.rules import make_rule
 
-        options = {name: getattr(self, name) for name in ("max_draws", "alpha", "n0", "n", "tolerance", "delta")}
+        options = {name: getattr(self, name) for name in ("draws", "max_draws", "alpha", "n0", "n", "delta")}
         return make_rule(self.method, radii=radii, calibration=self._calibration, **options)
 
     @cached_property

@@ -1,0 +1,127 @@
+"""The rule that finds radii: a few draws plan how many further ones an image is worth."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import special
+
+from .certificates import Guarantee
+from .count_rule import CountRuns
+from .rule_protocols import CleanPass, Counts, NoiseDistribution, Outcomes, Rows, check_reach
+from .two_stage_plan import STAGES, make_planner, prove, runner_up_level
+from .validation import check_count, check_share
+
+_GUESS_ROUNDING = 2
+"""A count head's log-odds are rounded to this fraction of a unit: one plan for each."""
+
+
+@dataclass(frozen=True)
+class TwoStageRule:
+    """
+    Find the radius: selection draws choose the class and plan `n` further draws, which bound its probability from below and
+    that of every other class from above (Clopper-Pearson, see [`prove`]).
+
+    All images pay the same price per draw: `n` is where a further draw is expected to add less to the radius than it costs.
+    So images that cannot be certified end after a few selection draws, and draws go where they enlarge radii. A count head's
+    guess makes the plan need fewer selection draws.
+
+    The class and `n` depend on the selection draws and the guess only, which are independent of the counted draws. Given
+    them, counts are binomial, and the bounds are wrong with probability at most alpha, whatever the plan.
+
+    Args:
+        draws: the mean number of draws per image to plan for. It sets the price, for images as the plan expects them.
+        alpha: probability of a wrong certificate, in (0, 1).
+        max_draws: the most counted draws per image.
+
+    Source: the bound is that of algorithm CERTIFY, Cohen et al. 2019 (arXiv 1902.02918).
+    """
+
+    draws: int = 1000
+    alpha: float = 0.001
+    max_draws: int = 100_000
+
+    method: ClassVar[str] = "two-stage"
+    takes: ClassVar[tuple[str, ...]] = ("alpha", "draws", "max_draws")
+    guarantee: ClassVar[Guarantee] = "per_input"
+    uses_clean_pass: ClassVar[bool] = False
+    uses_count_head: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_count("draws", self.draws)
+        check_count("max_draws", self.max_draws)
+        check_share("alpha", self.alpha)
+        if self.draws <= STAGES[0]:
+            raise ValueError(f"draws={self.draws} must be above {STAGES[0]}: so many choose the class.")
+
+    @classmethod
+    def from_settings(cls, **settings: Any) -> "TwoStageRule":
+        return cls(**settings)
+
+    @property
+    def budget(self) -> int:
+        return STAGES[-1] + self.max_draws
+
+    def check(self, noise: NoiseDistribution) -> None:
+        check_reach(self.max_draws, self.alpha, noise, 0.0, "max_draws")
+
+    def start(self, noise: NoiseDistribution, num_rows: int, num_classes: int) -> "_TwoStageRuns":
+        return _TwoStageRuns(self, noise, num_rows, num_classes)
+
+
+class _TwoStageRuns(CountRuns):
+    def __init__(self, rule: TwoStageRule, noise: NoiseDistribution, num_rows: int, num_classes: int):
+        super().__init__(0, num_rows, num_classes)
+        self.rule = rule
+        self.noise = noise
+        self.planner = make_planner(noise, rule.alpha, rule.max_draws)
+        self.price = self.planner.price_for(rule.draws)
+        self.selection_counts = np.zeros_like(self.counts)
+        self.stage = np.zeros(num_rows, np.int64)
+        """How many stages of selection are done; -1 once it has ended."""
+        self.guess = np.full(num_rows, np.nan)
+        """A count head's log-odds of the first class."""
+        self.selected = np.zeros(num_rows, np.int64)
+
+    def start(self, rows: Rows, clean: CleanPass | None) -> NDArray[np.int64]:
+        self.counts[rows] = self.selection_counts[rows] = self.stage[rows] = 0
+        self.guess[rows] = np.nan
+        if clean is not None and clean.frequencies:
+            log_odds = special.logit(np.clip(clean.scores.max(1), 1e-6, 1 - 1e-6))
+            # rounded: the last bits of the prediction differ between batch sizes and must decide nothing
+            self.guess[rows] = np.rint(_GUESS_ROUNDING * log_odds) / _GUESS_ROUNDING
+        return np.full(len(rows), STAGES[0])
+
+    def update(self, rows: Rows, counts: Counts) -> NDArray[np.int64]:
+        wanted = np.zeros(len(rows), np.int64)
+        selecting = self.stage[rows] >= 0
+        counted = rows[~selecting]
+        self.counts[counted] += counts[~selecting]
+        images = np.flatnonzero(selecting)
+        self.selection_counts[rows[images]] += counts[images]
+        for stage, guess in {(self.stage[row], self.guess[row]) for row in rows[images]}:
+            same = np.isnan(self.guess[rows]) if np.isnan(guess) else self.guess[rows] == guess
+            part = np.flatnonzero(selecting & (self.stage[rows] == stage) & same)
+            wanted[part] = self._plan(rows[part], int(stage), None if np.isnan(guess) else float(guess))
+        return wanted
+
+    def _plan(self, rows: Rows, stage: int, guess: float | None) -> NDArray[np.int64]:
+        """The draws that images want after a stage of selection."""
+        plan = self.planner.plan_for_guess(self.price, guess)
+        selection = self.selection_counts[rows]
+        self.selected[rows] = selection.argmax(1)
+        second, first = np.sort(np.pad(selection, ((0, 0), (1, 0))), axis=1)[:, -2:].T
+        action = plan.actions[stage][runner_up_level(second, STAGES[stage] - first), first]
+        more = action < 0
+        self.stage[rows] = np.where(more, stage + 1, -1)
+        following = STAGES[stage + 1] - STAGES[stage] if stage + 1 < len(STAGES) else 0
+        return np.where(more, following, action)
+
+    def outcomes(self, rows: Rows) -> Outcomes:
+        selected, counts = self.selected[rows], self.counts[rows]
+        images, draws = np.arange(len(rows)), counts.sum(1)
+        hits = counts[images, selected]
+        counts[images, selected] = 0
+        p_lower, p_upper = prove(hits, counts.max(1), draws, self.rule.alpha)
+        return Outcomes.from_bounds(self.noise, selected, p_lower, p_upper)
