@@ -4,8 +4,8 @@ Bets on class counts: the e-processes of the sequential rule.
 Notation. Draws are independent with class probabilities p; `n_c` of n draws hit class c. `g(b) = probability_needed(r, b)`:
 class c holds to the radius r if `p_c > g(p_j)` for every rival j. The null of a pair is `N(c, j) = {p: p_c <= g(p_j)}`.
 
-**One bet.** g is concave and increases (Gaussian: `g'(b) = exp(-d z - d^2/2)` with `z = Phi^-1(b)` and `d = 2 r/sigma` falls
-in b; uniform: linear; Laplace: the smaller of two lines). So N(c, j) lies below each tangent: `p_c - s p_j <= m` with
+**One bet.** g is concave and increases (Gaussian: `g'(b) = exp(-d z - d^2/2)` with `z = Phi^-1(b)` and `d = 2 r/sigma`
+falls in b; uniform: linear; Laplace: the smaller of two lines). So N(c, j) lies below each tangent: `p_c - s p_j <= m` with
 `s = g'(b)` and `m = g(b) - s b >= 0`. A draw pays `1 + lam (1 - m)` if it hits c, `1 - lam (m + s)` if it hits j, and
 `1 - lam m` otherwise, for `0 < lam < 1/(m + s)`. All payoffs are positive, and their mean is `1 + lam (p_c - s p_j - m) <= 1`
 for every p in N(c, j). So the product over the draws is a non-negative supermartingale, and so is a mixture of such products
