@@ -26,6 +26,7 @@ Grunwald, de Heide and Koolen, "Safe testing", JRSS B 86 (2024), theorem 1; Berg
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from scipy import special
@@ -64,10 +65,6 @@ class BetGrid:
     log_payoffs: FloatArray
     log_weights: FloatArray
 
-    def __post_init__(self) -> None:
-        c, rival, other = self.log_payoffs
-        object.__setattr__(self, "_per_count", np.stack([c - other, rival - other, other]))
-
     @classmethod
     def for_radius(cls, noise: NoiseDistribution, radius: float, max_draws: int, alpha: float) -> "BetGrid":
         """The bets for a radius, and a budget whose quarter must suffice to tell the smallest step from the null."""
@@ -91,6 +88,12 @@ class BetGrid:
         payoffs = np.stack([np.log1p(lam * (1 - m)), np.log1p(-lam * (m + s)), np.log1p(-lam * m)])
         return cls(payoffs, np.log(weight / weight.sum()))
 
+    @cached_property
+    def _per_count(self) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """What each draw of c, each draw of the rival and each draw adds to the logarithms of the payoffs, `(bets,)`."""
+        c, rival, other = self.log_payoffs
+        return c - other, rival - other, other
+
     @property
     def largest_gain(self) -> float:
         """The most that one draw adds to a log e-value."""
@@ -108,7 +111,11 @@ class BetGrid:
             draws: all draws.
             log_weights: `(images, bets)`, in place of the grid's own.
         """
-        gains = np.stack([hits, rival, draws], axis=-1).astype(np.float64) @ self._per_count  # type: ignore[attr-defined]
+        c, rivals, others = self._per_count
+        # no matrix product: its last bits depend on the number of images
+        gains = np.multiply.outer(hits, c)
+        gains += np.multiply.outer(rival, rivals)
+        gains += np.multiply.outer(draws, others)
         gains += self.log_weights if log_weights is None else log_weights
         largest = gains.max(-1)
         gains -= largest[..., None]
@@ -124,8 +131,9 @@ class BetGrid:
         p_c = np.clip(p_c, 1e-4, 1 - 1e-4)
         p_j = np.clip(p_j, 0.0, 1 - p_c)
         draws = np.minimum(1 / (_HEAD_SPREAD**2 * p_c * (1 - p_c)), 1000.0)
-        frequencies = np.stack([p_c, p_j, np.ones_like(p_c)], axis=-1)
-        gains = draws[:, None] * (frequencies @ self._per_count) + self.log_weights  # type: ignore[attr-defined]
+        c, rivals, others = self._per_count
+        gains = np.multiply.outer(draws * p_c, c) + np.multiply.outer(draws * p_j, rivals)
+        gains += np.multiply.outer(draws, others) + self.log_weights
         gains -= np.logaddexp.reduce(gains, axis=1, keepdims=True)
         return np.logaddexp(gains + math.log(1 - _HEAD_FLOOR), self.log_weights + math.log(_HEAD_FLOOR))
 

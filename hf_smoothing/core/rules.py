@@ -47,7 +47,7 @@ def make_rule(
 
     Args:
         method: `"two-stage"` (finds radii), `"sequential"` (decides radii), `"fixed"` (the usual protocol), `"surrogate"`
-            (only asks a count head) or `"counts"` (only counts). By default `"sequential"` with radii, `"two-stage"` without.
+            (only asks a count head) or `"counts"` (only counts). By default `"sequential"` with radii, else `"two-stage"`.
         alpha: probability of a wrong certificate, in (0, 1); without meaning for `counts`, which claims nothing.
         radius: one radius to decide; for `surrogate` with `delta` only.
         radii: several radii to decide, instead of `radius`.

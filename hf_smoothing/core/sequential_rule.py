@@ -47,8 +47,8 @@ class SequentialRule:
     [`BetGrid`] against "the radius of c is no larger" reach 1 over the rest of alpha for every rival. A wrong class has
     probability at most the first part; if c is right, a wrong radius has probability at most the second.
 
-    **Several radii** are claimed in ascending order, all for the same class. A wrong claim includes one of the smallest radius
-    that is too large, so they share one level.
+    **Several radii** are claimed in ascending order, all for the same class. A wrong claim includes one of the smallest
+    radius that is too large, so they share one level.
 
     When to look is chosen from counts of the past, so looks are stopping times. Giving a radius up claims nothing.
 
@@ -189,7 +189,8 @@ class _SequentialRuns:
     def outcomes(self, rows: Rows) -> Outcomes:
         """
         The radii claimed, with a pair of probabilities on their boundary. What is proved is that the answer's probability
-        exceeds `probability_needed(radius, p_b)` for the probability `p_b` of every rival; `p_upper` is the runner-up's share.
+        exceeds `probability_needed(radius, p_b)` for the probability `p_b` of every rival; `p_upper` is the runner-up's
+        share.
         """
         top, _, _, rival = _tally(self.counts[rows], self.answer[rows])
         claimed = self.claimed[rows]

@@ -48,8 +48,8 @@ def prove(hits: ArrayLike, runner_up: ArrayLike, draws: ArrayLike, alpha: float)
     Bounds that hold together with probability at least `1 - alpha`: a lower one of the class's probability, and an upper one
     of every other class's.
 
-    The lower bound has four fifths of alpha. The rest bounds the class that is drawn most often of the others. Its bound is no
-    less than that of the *most probable* other class, so no alpha is split over classes.
+    The lower bound has four fifths of alpha. The rest bounds the class that is drawn most often of the others. Its bound is
+    no less than that of the *most probable* other class, so no alpha is split over classes.
     """
     p_lower = clopper_pearson_lower(hits, draws, (1 - _UPPER_SHARE) * alpha)
     others = clopper_pearson_lower(np.asarray(draws) - np.asarray(runner_up), draws, _UPPER_SHARE * alpha)
