@@ -4,12 +4,15 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 from helpers.finished_runs import rows
+from helpers.paths import ROOT
 
 from hf_smoothing.runs.dataset_run import RunSettings, certify_dataset
 from hf_smoothing.utils.processes import start_processes
@@ -20,14 +23,14 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2
 def command(model, data, output_dir, *options):
     return (
         "scripts/certify.py", "--model_name_or_path", model, "--dataset_name", data, "--output_dir", output_dir,
-        "--sigma", 0.25, 0.5, "--max_draws", 200, *options,
+        "--sigma", 0.25, 0.5, "--max_draws", 200, "--seed", 0, *options,
     )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(model, parquet, tmp_path_factory):
     folder = tmp_path_factory.mktemp("uninterrupted")
-    settings = RunSettings(model_name_or_path=model, dataset_name=parquet, sigmas=(0.25, 0.5), max_draws=200)
+    settings = RunSettings(model_name_or_path=model, dataset_name=parquet, sigmas=(0.25, 0.5), max_draws=200, seed=0)
     certify_dataset(settings, folder, accelerator=start_processes())
     found = rows(folder)
     assert len({row["prediction"] for row in found}) > 2
@@ -100,7 +103,7 @@ def test_killed_processes_lose_nothing(processes, model, parquet, uninterrupted,
 
 
 def test_killed_counting_loses_nothing_and_repeats_nothing(processes, model, parquet, tmp_path, capfd):
-    settings = RunSettings(model, parquet, (0.25, 0.5), every=4, method="counts", n=20)
+    settings = RunSettings(model, parquet, (0.25, 0.5), every=4, method="counts", n=20, seed=0)
     certify_dataset(settings, tmp_path / "uninterrupted", accelerator=start_processes())
     shown = capfd.readouterr().err
     assert "counting: 100%" in shown
@@ -122,6 +125,26 @@ def test_twenty_times_killed_processes_lose_nothing(processes, model, parquet, u
         launcher = generator.choice(((), TORCHRUN))
         kill_at_random([processes.start(*launcher, *run)], tmp_path, generator, only_one=kill % 3 == 1)
     check_resumed(processes, run, tmp_path, uninterrupted)
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_interruptions_finds_nothing_lost_or_doubled(tmp_path):
+    script = [
+        sys.executable,
+        "scripts/benchmarks/interruptions.py",
+        "--kills",
+        "40",
+        "--output",
+        tmp_path / "kills.json",
+    ]
+    done = subprocess.run(
+        script, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((tmp_path / "kills.json").read_text())
+    assert results["kills"] >= 40
+    assert results["records"] == 2000 * results["runs"]
+    assert results["lost"] == results["doubled"] == results["changed"] == 0
 
 
 def test_an_error_ends_all_processes(processes, model, parquet, tmp_path):
