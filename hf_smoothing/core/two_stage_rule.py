@@ -15,6 +15,7 @@ from .validation import check_count, check_share
 
 _GUESS_ROUNDING = 2
 """A count head's log-odds are rounded to this fraction of a unit: one plan for each."""
+_NO_GUESS = -1000
 
 
 @dataclass(frozen=True)
@@ -80,17 +81,17 @@ class _TwoStageRuns(CountRuns):
         self.selection_counts = np.zeros_like(self.counts)
         self.stage = np.zeros(num_rows, np.int64)
         """How many stages of selection are done; -1 once it has ended."""
-        self.guess = np.full(num_rows, np.nan)
-        """A count head's log-odds of the first class."""
+        self.guess = np.full(num_rows, _NO_GUESS)
+        """A count head's log-odds of the first class, in units of `1/_GUESS_ROUNDING`."""
         self.selected = np.zeros(num_rows, np.int64)
 
     def start(self, rows: Rows, clean: CleanPass | None) -> NDArray[np.int64]:
         self.counts[rows] = self.selection_counts[rows] = self.stage[rows] = 0
-        self.guess[rows] = np.nan
+        self.guess[rows] = _NO_GUESS
         if clean is not None and clean.frequencies:
             log_odds = special.logit(np.clip(clean.scores.max(1), 1e-6, 1 - 1e-6))
             # rounded: the last bits of the prediction differ between batch sizes and must decide nothing
-            self.guess[rows] = np.rint(_GUESS_ROUNDING * log_odds) / _GUESS_ROUNDING
+            self.guess[rows] = np.rint(_GUESS_ROUNDING * log_odds)
         return np.full(len(rows), STAGES[0])
 
     def update(self, rows: Rows, counts: Counts) -> NDArray[np.int64]:
@@ -100,15 +101,16 @@ class _TwoStageRuns(CountRuns):
         self.counts[counted] += counts[~selecting]
         images = np.flatnonzero(selecting)
         self.selection_counts[rows[images]] += counts[images]
-        for stage, guess in {(self.stage[row], self.guess[row]) for row in rows[images]}:
-            same = np.isnan(self.guess[rows]) if np.isnan(guess) else self.guess[rows] == guess
-            part = np.flatnonzero(selecting & (self.stage[rows] == stage) & same)
-            wanted[part] = self._plan(rows[part], int(stage), None if np.isnan(guess) else float(guess))
+        situations = np.stack([self.stage[rows], self.guess[rows]], axis=1)
+        for stage, guess in np.unique(situations[images], axis=0).tolist():
+            part = np.flatnonzero(selecting & (situations == (stage, guess)).all(1))
+            log_odds = None if guess == _NO_GUESS else guess / _GUESS_ROUNDING
+            wanted[part] = self._plan(rows[part], stage, log_odds)
         return wanted
 
-    def _plan(self, rows: Rows, stage: int, guess: float | None) -> NDArray[np.int64]:
+    def _plan(self, rows: Rows, stage: int, log_odds: float | None) -> NDArray[np.int64]:
         """The draws that images want after a stage of selection."""
-        plan = self.planner.plan_for_guess(self.price, guess)
+        plan = self.planner.plan_for_guess(self.price, log_odds)
         selection = self.selection_counts[rows]
         self.selected[rows] = selection.argmax(1)
         second, first = np.sort(np.pad(selection, ((0, 0), (1, 0))), axis=1)[:, -2:].T

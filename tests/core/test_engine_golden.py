@@ -1,8 +1,8 @@
 """
 Certificates of a small classifier are those of the file, whatever the batch size and the order.
 
-`engine_golden.json` was written by an engine that took one image at a time. Where a rule is meant to decide otherwise, write
-it again with `python tests/core/test_engine_golden.py`, and say in the commit what changed and why.
+Where a rule is meant to decide otherwise, write `engine_golden.json` again with `python tests/core/test_engine_golden.py`,
+and say in the commit what changed and why.
 """
 
 import json
@@ -11,20 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_smoothing import FixedRule, GaussianNoise, LaplaceNoise, SequentialRule, SmoothedClassifier
+from hf_smoothing import FixedRule, GaussianNoise, LaplaceNoise, SequentialRule, SmoothedClassifier, TwoStageRule
 from hf_smoothing.core.count_rule import CountRule
-from hf_smoothing.core.predict_rule import PredictRule
 
 GOLDEN = Path(__file__).with_name("engine_golden.json")
 NUM_CLASSES = 5
 RULES = {
     "decide": SequentialRule(radii=(0.1, 0.3), max_draws=800),
-    "find": SequentialRule(max_draws=600),
+    "find": TwoStageRule(draws=300, max_draws=600),
     "fixed": FixedRule(n0=10, n=90),
-    "predict": PredictRule(60, 0.01),
+    "predict": SequentialRule(radii=(0.0,), max_draws=60, alpha=0.01),
     "counts": CountRule(37),
 }
-CASES = [(name, kind) for name in RULES for kind in (GaussianNoise, LaplaceNoise)] + [("guided", GaussianNoise)]
+CASES = [(name, kind) for name in RULES for kind in (GaussianNoise, LaplaceNoise)]
+CASES += [("guided decide", GaussianNoise), ("guided find", GaussianNoise)]
 
 
 def make_images():
@@ -46,10 +46,10 @@ def predict_counts(pixels, sigma):
 
 
 def certify(name, kind, batch_size=32, order=None):
-    rule = RULES["decide" if name == "guided" else name]
+    rule = RULES[name.removeprefix("guided ")]
     images = make_images()
     order = order or list(range(len(images)))
-    head = predict_counts if name == "guided" else None
+    head = predict_counts if name.startswith("guided") else None
     smoothed = SmoothedClassifier(classify, kind(0.25), batch_size=batch_size, count_head=head)
     stream = smoothed.certify_stream([images[index] for index in order], rule, seed=7)
     rows = [[order[position], c.prediction, c.radius, list(c.counts), c.num_samples] for position, c in stream]

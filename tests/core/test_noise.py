@@ -37,7 +37,7 @@ def test_l1_radii_are_exact_for_a_threshold_on_one_pixel(kind):
 
     smoothed = SmoothedClassifier(base, kind(0.5), batch_size=4096)
     exact = (images[:, 0, 0, 0] - 0.4).abs()
-    certificates = smoothed.certify(images, alpha=0.01, max_draws=4000, tolerance=0.05)
+    certificates = smoothed.certify(images, alpha=0.01, draws=4000, seed=0)
     wrong = sum(
         a.radius > r or a.prediction == int(x[0, 0, 0] <= 0.4)
         for a, r, x in zip(certificates, exact, images)

@@ -1,1 +1,0 @@
-../../hf_smoothing/core/predict_rule.py
