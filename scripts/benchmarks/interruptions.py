@@ -31,7 +31,7 @@ from hf_smoothing.utils.files import write_json
 from hf_smoothing.utils.processes import start_processes
 from hf_smoothing.utils.provenance import command_line, package_versions
 
-SIGMAS = tuple(level / 20 for level in range(1, 11))
+SIGMAS = [level / 20 for level in range(1, 11)]
 MOMENTS = ("start", "start", "records", "records", "records", "merge")
 """When a process is killed, drawn at random. Merging only counts where all records are there."""
 
