@@ -7,8 +7,8 @@ class c holds to the radius r if `p_c > g(p_j)` for every rival j. The null of a
 **One bet.** g is concave and increases (Gaussian: `g'(b) = exp(-d z - d^2/2)` with `z = Phi^-1(b)` and `d = 2 r/sigma`
 falls in b; uniform: linear; Laplace: the smaller of two lines). So N(c, j) lies below each tangent: `p_c - s p_j <= m` with
 `s = g'(b)` and `m = g(b) - s b >= 0`. A draw pays `1 + lam (1 - m)` if it hits c, `1 - lam (m + s)` if it hits j, and
-`1 - lam m` otherwise, for `0 < lam < 1/(m + s)`. All payoffs are positive, and their mean is `1 + lam (p_c - s p_j - m) <= 1`
-for every p in N(c, j). So the product over the draws is a non-negative supermartingale, and so is a mixture of such products
+`1 - lam m` otherwise, for `0 < lam < 1/(m + s)`. All payoffs are positive, and their mean is
+`1 + lam (p_c - s p_j - m) <= 1` for every p in N(c, j). So the product over the draws is a non-negative supermartingale, and so is a mixture of such products
 with weights fixed before the first counted draw,
 
     E_cj = sum_k w_k (1 + lam_k (1 - m_k))^n_c (1 - lam_k (m_k + s_k))^n_j (1 - lam_k m_k)^(n - n_c - n_j).
@@ -27,8 +27,10 @@ Grunwald, de Heide and Koolen, "Safe testing", JRSS B 86 (2024), theorem 1; Berg
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import special
 
 from .rule_protocols import FloatArray, NoiseDistribution
@@ -100,7 +102,7 @@ class BetGrid:
         return float(self.log_payoffs[0].max())
 
     def log_e_value(
-        self, hits: FloatArray, rival: FloatArray, draws: FloatArray, log_weights: FloatArray | None = None
+        self, hits: NDArray[Any], rival: NDArray[Any], draws: NDArray[Any], log_weights: FloatArray | None = None
     ) -> FloatArray:
         """
         Log e-values, `(images,)`.

@@ -142,7 +142,8 @@ class SampledNoise:
 
     def radius(self, p_a: ArrayLike, p_b: ArrayLike | None = None) -> FloatArray:
         p_a = np.asarray(p_a, np.float64)[()]
-        radius = self.noise.radius(p_a - self.slack, (1 - p_a if p_b is None else p_b) + self.slack)
+        others = 1 - p_a if p_b is None else np.asarray(p_b, np.float64)[()]
+        radius = self.noise.radius(p_a - self.slack, others + self.slack)
         return np.maximum(0.0, radius - self.moved)
 
     def probability_needed(self, radius: ArrayLike, p_b: ArrayLike | None = None) -> FloatArray:

@@ -17,6 +17,10 @@ LARGEST_SIGMA = 50.0
 """Up to here, 40 standard deviations stay below 2^24 steps of the lattice, the integers that float32 holds exactly."""
 
 
+def _to_float64(values: ArrayLike) -> FloatArray:
+    return np.asarray(values, np.float64)[()]  # scalars as scalars
+
+
 @dataclass(frozen=True)
 class SmoothingNoise(ABC):
     """
@@ -75,12 +79,13 @@ class GaussianNoise(SmoothingNoise):
     def radius(self, p_a: ArrayLike, p_b: ArrayLike | None = None) -> FloatArray:
         # fmax: a bound below 0 or above 1 has no quantile, and proves nothing
         if p_b is None:
-            return np.fmax(0.0, self.sigma * special.ndtri(p_a))
-        return np.fmax(0.0, self.sigma / 2 * (special.ndtri(p_a) - special.ndtri(p_b)))
+            return np.fmax(0.0, self.sigma * special.ndtri(_to_float64(p_a)))
+        difference = special.ndtri(_to_float64(p_a)) - special.ndtri(_to_float64(p_b))
+        return np.fmax(0.0, self.sigma / 2 * difference)
 
     def probability_needed(self, radius: ArrayLike, p_b: ArrayLike | None = None) -> FloatArray:
-        distance = np.asarray(radius, np.float64)[()] / self.sigma
-        return special.ndtr(distance) if p_b is None else special.ndtr(2 * distance + special.ndtri(p_b))
+        distance = _to_float64(radius) / self.sigma
+        return special.ndtr(distance if p_b is None else 2 * distance + special.ndtri(_to_float64(p_b)))
 
     def fill_array(self, generator: np.random.Generator, out: FloatArray) -> None:
         generator.standard_normal(out=out)
@@ -101,12 +106,12 @@ class UniformNoise(SmoothingNoise):
     norm: ClassVar[str] = "l1"
 
     def radius(self, p_a: ArrayLike, p_b: ArrayLike | None = None) -> FloatArray:
-        p_a = np.asarray(p_a, np.float64)[()]
-        return np.maximum(0.0, math.sqrt(3) * self.sigma * (p_a - (1 - p_a if p_b is None else p_b)))
+        p_a = _to_float64(p_a)
+        return np.maximum(0.0, math.sqrt(3) * self.sigma * (p_a - (1 - p_a if p_b is None else _to_float64(p_b))))
 
     def probability_needed(self, radius: ArrayLike, p_b: ArrayLike | None = None) -> FloatArray:
-        difference = np.asarray(radius, np.float64)[()] / (math.sqrt(3) * self.sigma)
-        return np.minimum(1.0, (1 + difference) / 2 if p_b is None else p_b + difference)
+        difference = _to_float64(radius) / (math.sqrt(3) * self.sigma)
+        return np.minimum(1.0, (1 + difference) / 2 if p_b is None else _to_float64(p_b) + difference)
 
     def fill_array(self, generator: np.random.Generator, out: FloatArray) -> None:
         generator.random(out=out)
@@ -130,16 +135,17 @@ class LaplaceNoise(SmoothingNoise):
     norm: ClassVar[str] = "l1"
 
     def radius(self, p_a: ArrayLike, p_b: ArrayLike | None = None) -> FloatArray:
-        p_a = np.asarray(p_a, np.float64)[()]
-        p_b = 1 - p_a if p_b is None else np.asarray(p_b, np.float64)[()]
+        p_a = _to_float64(p_a)
+        p_b = 1 - p_a if p_b is None else _to_float64(p_b)
         with np.errstate(divide="ignore", invalid="ignore"):  # infinite at p_b <= 0; nan where p_a <= p_b
             radius = np.maximum(np.log(p_a / np.maximum(p_b, 0.0)) / 2, -np.log(np.maximum(1 - p_a + p_b, 0.0)))
         return np.where(p_a > p_b, self.sigma / math.sqrt(2) * radius, 0.0)[()]
 
     def probability_needed(self, radius: ArrayLike, p_b: ArrayLike | None = None) -> FloatArray:
-        factor = np.exp(-math.sqrt(2) * np.asarray(radius, np.float64)[()] / self.sigma)
+        factor = np.exp(-math.sqrt(2) * _to_float64(radius) / self.sigma)
         if p_b is None:
             return 1 - factor / 2
+        p_b = _to_float64(p_b)
         with np.errstate(divide="ignore", invalid="ignore"):  # a factor of 0: no probability suffices
             return np.fmin(1.0, np.fmin(p_b / factor**2, 1 - factor + p_b))
 

@@ -6,7 +6,7 @@ Rules see class counts and a noise distribution, never a model. No row depends o
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -21,7 +21,7 @@ Rows = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
 
 
-class NoiseDistribution(Protocol):
+class NoiseDistribution(Hashable, Protocol):
     """What a rule needs to know about a smoothing distribution."""
 
     @property

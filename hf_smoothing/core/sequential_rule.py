@@ -261,7 +261,7 @@ class _SequentialRuns:
         return missing
 
     def _expect(
-        self, hits: FloatArray, rival: FloatArray, draws: FloatArray, radius: float
+        self, hits: NDArray[np.int64], rival: NDArray[np.int64], draws: NDArray[np.int64], radius: float
     ) -> tuple[FloatArray, FloatArray]:
         """
         Optimistic probabilities of the top class and its rival: their shares, moved towards the claim by some standard

@@ -12,6 +12,8 @@ import torch
 
 from ..core.certificates import ABSTAIN
 from ..core.lattice import round_to_lattice
+from ..core.noise import GaussianNoise
+from ..core.sequential_rule import SequentialRule
 from ..core.smoothing import SmoothedClassifier
 from ..core.validation import check_count, check_share
 
@@ -45,7 +47,7 @@ class AttackSettings:
         restarts: starts of the gradient attack per step size: the first at the image itself, the others at random.
         directions: random directions.
         reach: largest norm to try, as a multiple of the radius.
-        n: draws that judge a candidate, after a quarter as many that screen it.
+        n: the most draws that judge a candidate, after a quarter as many that screen it.
         alpha: probability that a failed candidate is judged a success.
         seed: seed of everything random.
 
@@ -66,10 +68,13 @@ class AttackSettings:
         for name in ("steps", "draws", "restarts", "directions", "n"):
             check_count(name, getattr(self, name))
         check_share("alpha", self.alpha)
-        # the fewest draws that suffice if all of them agree, for the judgement and for the quarter before it
-        min_draws = max(math.ceil(math.log2(2 / self.alpha)), 4 * math.ceil(math.log2(2 / _FIRST_ALPHA)))
-        if self.n < min_draws:
-            raise ValueError(f"n={self.n} draws prove nothing at alpha={self.alpha:g}: use {min_draws} or more.")
+        for n, alpha in ((self.n, self.alpha), (self.n // 4, _FIRST_ALPHA)):
+            try:
+                SequentialRule((0.0,), alpha, max(n, 1)).check(GaussianNoise(1.0))
+            except ValueError as error:
+                raise ValueError(
+                    f"n={self.n} draws are too few to judge a change at alpha={alpha:g}: {error}"
+                ) from error
         if not 1 <= self.reach < math.inf:
             raise ValueError(f"reach={self.reach} must be 1 or more: it is a multiple of the certified radius.")
 
@@ -174,8 +179,8 @@ def judge(smoothed: SmoothedClassifier, pixels: torch.Tensor, prediction: int, s
     """
     Predict one image with fresh draws, and return the class if it significantly differs from the certified one.
 
-    A quarter of `settings.n` draws end hopeless cases early. The judgement itself uses `settings.n` further draws (algorithm
-    PREDICT of Cohen et al. 2019, at `settings.alpha`).
+    Up to a quarter of `settings.n` draws end hopeless cases early. The judgement itself uses up to `settings.n` further
+    draws, at `settings.alpha`, see [`SequentialRule`].
     """
     image = pixels[None].cpu()
     # far from every seed of a run: the certificate's own draws are never reused
@@ -183,7 +188,7 @@ def judge(smoothed: SmoothedClassifier, pixels: torch.Tensor, prediction: int, s
         (settings.n // 4, _FIRST_ALPHA, 2**62 - 1 - settings.seed),
         (settings.n, settings.alpha, 2**62 + settings.seed),
     ):
-        (predicted,) = smoothed.predict(image, n, alpha, seed=seed)
+        (predicted,) = smoothed.predict(image, alpha, n, seed=seed)
         if predicted in (prediction, ABSTAIN):
             return None
     return predicted

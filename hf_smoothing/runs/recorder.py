@@ -36,7 +36,7 @@ class Recorder:
         self.settings, self.is_main_process = settings, accelerator.is_main_process
         self.done_before = Counter(sigma for sigma, _ in state.finished)
         self.right_before = Counter(sigma for (sigma, _), right in state.finished.items() if right)
-        verb, self.participle = _WORDS.get(settings.method, ("certifying", "certified"))
+        verb, self.participle = _WORDS.get(str(settings.method), ("certifying", "certified"))
         total = expected or (settings.max_samples and settings.max_samples * len(settings.sigmas))
         before, hidden = len(state.finished), not self.is_main_process
         # smoothing 0: images differ in cost, so the mean rate predicts the time left best

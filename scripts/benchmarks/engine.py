@@ -20,7 +20,8 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from hf_smoothing import FixedRule, GaussianNoise, PredictRule, SequentialRule, SmoothedClassifier, load_demo_images
+from hf_smoothing import FixedRule, GaussianNoise, SequentialRule, SmoothedClassifier, TwoStageRule, load_demo_images
+from hf_smoothing.core.base_classifier import Classifier
 from hf_smoothing.core.lattice import LatticeSampler
 from hf_smoothing.core.preprocessing import to_pixels
 from hf_smoothing.core.rule_protocols import Rule
@@ -56,7 +57,8 @@ def make_rules(max_draws: int) -> dict[str, Rule]:
     return {
         "decide": SequentialRule(radii=RADII, max_draws=max_draws),
         "fixed": FixedRule(n0=100, n=max_draws),
-        "predict": PredictRule(100),
+        "find": TwoStageRule(draws=min(1000, max_draws), max_draws=max_draws),
+        "predict": SequentialRule(radii=(0.0,), max_draws=max_draws),
     }
 
 
@@ -98,10 +100,10 @@ def measure_noise_share(smoothed: SmoothedClassifier, pixels: Pixels, rule: Rule
             seconds += measure_seconds(lambda: result.append(draw(*args)))
             return result[0]
 
-        sampler.draw = timed_draw  # type: ignore[method-assign]
+        sampler.draw = timed_draw  # type: ignore[assignment, method-assign]
         return sampler
 
-    LatticeSampler.on_device = staticmethod(timed)  # type: ignore[method-assign]
+    LatticeSampler.on_device = staticmethod(timed)  # type: ignore[assignment, method-assign]
     try:
         total = measure_seconds(lambda: certify(smoothed, pixels, rule))
     finally:
@@ -193,7 +195,7 @@ def main() -> None:
     tiny = list(torch.randint(0, 256, (6000, 1, 2, 2), generator=generator) / 255)
     cheap = make_cheap_classifier().to(device)
 
-    def smooth(classifier: nn.Module, batch_size: int, autocast: torch.dtype | None = None) -> SmoothedClassifier:
+    def smooth(classifier: Classifier, batch_size: int, autocast: torch.dtype | None = None) -> SmoothedClassifier:
         return SmoothedClassifier(classifier, noise, batch_size=batch_size, device=device, autocast=autocast)
 
     model = shipped.base_classifier.classifier

@@ -82,7 +82,7 @@ def simulate_draws_to_decide(
     the mean and of its error. `logits` are those of the base classifier for the clean images, `(images, classes)`.
     """
     noise = GaussianNoise(comparison.sigma)
-    p_needed = noise.probability_needed(radius)
+    p_needed = float(noise.probability_needed(radius))
     frequencies = comparison.counts / comparison.n
     # a class counted in every draw has an unknown p below 1: take it as if half a draw had missed
     top = np.minimum(frequencies.max(1), 1 - 0.5 / comparison.n)
