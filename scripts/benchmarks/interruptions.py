@@ -128,7 +128,7 @@ def interrupt_runs(settings: RunSettings, folder: Path, kills: int) -> dict[str,
     seconds = time.monotonic() - began
     started[0].join()
     expected = read_rows(folder / "uninterrupted")
-    found, killed, most, runs = Counter[str](), Counter[str](), 0, 0
+    totals, killed, most, runs = Counter[str](), Counter[str](), 0, 0
     while killed.total() < kills:
         run, of_run = folder / f"run{runs}", 0
         runs += 1
@@ -149,12 +149,12 @@ def interrupt_runs(settings: RunSettings, folder: Path, kills: int) -> dict[str,
             if not statuses & {0, -9}:  # where one of them was killed, another one may fail
                 raise RuntimeError(f"A process ended with {statuses}: {(folder / 'output.txt').read_text()[-3000:]}")
             finished = statuses == {0}
-        found += compare(run, expected)
+        totals += compare(run, expected)
         most = max(most, of_run)
-        print(f"{runs} runs, {killed.total()} killed, {dict(found)}", flush=True)
+        print(f"{runs} runs, {killed.total()} killed, {dict(totals)}", flush=True)
     names = ("records", "lost", "doubled", "changed")
     return {"kills": killed.total(), "killed_during": dict(killed), "runs": runs, "most_kills_of_a_run": most} | {
-        name: found[name] for name in names
+        name: totals[name] for name in names
     }
 
 
