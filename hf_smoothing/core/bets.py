@@ -8,8 +8,8 @@ class c holds to the radius r if `p_c > g(p_j)` for every rival j. The null of a
 falls in b; uniform: linear; Laplace: the smaller of two lines). So N(c, j) lies below each tangent: `p_c - s p_j <= m` with
 `s = g'(b)` and `m = g(b) - s b >= 0`. A draw pays `1 + lam (1 - m)` if it hits c, `1 - lam (m + s)` if it hits j, and
 `1 - lam m` otherwise, for `0 < lam < 1/(m + s)`. All payoffs are positive, and their mean is
-`1 + lam (p_c - s p_j - m) <= 1` for every p in N(c, j). So the product over the draws is a non-negative supermartingale, and so is a mixture of such products
-with weights fixed before the first counted draw,
+`1 + lam (p_c - s p_j - m) <= 1` for every p in N(c, j). So the product over the draws is a non-negative supermartingale, and
+so is a mixture of such products with weights fixed before the first counted draw,
 
     E_cj = sum_k w_k (1 + lam_k (1 - m_k))^n_c (1 - lam_k (m_k + s_k))^n_j (1 - lam_k m_k)^(n - n_c - n_j).
 

@@ -25,12 +25,12 @@ class Certificate:
         guarantee: `per_input`: the claim is wrong with probability at most alpha over the draws, whatever the model.
             `marginal`: over exchangeable calibration and test images, see `delta`. `none`: an estimate.
         method, noise, norm: names of the rule that decided, of the smoothing distribution, and of the norm of the radius.
-        sampling: `lattice` where picture and noise were added exactly; `float` where they were not, which an adversarial
-            base classifier could exploit.
+        sampling: `lattice`: noisy copies lie on a lattice, which tells the base classifier nothing of the picture's bits.
         sigma: standard deviation of the noise, in `[0, 1]` pixels.
         alpha: probability of a wrong claim.
         p_lower, p_upper: what the radius rests on: a lower bound of the probability of `prediction` under noise, and an
-            upper bound of that of every other class.
+            upper bound of that of every other class. `sequential` proves a relation between the two in place of two
+            bounds; they are a pair that gives the radius that was decided.
         counts: how often each class was predicted in the counted draws.
         num_samples: forward passes spent on the image, selection draws included.
         seed: seed of the noise; alpha is a probability over a seed that is chosen after model and image.
@@ -51,7 +51,7 @@ class Certificate:
     method: str
     noise: str
     norm: str
-    sampling: Literal["lattice", "float"]
+    sampling: Literal["lattice"]
     sigma: float
     alpha: float
     p_lower: float

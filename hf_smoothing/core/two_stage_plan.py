@@ -1,5 +1,5 @@
 """
-How many draws an image is worth: the plans of the two-stage rule.
+The plans of the two-stage rule: how many draws images are worth.
 
 A plan maximises `mean radius - price * mean draws` by backward induction under a prior on the probability of the class that
 the selection draws favour. The prior and the price are settings: whatever they are, certificates hold, and a prior that does

@@ -75,8 +75,8 @@ def test_ways_that_lead_nowhere_are_passed_over(linear, image):
 
 def test_settings_out_of_range(linear, image):
     for settings, message in (
-        ({"n": 20}, "prove nothing"),
-        ({"n": 23}, "use 24 or more"),
+        ({"n": 20}, "n=20 draws are too few"),
+        ({"n": 21}, "takes at least 22 draws"),
         ({"steps": 0}, "steps=0"),
         ({"alpha": 2.0}, "alpha=2"),
         ({"reach": 0.5}, "reach=0.5"),

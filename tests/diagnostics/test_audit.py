@@ -98,7 +98,7 @@ def test_a_planted_wrong_certificate_is_found_and_kept(certify, model, tmp_path)
     assert said["settings"]["attack"]["n"] == 200
     # all that it takes to see it again
     smoothed = SmoothedClassifier.from_pretrained(model, GaussianNoise(said["certificate"]["sigma"]))
-    assert smoothed.predict(torch.stack([pixels, pixels + change]), 400, 1e-3, seed=5) == [
+    assert smoothed.predict(torch.stack([pixels, pixels + change]), 1e-3, 400, seed=5) == [
         said["certificate"]["prediction"],
         said["prediction"],
     ]
