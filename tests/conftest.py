@@ -92,7 +92,7 @@ def parquet(demo_images, tmp_path_factory) -> str:
 
 @pytest.fixture
 def certify(model, parquet, tmp_path):
-    """A function that runs `certify_dataset` with small settings."""
+    """A function that runs `certify_dataset` with small settings, and the same seed each time."""
 
     def call(output_dir=tmp_path / "run", batch_size=64, streaming=False, resume=True, **settings):
         settings = {
@@ -100,6 +100,7 @@ def certify(model, parquet, tmp_path):
             "dataset_name": parquet,
             "sigmas": (0.25,),
             "max_draws": 60,
+            "seed": 0,
             **settings,
         }
         return certify_dataset(

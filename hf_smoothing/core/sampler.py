@@ -1,7 +1,7 @@
 """The sampler: fills forward passes with noisy draws of several images and passes their class counts to the rule."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -142,12 +142,12 @@ class Sampler:
         waiting = enumerate(self._check(images))
         in_flight: deque[_Batch] = deque()
         while True:
-            yield from self._admit(waiting)
+            num_added = yield from self._admit(waiting)
             if batch := self._launch():
                 in_flight.append(batch)
-            elif not in_flight:
+            elif not in_flight and not num_added:  # a count head may finish images without a draw
                 return
-            if not batch or len(in_flight) > (self.batches_ahead or 0):
+            if in_flight and (not batch or len(in_flight) > (self.batches_ahead or 0)):
                 yield from self._collect(in_flight.popleft())
             self._first_batch = False
 
@@ -163,8 +163,8 @@ class Sampler:
                 )
             yield pixels
 
-    def _admit(self, waiting: Iterator[tuple[int, torch.Tensor]]) -> Iterator[FinishedImages]:
-        """Add waiting images until the active ones want a batch of draws."""
+    def _admit(self, waiting: Iterator[tuple[int, torch.Tensor]]) -> Generator[FinishedImages, None, int]:
+        """Add waiting images until the active ones want a batch of draws; returns how many were added."""
         added: list[int] = []
         wanted = 0 if self._first_batch else int(self._active.to_launch.sum())
         # A first batch of clean passes alone would take a batch full of images away from other processes
@@ -182,6 +182,7 @@ class Sampler:
             wanted += first_wanted
         if added and self.count_head is not None:
             yield from self._ask_count_head(np.array(added), self.count_head)
+        return len(added)
 
     def _start_runs(self, first: NoisyImage) -> None:
         if self.rule.method != "surrogate":  # which does not ask the base classifier

@@ -96,7 +96,7 @@ def test_the_demo_leaves_out_a_head_that_does_not_know_its_noise_level(tiny_mode
 def test_the_demo_is_a_dataset_run(model, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     demo = ("demo", "--model", model, "--output-dir", tmp_path, "--max-draws", 60, "--sigma", 0.5)
-    done = run(*demo)
+    done = run(*demo, "--seed", 0)
     assert done.exit_code == 0, done.stderr
     for word in ("label", "prediction", "radius", "draws", "guarantee", "per_input", "r = 0.25", "certificates.png"):
         assert word in done.stdout

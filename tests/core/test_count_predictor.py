@@ -37,7 +37,7 @@ def head(model, tmp_path_factory):
 @pytest.fixture(scope="module")
 def fixed_run(model, parquet, tmp_path_factory):
     folder = tmp_path_factory.mktemp("fixed")
-    settings = RunSettings(model, parquet, (0.25, 1.0), split="train", every=4, method="fixed", n0=10, n=60)
+    settings = RunSettings(model, parquet, (0.25, 1.0), split="train", every=4, method="fixed", n0=10, n=60, seed=0)
     certify_dataset(settings, folder, accelerator=start_processes())
     return folder
 

@@ -43,7 +43,7 @@ def test_with_many_draws_the_radius_is_nearly_the_exact_one(linear):
     images = torch.rand(20, 3, 4, 4, generator=torch.Generator().manual_seed(2))
     sigma, n = 0.25, 100_000
     smoothed = SmoothedClassifier(linear, GaussianNoise(sigma), batch_size=20_000)
-    certificates = smoothed.certify(images, "fixed", n=n)
+    certificates = smoothed.certify(images, "fixed", n=n, seed=0)
     largest = GaussianNoise(sigma).radius(float(clopper_pearson_lower(n, n, 0.001)))
     exact = linear.exact_radius(images).clamp(max=largest)
     assert np.mean([certificate.radius for certificate in certificates]) >= 0.95 * float(exact.mean())
@@ -74,7 +74,7 @@ def test_batch_size_and_order_change_nothing_with_the_shipped_model(demo_images,
 
     def run(pictures, batch_size):
         smoothed = SmoothedClassifier.from_pretrained(SHIPPED_MODEL, noise, batch_size=batch_size)
-        return smoothed.certify(pictures, radius=radius, max_draws=80)
+        return smoothed.certify(pictures, radius=radius, max_draws=80, seed=0)
 
     expected = run(pictures, 64)
     assert run(pictures, 1) == expected
@@ -132,7 +132,7 @@ def test_a_first_batch_of_clean_passes_takes_no_more_images_than_the_draws_after
 def test_predict_abstains_or_predicts_the_class(linear, noise, small_images):
     near = small_images[:1] - (linear.margin(small_images[:1]) * linear.direction).view(1, 3, 4, 4)
     images = torch.cat([small_images, near.clamp(0, 1)])
-    predictions = SmoothedClassifier(linear, noise).predict(images, n=200)
+    predictions = SmoothedClassifier(linear, noise).predict(images, n=200, seed=0)
     margin = linear.margin(images)
     for prediction, distance in zip(predictions, margin):
         assert prediction in (ABSTAIN, int(distance > 0))
@@ -169,7 +169,7 @@ def test_a_stream_takes_pixels_only(linear, noise):
 def test_uint8_and_float_pixels_are_the_same_image(linear, noise):
     image = torch.randint(0, 256, (3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     smoothed = SmoothedClassifier(linear, noise)
-    assert smoothed.certify([image], radius=0.1) == smoothed.certify([image / 255], radius=0.1)
+    assert smoothed.certify([image], radius=0.1, seed=0) == smoothed.certify([image / 255], radius=0.1, seed=0)
 
 
 def test_normalisation_of_the_processor_goes_after_the_noise(linear, small_images, noise):
@@ -179,8 +179,9 @@ def test_normalisation_of_the_processor_goes_after_the_noise(linear, small_image
     def after_noise(images):
         return linear(images * 0.1 + 0.3)
 
-    plain = SmoothedClassifier(linear, noise).certify(small_images, radius=0.1)
-    certificates = SmoothedClassifier(after_noise, noise, image_processor=processor).certify(small_images, radius=0.1)
+    plain = SmoothedClassifier(linear, noise).certify(small_images, radius=0.1, seed=0)
+    normalized = SmoothedClassifier(after_noise, noise, image_processor=processor)
+    certificates = normalized.certify(small_images, radius=0.1, seed=0)
     assert [a.prediction for a in certificates] == [b.prediction for b in plain]
     np.testing.assert_allclose([a.radius for a in certificates], [b.radius for b in plain], atol=0.02)
 
@@ -228,10 +229,11 @@ def test_an_iterator_gives_an_iterator_that_reads_no_further_than_it_must(linear
 
     smoothed = SmoothedClassifier(linear, noise, batch_size=32)
     first = [torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(position)) for position in range(3)]
-    certificates = smoothed.certify(images(), "fixed", n0=10, n=40)
-    assert [next(certificates) for _ in range(3)] == smoothed.certify(first, "fixed", n0=10, n=40)
-    predictions = smoothed.predict(images(), n=20)
-    assert [next(predictions) for _ in range(3)] == smoothed.predict(first, n=20)
+    settings = {"n0": 10, "n": 40, "seed": 0}
+    certificates = smoothed.certify(images(), "fixed", **settings)
+    assert [next(certificates) for _ in range(3)] == smoothed.certify(first, "fixed", **settings)
+    predictions = smoothed.predict(images(), n=20, seed=0)
+    assert [next(predictions) for _ in range(3)] == smoothed.predict(first, n=20, seed=0)
     assert len(read) < 30
 
 

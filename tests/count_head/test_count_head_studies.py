@@ -31,7 +31,7 @@ def folder(processes, model, parquet, tmp_path_factory):
         "sequential": {"max_draws": 100, "every": 5},
     }.items():
         split = "train" if chosen.get("method") == "counts" else "test"
-        settings = RunSettings(model, parquet, SIGMAS, **{"split": split, **chosen})
+        settings = RunSettings(model, parquet, SIGMAS, **{"split": split, "seed": 0, **chosen})
         certify_dataset(settings, folder / name, accelerator=start_processes())
     done = processes.run(
         "scripts/train_count_head.py", "--model_name_or_path", model, "--counts", folder / "counts",
@@ -40,7 +40,9 @@ def folder(processes, model, parquet, tmp_path_factory):
     assert done.returncode == 0, done.stderr
     calibrate_count_head(folder / "head", folder / "others")
     certify_dataset(
-        RunSettings(model, parquet, SIGMAS, split="test", max_draws=100, every=5, count_head=str(folder / "head")),
+        RunSettings(
+            model, parquet, SIGMAS, split="test", max_draws=100, every=5, count_head=str(folder / "head"), seed=0
+        ),
         folder / "steered",
         accelerator=start_processes(),
     )

@@ -28,14 +28,14 @@ from hf_smoothing.utils.processes import start_processes
 @pytest.fixture(scope="module")
 def counts_dir(model, parquet, tmp_path_factory):
     folder = tmp_path_factory.mktemp("counts")
-    settings = RunSettings(model, parquet, (0.25, 1.0), split="train", every=2, method="counts", n=40)
+    settings = RunSettings(model, parquet, (0.25, 1.0), split="train", every=2, method="counts", n=40, seed=0)
     certify_dataset(settings, folder, accelerator=start_processes())
     return folder
 
 
 def test_counting_takes_n_draws_and_claims_nothing(linear, small_images):
     smoothed = SmoothedClassifier(linear, GaussianNoise(0.5), batch_size=7)
-    found = smoothed.certify(small_images, method="counts", n=2000)
+    found = smoothed.certify(small_images, method="counts", n=2000, seed=0)
     for certificate, probability in zip(found, torch.special.ndtr(linear.margin(small_images) / 0.5).tolist()):
         assert certificate.guarantee == "none"
         assert certificate.radius == 0

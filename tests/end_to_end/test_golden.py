@@ -56,7 +56,7 @@ def collect(run, parquet, folder):
     for name, options in CERTIFY.items():
         run(
             "scripts/certify.py", "--model_name_or_path", MODEL, "--dataset_name", parquet, "--every", 80, "--sigma", 0.25,
-            0.5, *options, "--output_dir", folder / name,
+            0.5, "--seed", 0, *options, "--output_dir", folder / name,
         )  # fmt: skip
         table = pq.read_table(folder / name / "certificates.parquet", columns=list(COLUMNS))
         golden["certificates"][name] = [list(row.values()) for row in table.to_pylist()]

@@ -19,6 +19,7 @@ model, count_head, *pictures = sys.argv[1:]
 head = AutoModel.from_pretrained(count_head, trust_remote_code=True)
 certify = pipeline(model=model, trust_remote_code=True, sigma=0.25)
 classifier = AutoModelForImageClassification.from_pretrained(model, trust_remote_code=True)
+settings = {"max_draws": 60, "radius": 0.1, "seed": 0}
 pixels = torch.linspace(0, 1, 3 * head.config.image_size**2).view(1, 3, head.config.image_size, -1)
 with torch.inference_mode():
     print(
@@ -26,8 +27,8 @@ with torch.inference_mode():
             {
                 "task": certify.task,
                 "module": type(classifier).__module__,
-                "certificates": certify(pictures, max_draws=60, radius=0.1),
-                "with_count_head": certify(pictures, max_draws=60, radius=0.1, count_head=count_head),
+                "certificates": certify(pictures, **settings),
+                "with_count_head": certify(pictures, count_head=count_head, **settings),
                 "counts": head.eval()(pixels, sigma=0.25).probabilities.tolist(),
             }
         )
