@@ -209,7 +209,7 @@ def read_sequential(runs: list[Path], measured: MeasuredCounts, head_weights: st
     rows: list[dict[str, Any]] = []
     results = read_results(runs)
     for result in results:
-        if any(result.settings[name] != results[0].settings[name] for name in ("radii", "max_draws", "tolerance")):
+        if any(result.settings[name] != results[0].settings[name] for name in ("radii", "max_draws")):
             raise ValueError(f"{result.source} and {results[0].source} have different radii or budgets.")
         with_head = result.settings.get("count_head") is not None
         if with_head and result.settings["count_head_weights"] != head_weights:

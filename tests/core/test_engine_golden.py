@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from hf_smoothing import FixedRule, GaussianNoise, LaplaceNoise, SequentialRule, SmoothedClassifier, TwoStageRule
+from hf_smoothing.core.base_classifier import BaseClassifier
 from hf_smoothing.core.count_rule import CountRule
+from hf_smoothing.core.sampler import Sampler
 
 GOLDEN = Path(__file__).with_name("engine_golden.json")
 NUM_CLASSES = 5
@@ -60,10 +62,36 @@ def certify(name, kind, batch_size=32, order=None):
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_certificates_are_those_of_the_file(name, kind, batch_size):
     order = torch.randperm(20, generator=torch.Generator().manual_seed(batch_size)).tolist()
-    rows = certify(name, kind, batch_size, order)
-    for row, expected in zip(rows, json.loads(GOLDEN.read_text())[f"{name} {kind.name}"], strict=True):
+    compare(certify(name, kind, batch_size, order), f"{name} {kind.name}")
+
+
+def compare(rows, case):
+    for row, expected in zip(rows, json.loads(GOLDEN.read_text())[case], strict=True):
         assert row.pop(2) == pytest.approx(expected.pop(2), rel=1e-9)
         assert row == expected
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 128])
+@pytest.mark.parametrize("name", [*RULES, "guided decide", "guided find"])
+def test_a_second_batch_in_flight_changes_nothing(name, batch_size):
+    """As on CUDA, here on the CPU."""
+    sampler = Sampler(
+        BaseClassifier(classify),
+        GaussianNoise(0.25),
+        RULES[name.removeprefix("guided ")],
+        seed=7,
+        batch_size=batch_size,
+        count_head=predict_counts if name.startswith("guided") else None,
+        batches_ahead=1,
+    )
+    rows = []
+    for finished in sampler.sample(make_images()):
+        outcomes = finished.outcomes
+        columns = (
+            finished.positions, outcomes.predictions, outcomes.radii, finished.counts.tolist(), finished.num_samples,
+        )  # fmt: skip
+        rows += map(list, zip(*columns))
+    compare(sorted(rows), f"{name} gaussian")
 
 
 if __name__ == "__main__":

@@ -162,7 +162,7 @@ def test_sigma_is_in_pixels_whatever_the_processor_does(resolution):
         noise_resolution=resolution,
         class_names=["a", "b"],
     )
-    (certificate,) = smoothed.certify([picture], max_draws=20_000, tolerance=0.02, seed=0)
+    (certificate,) = smoothed.certify([picture], "fixed", n=20_000, seed=0)
     assert certificate.noise_resolution == resolution
     assert certificate.prediction == 1
     assert 0.27 < certificate.radius <= 0.3
@@ -183,7 +183,7 @@ def test_noise_at_the_pictures_own_size_is_another_radius():
         smoothed = SmoothedClassifier(
             Mean(), GaussianNoise(0.25), image_processor=processor, noise_resolution=resolution, class_names=["a", "b"]
         )
-        (certificate,) = smoothed.certify([picture], max_draws=20_000, tolerance=0.02, seed=0)
+        (certificate,) = smoothed.certify([picture], "fixed", n=20_000, seed=0)
         assert 0.85 * radius < certificate.radius <= radius
     assert exact["native"] == pytest.approx(2 * exact["input"])
 

@@ -127,7 +127,7 @@ def test_the_engine_claims_what_is_counted_here(bias, radii):
     proved = (rows.predictions == rows.predicted_classes) & (rows.certified_radii >= 0.25)
     for name, shares in (("accuracy", right), ("proved_accuracy", right & proved)):
         assert found[name][0]["share"] == (shares & (claimed >= 0.25)).mean() > 0
-    answered = np.array([claim.prediction for claim in claims]) >= 0
+    answered = claims.predictions >= 0
     assert found["claim_rate"] == answered.mean()
     too_much = claimed > np.where(rows.predictions == rows.predicted_classes, rows.certified_radii, 0)
     assert found["miss_rate"] == (answered & (too_much | (rows.predictions != rows.predicted_classes))).mean() > 0

@@ -29,6 +29,25 @@ def test_a_run_resumes_where_it_stopped(certify, tmp_path):
     assert rows(tmp_path / "cut") == rows(tmp_path / "uninterrupted")
 
 
+def test_a_run_chooses_a_seed_and_resumes_with_it(certify, tmp_path):
+    runs = [tmp_path / "one", tmp_path / "two"]
+    for folder in runs:
+        certify(folder, every=20, seed=None)
+    seed, other_seed = (json.loads((folder / "run.json").read_text())["settings"]["seed"] for folder in runs)
+    assert seed != other_seed
+    records = rows(runs[0])
+    assert {row["seed"] for row in records} == {seed}
+    certify(tmp_path / "same", every=20, seed=seed)
+    assert rows(tmp_path / "same") == records
+    shard = runs[0] / "shards" / "records-rank00000.jsonl"
+    shard.write_bytes(b"".join(shard.read_bytes().splitlines(keepends=True)[:4]))
+    (runs[0] / "certificates.parquet").unlink()
+    with pytest.raises(ValueError, match=f"other settings \\(seed: {seed} -> 5\\)"):
+        certify(runs[0], every=20, seed=5)
+    assert certify(runs[0], every=20, seed=None).num_new == 6
+    assert rows(runs[0]) == records
+
+
 def test_other_settings_are_refused_with_the_difference(certify, tmp_path, model, demo_images):
     certify(every=50)
     before = rows(tmp_path / "run")
