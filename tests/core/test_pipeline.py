@@ -53,10 +53,11 @@ def test_a_path(certify, car):
     assert 0 < result["radius"] < 1
     assert (result["sigma"], result["alpha"], result["guarantee"], result["norm"]) == (0.25, 0.001, "per_input", "l2")
     assert result["sampling"] == "lattice"
-    assert result["num_samples"] == sum(result["counts"]) + 1  # and one clean pass
+    assert result["num_samples"] > sum(result["counts"])  # selection draws choose the class
     assert result["counts"][result["prediction"]] == max(result["counts"])
     decided = certify(car, radius=0.25, seed=0)
     assert decided["radius"] >= 0.25
+    assert decided["num_samples"] == sum(decided["counts"]) + 1  # and one clean pass
     assert decided["num_samples"] < result["num_samples"]
 
 

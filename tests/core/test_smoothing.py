@@ -10,7 +10,7 @@ from PIL import Image
 from torch import nn
 from transformers import ViTImageProcessor
 
-from hf_smoothing import ABSTAIN, FixedRule, GaussianNoise, SequentialRule, SmoothedClassifier
+from hf_smoothing import ABSTAIN, FixedRule, GaussianNoise, SequentialRule, SmoothedClassifier, TwoStageRule
 from hf_smoothing.core import base_classifier, smoothing
 from hf_smoothing.core.bounds import clopper_pearson_lower
 from hf_smoothing.core.preprocessing import Preprocessing, to_pixels
@@ -23,8 +23,8 @@ def essentials(certificates):
     ]
 
 
-@pytest.mark.parametrize("method", ["sequential", "fixed"])
-def test_a_linear_classifier_is_never_certified_beyond_its_exact_radius(linear, method):
+@pytest.mark.parametrize("settings", [{}, {"radii": (0.1, 0.3)}, {"method": "fixed"}])
+def test_a_linear_classifier_is_never_certified_beyond_its_exact_radius(linear, settings):
     """200 images times 3 seeds: radii above the exact one at most alpha of the time."""
     images = torch.rand(200, 3, 4, 4, generator=torch.Generator().manual_seed(1))
     exact = linear.exact_radius(images)
@@ -32,7 +32,7 @@ def test_a_linear_classifier_is_never_certified_beyond_its_exact_radius(linear, 
     smoothed = SmoothedClassifier(linear, GaussianNoise(0.25), batch_size=4096)
     wrong = 0
     for seed in range(3):
-        certificates = smoothed.certify(images, method, alpha=0.01, max_draws=500, seed=seed)
+        certificates = smoothed.certify(images, alpha=0.01, max_draws=500, seed=seed, **settings)
         for certificate, radius, label in zip(certificates, exact, right):
             assert certificate.guarantee == "per_input"
             wrong += certificate.prediction not in (ABSTAIN, int(label)) or certificate.radius > radius
@@ -52,7 +52,7 @@ def test_with_many_draws_the_radius_is_nearly_the_exact_one(linear):
 
 @pytest.mark.parametrize(
     "rule",
-    [SequentialRule(max_draws=300), SequentialRule(radii=(0.1, 0.2), max_draws=300), FixedRule(n0=10, n=50)],
+    [TwoStageRule(draws=100, max_draws=300), SequentialRule((0.1, 0.2), max_draws=300), FixedRule(n0=10, n=50)],
 )
 def test_batch_size_and_order_change_nothing(linear, small_images, noise, rule):
     def run(images, batch_size, seed=0):
@@ -124,7 +124,7 @@ def test_a_first_batch_of_clean_passes_takes_no_more_images_than_the_draws_after
         return linear(batch)
 
     smoothed = SmoothedClassifier(spy, noise, batch_size=64)
-    next(smoothed.certify_stream(images(), SequentialRule(max_draws=8, alpha=0.4)))
+    next(smoothed.certify_stream(images(), SequentialRule((0.1,), max_draws=8, alpha=0.4)))
     assert len(read) == 8
     assert sizes[-2:] == [8, 64]
 
@@ -132,7 +132,7 @@ def test_a_first_batch_of_clean_passes_takes_no_more_images_than_the_draws_after
 def test_predict_abstains_or_predicts_the_class(linear, noise, small_images):
     near = small_images[:1] - (linear.margin(small_images[:1]) * linear.direction).view(1, 3, 4, 4)
     images = torch.cat([small_images, near.clamp(0, 1)])
-    predictions = SmoothedClassifier(linear, noise).predict(images, n=200, seed=0)
+    predictions = SmoothedClassifier(linear, noise).predict(images, max_draws=200, seed=0)
     margin = linear.margin(images)
     for prediction, distance in zip(predictions, margin):
         assert prediction in (ABSTAIN, int(distance > 0))
@@ -163,7 +163,7 @@ def test_a_stream_takes_pixels_only(linear, noise):
     smoothed = SmoothedClassifier(linear, noise)
     for image in (torch.zeros(3, 4, 4, dtype=torch.uint8), Image.new("RGB", (4, 4))):
         with pytest.raises(TypeError, match="Image 0 is no float32 tensor"):
-            next(smoothed.certify_stream([image], SequentialRule()))
+            next(smoothed.certify_stream([image], SequentialRule((0.1,))))
 
 
 def test_uint8_and_float_pixels_are_the_same_image(linear, noise):
@@ -232,8 +232,8 @@ def test_an_iterator_gives_an_iterator_that_reads_no_further_than_it_must(linear
     settings = {"n0": 10, "n": 40, "seed": 0}
     certificates = smoothed.certify(images(), "fixed", **settings)
     assert [next(certificates) for _ in range(3)] == smoothed.certify(first, "fixed", **settings)
-    predictions = smoothed.predict(images(), n=20, seed=0)
-    assert [next(predictions) for _ in range(3)] == smoothed.predict(first, n=20, seed=0)
+    predictions = smoothed.predict(images(), max_draws=20, seed=0)
+    assert [next(predictions) for _ in range(3)] == smoothed.predict(first, max_draws=20, seed=0)
     assert len(read) < 30
 
 

@@ -119,7 +119,7 @@ def test_broken_images_are_recorded_and_reported(certify, demo_images, tmp_path)
     for row in (records[0], records[2], records[4]):
         assert row["num_samples"] == 0
         assert row["prediction"] is row["radius"] is row["guarantee"] is row["counts"] is None
-        assert (row["sigma"], row["alpha"], row["method"], row["dtype"]) == (0.25, 0.001, "sequential", "float32")
+        assert (row["sigma"], row["alpha"], row["method"], row["dtype"]) == (0.25, 0.001, "two-stage", "float32")
         assert row["label_name"]
     assert "Not certified, and counted as wrong: 3 images (index 0, 2, 4)" in str(summary)
     assert "not a picture" in str(summary)
@@ -146,9 +146,10 @@ def test_a_file_that_is_away_stops_the_run_until_it_is_back(certify, demo_images
         with pytest.raises(OSError, match=rf"file '.*{path.name}' of the dataset cannot be read: .*No such file"):
             certify(dataset_name=str(tmp_path / "files.parquet"), batch_size=8)
         away.rename(path)
-    assert len((tmp_path / "run" / "shards" / "records-rank00000.jsonl").read_text().splitlines()) == 5
+    done = (tmp_path / "run" / "shards" / "records-rank00000.jsonl").read_bytes().count(b"\n")
+    assert 4 <= done <= 5  # image 4 may be in progress when the engine reads image 5
     summary = certify(dataset_name=str(tmp_path / "files.parquet"), batch_size=8)
-    assert (summary.num_records, summary.num_new, summary.errors) == (8, 3, ())
+    assert (summary.num_records, summary.num_new, summary.errors) == (8, 8 - done, ())
     certify(tmp_path / "sound", max_samples=8)
     assert rows(tmp_path / "run") == rows(tmp_path / "sound")
 
