@@ -23,7 +23,7 @@ def test_a_record_is_flat_and_json(linear):
     assert (row["index"], row["label_name"], row["prediction_name"], row["error"]) == (7, "cat", "dog", None)
     assert record(7, 1, NAMES, certificate(-1, 0.0))["prediction_name"] is None
     smoothed = SmoothedClassifier(linear, GaussianNoise(0.5))
-    broken = error_record(8, 1, NAMES, smoothed, SequentialRule(), 3, "no picture")
+    broken = error_record(8, 1, NAMES, smoothed, SequentialRule((0.5,)), 3, "no picture")
     assert list(broken) == SCHEMA.names
     assert (broken["sigma"], broken["seed"], broken["num_samples"], broken["radius"]) == (0.5, 3, 0, None)
     json.dumps([row, broken])
