@@ -234,7 +234,7 @@ def test_an_iterator_gives_an_iterator_that_reads_no_further_than_it_must(linear
     assert [next(certificates) for _ in range(3)] == smoothed.certify(first, "fixed", **settings)
     predictions = smoothed.predict(images(), max_draws=20, seed=0)
     assert [next(predictions) for _ in range(3)] == smoothed.predict(first, max_draws=20, seed=0)
-    assert len(read) < 30
+    assert len(read) < 50
 
 
 def test_memory_stays_flat_however_many_images_stream_through(linear, noise):
