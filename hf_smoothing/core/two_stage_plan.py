@@ -167,8 +167,8 @@ def _posterior(draws: int, prior: FloatArray) -> FloatArray:
 def _expected_radius(noise: NoiseDistribution, alpha: float, draws: int) -> FloatArray:
     """`(levels, probabilities)`: the mean radius that so many draws prove."""
     misses = [0]
-    while misses[-1] < 0.5 * draws:  # with gaps of .4 standard deviations
-        gap = 0.4 * math.sqrt(misses[-1] * (1 - misses[-1] / draws))
+    while misses[-1] < 0.75 * draws:  # with gaps of .5 standard deviations; two bounds prove radii below p = 1/2 too
+        gap = 0.5 * math.sqrt(misses[-1] * (1 - misses[-1] / draws))
         misses.append(misses[-1] + (2 * int(gap / 2) + 1 if gap > 1 else 1))
     numbers = np.array(misses)
     numbers = numbers[numbers <= draws]

@@ -10,9 +10,8 @@ from pathlib import Path
 
 from ..metrics.certified_accuracy import DEFAULT_THRESHOLDS
 from ..reporting.rendering import render
-from ..utils.files import read_json
 from .model_cards import read_card
-from .results_pages import TEMPLATES, render_results
+from .results_pages import TEMPLATES, render_results_file
 
 _BLOCK = re.compile(r"(<!-- figures:(\w+) ([^\n]+?) -->\n)(?:(?!<!-- figures:).)*?(<!-- /figures -->)", re.DOTALL)
 
@@ -45,7 +44,7 @@ def _render_block(template: str, paths: list[Path], folder: Path) -> str:
         return _compare_models(template, paths, folder)
     if len(paths) > 1:
         raise ValueError(f"A block of {template!r} takes one results file or several folders of models.")
-    return render_results(template, read_json(paths[0]))
+    return render_results_file(template, paths[0])
 
 
 def _compare_models(template: str, models: list[Path], folder: Path) -> str:

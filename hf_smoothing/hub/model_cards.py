@@ -15,7 +15,7 @@ from ..reporting.rendering import render
 from ..reporting.results import name_of_figure
 from ..utils.files import read_json
 from .card_metadata import card_metadata, certified_points
-from .results_pages import TEMPLATES, Json, render_accuracy, render_results
+from .results_pages import TEMPLATES, Json, render_accuracy, render_results, render_results_file
 
 WORDS = "card.yaml"
 TRAINING = "results/training.json"
@@ -180,7 +180,7 @@ def render_card(folder: Path) -> dict[Path, str]:
 
 
 def _render_page(folder: Path, name: str, page: Page) -> str:
-    figures = render_results(page.template, read_json(folder / page.results))
+    figures = render_results_file(page.template, folder / page.results)
     if page.template == "report":
         return figures
     above = os.path.dirname(page.file)  # noqa: PTH120  # links are URLs relative to the page

@@ -7,6 +7,7 @@ from typing import Any
 from ..reporting.rendering import format_count, render
 from ..reporting.report import Json, best_by_radius, render_report, wrong_certificates
 from ..reporting.results import name_of_figure
+from ..utils.files import read_json
 from .count_head_results import count_head_data, count_head_summary
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -34,6 +35,19 @@ def render_results(template: str, results: Json) -> str:
         raise ValueError(f"template={template!r} is unknown: use report, {known}.")
     derive = _DERIVE.get(template)
     return render(template, [TEMPLATES], results=results, **(derive(results) if derive else {}))
+
+
+def render_results_file(template: str, path: Path) -> str:
+    """
+    A results file as Markdown, together with the files beside it that its template shows too where they exist.
+
+    Raises:
+        ValueError: as [`render_results`]; for a file that is missing or damaged.
+        jinja2.UndefinedError: as [`render_results`].
+    """
+    beside = {name: path.with_name(f"{name}.json") for name in _BESIDE.get(template, ())}
+    more = {name: read_json(file) for name, file in beside.items() if file.is_file()}
+    return render_results(template, {**read_json(path), **more})
 
 
 def render_accuracy(reports: dict[str, Json]) -> str:
@@ -133,6 +147,9 @@ def _workers(training: Json) -> str:
     processes, threads = training.get("num_processes", 1), format_count(training["num_threads"], "thread")
     return threads if processes == 1 else f"{processes} processes of {threads}"
 
+
+_BESIDE = {"benchmark": ("engine",), "readme_benchmark": ("engine",)}
+"""By template: names of results files beside its own, which it shows under their name where they exist."""
 
 _DERIVE: dict[str, Callable[[Json], Json]] = {
     "training": training_data,

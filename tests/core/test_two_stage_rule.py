@@ -20,7 +20,7 @@ def count_wrong(probabilities, alpha, images, head=None):
     clean = None if head is None else CleanPass(np.tile(head, (images, 1)), frequencies=True)
     rule = TwoStageRule(draws=150, alpha=alpha, max_draws=1000)
     outcomes, _ = simulate(rule, NOISE, np.tile(probabilities, (images, 1)), clean, np.random.default_rng(0))
-    exact = NOISE.radius(probabilities[0])
+    exact = NOISE.radius(probabilities[0], max(probabilities[1:]))
     return int(((outcomes.predictions > 0) | ((outcomes.predictions == 0) & (outcomes.radii > exact))).sum())
 
 
@@ -54,6 +54,12 @@ def population(images=1500):
     rivals = generator.dirichlet(np.full(9, 0.3), images)
     probabilities = np.column_stack([p, (1 - p)[:, None] * rivals])
     return probabilities / probabilities.sum(1, keepdims=True)
+
+
+def test_a_class_with_less_than_half_of_the_draws_is_certified_against_weak_rivals():
+    probabilities = np.tile([0.4, *[0.1] * 6], (100, 1))
+    outcomes, _ = simulate(TwoStageRule(draws=1000), NOISE, probabilities, None, np.random.default_rng(0))
+    assert (outcomes.predictions == 0).mean() > 0.9
 
 
 @pytest.mark.parametrize("n", [300, 3000])

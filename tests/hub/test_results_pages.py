@@ -1,12 +1,13 @@
 """Pages of results show the figures of their results files."""
 
 import json
+from shutil import copy
 
 import pytest
 from helpers.finished_runs import write_run
 from helpers.paths import ROOT, SHIPPED_MODEL
 
-from hf_smoothing.hub.results_pages import render_accuracy, render_results, training_data
+from hf_smoothing.hub.results_pages import render_accuracy, render_results, render_results_file, training_data
 from hf_smoothing.reporting.report import summarize
 from hf_smoothing.reporting.results import read_results
 
@@ -65,6 +66,38 @@ def test_a_training_shows_what_differs_between_its_stages():
     text = render_results("training", results)
     for stage in data["stages"]:
         assert f"torchrun --nproc_per_node 2 {stage['command']}" in text
+
+
+@pytest.mark.parametrize("template", ["benchmark", "readme_benchmark"])
+def test_the_speed_of_the_engine_is_shown_where_it_was_measured(tmp_path, template):
+    benchmark = tmp_path / "benchmark.json"
+    copy(SHIPPED_MODEL / "results" / "benchmark.json", benchmark)
+    assert "draws per second" not in render_results_file(template, benchmark)
+    speed = {
+        "classifier": "shipped model", "rule": "find", "batch_size": 128, "engine_draws_per_second": 1234.4,
+        "bare_draws_per_second": 1300.0, "ratio": 0.9496, "noise_share": 0.02,
+    }  # fmt: skip
+    engine = {"rows": [speed], "device": "cpu", "num_threads": 2, "seed": 0, "command": "engine", "versions": {}}
+    (tmp_path / "engine.json").write_text(json.dumps(engine))
+    text = render_results_file(template, benchmark)
+    assert "1,234 draws per second with the shipped model (cpu, 2 threads), 0.950 times" in text
+
+
+def test_the_benchmark_shows_every_comparison():
+    results = json.loads((SHIPPED_MODEL / "results" / "benchmark.json").read_text())
+    text = render_results("benchmark", results)
+    for result in results["find"]:
+        for row in result["equal_radius"]:
+            start = [result["name"], f"{result['sigma']:g}", f"{row['n']:,}", f"{row['mean_radius']:.3f}"]
+            (cells,) = table_rows(text, *start)
+            assert cells[4] == f"{row['two_stage_share']:.2f}"
+    compared, over_all = text.split("Over all images, hopeless ones included")
+    for row in results["decide"]:
+        start = [row["name"], f"{row['sigma']:g}", f"{row['radius']:g}"]
+        assert len(table_rows(compared, *start, f"{row['compared']} of {row['clearing']}")) == 1
+        (cells,) = table_rows(over_all, *start)
+        sequential = row["rules"]["sequential"]
+        assert cells[3] == f"{sequential['mean']:,.0f} ({sequential['median']:,.0f}), {sequential['claimed']:.1%}"
 
 
 def test_an_unknown_template_is_refused():
