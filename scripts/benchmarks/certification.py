@@ -93,12 +93,12 @@ def read_counts(path: Path, every: int, sigmas: list[float]) -> list[Truth]:
     return truths
 
 
-def measure_model(model: str, sigma: float, num_images: int, num_draws: int) -> Truth:
+def measure_model(model: str, sigma: float, num_images: int, num_draws: int, seed: int) -> Truth:
     """The truth of a model on the shipped images, from a number of draws of each."""
     smoothed = SmoothedClassifier.from_pretrained(model, GaussianNoise(sigma))
     pictures = load_demo_images().select(range(num_images))["image"]
     pixels = [to_pixels(picture, smoothed.preprocessing) for picture in pictures]
-    certificates = smoothed.certify(pixels, "fixed", n0=1, n=num_draws, progress=True)
+    certificates = smoothed.certify(pixels, "fixed", n0=1, n=num_draws, seed=seed, progress=True)
     counts = np.array([certificate.counts for certificate in certificates], np.float64)
     # one more draw, spread over the classes: few draws do not show that a class never occurs
     frequencies = (counts + 1 / counts.shape[1]) / (num_draws + 1)
@@ -301,7 +301,7 @@ def main() -> None:
     if model:
         console.print("Measuring class frequencies ...")
         num_images, num_draws = (40, 300) if args.quick else (200, 500)
-        truths.append(measure_model(model, DECIDED_SIGMA, num_images, num_draws))
+        truths.append(measure_model(model, DECIDED_SIGMA, num_images, num_draws, args.seed))
     console.print("Simulating the rules ...")
     find_results, decide_results = [], []
     for truth in truths:

@@ -55,7 +55,7 @@ def decide_uncut(
         draws += step
         seen = hits[running]
         log_e = special.betaln(0.5 + seen, 0.5 + draws - seen) - special.betaln(0.5, 0.5)
-        log_e -= special.xlogy(seen, p_needed) + special.xlog1py(draws - seen, -p_needed)
+        log_e = log_e - special.xlogy(seen, p_needed) - special.xlog1py(draws - seen, -p_needed)
         above = seen > p_needed * draws
         ends = (log_e >= np.log(1 / alpha)) | (~above & (log_e >= np.log(100)))
         total_draws[running] = draws
