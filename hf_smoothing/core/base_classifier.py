@@ -1,6 +1,7 @@
 """The base classifier: pixels with noise in, logits out, and every step after the noise in between."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -105,8 +106,10 @@ class BaseClassifier:
             groups: pixels with noise, each group `(draws, channels, height, width)`. Sizes may differ between groups.
             sigma: the noise level, for the denoiser; at 0 it is skipped.
         """
-        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-            pixels = torch.cat([self.denoise_and_resize(group, sigma) for group in groups])
+        # entering a context that changes nothing takes longer than a small model
+        with nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast):
+            resized = [self.denoise_and_resize(group, sigma) for group in groups]
+            pixels = resized[0] if len(resized) == 1 else torch.cat(resized)
             if self.preprocessing is not None:
                 pixels = self.preprocessing.normalize(pixels)
             output = self.classifier(pixels.to(self.dtype))

@@ -46,7 +46,7 @@ class _Batch:
     """Which of the rows got their clean pass, in place of draws."""
     counts: torch.Tensor
     """`(len(rows) * classes + 1,)`, on the device: class counts, then the number of draws without a finite logit."""
-    clean_logits: torch.Tensor
+    clean_logits: torch.Tensor | None
 
 
 class _ActiveImages:
@@ -236,8 +236,10 @@ class Sampler:
         active.num_samples[rows] += draws
         is_clean = ~active.started[rows]
         logits = self.base_classifier(self._draw(rows, draws, is_clean), self.noise.sigma)
-        first_rows = np.cumsum(draws) - draws
-        clean_logits = logits[torch.from_numpy(first_rows[is_clean]).to(logits.device)]
+        clean_logits = None
+        if is_clean.any():
+            first_rows = np.cumsum(draws) - draws
+            clean_logits = logits[torch.from_numpy(first_rows[is_clean]).to(logits.device)]
         return _Batch(rows, draws, is_clean, _count_classes(logits, draws), clean_logits)
 
     def _draw(self, rows: Rows, draws: NDArray[np.int64], is_clean: NDArray[np.bool_]) -> list[torch.Tensor]:
@@ -261,7 +263,7 @@ class Sampler:
         results = batch.counts.cpu().numpy()
         if results[-1]:
             raise ValueError("The base classifier returned logits that are not finite: it cannot be certified.")
-        if batch.is_clean.any():
+        if batch.clean_logits is not None:
             self._start(rows[batch.is_clean], CleanPass(batch.clean_logits.double().cpu().numpy()))
         drawn = ~batch.is_clean
         rows, counts = rows[drawn], results[:-1].reshape(len(rows), -1)[drawn]
@@ -295,16 +297,15 @@ def _round_up(size: int) -> int:
 
 def _count_classes(logits: torch.Tensor, draws: NDArray[np.int64]) -> torch.Tensor:
     """
-    Class counts of logits `(rows, classes)`, `draws[i]` rows for image i, and then the number of rows whose largest logit is
-    not finite; one vector, on the device.
+    Class counts of logits `(rows, classes)`, `draws[i]` rows for image i, and in a last cell the number of rows whose
+    largest logit is not finite; one vector, on the device.
     """
-    num_images, num_classes = len(draws), logits.shape[1]
-    images = torch.from_numpy(np.repeat(np.arange(num_images) * num_classes, draws)).to(
-        logits.device, non_blocking=True
-    )
+    num_cells = len(draws) * logits.shape[1]
     largest, classes = logits.max(1)  # NaN where a row has one
-    counts = torch.bincount(classes + images, minlength=num_images * num_classes)
-    return torch.cat([counts, largest.isfinite().logical_not_().sum()[None]])
+    if len(draws) > 1:
+        images = torch.from_numpy(np.repeat(np.arange(0, num_cells, logits.shape[1]), draws))
+        classes += images.to(logits.device, non_blocking=True)
+    return torch.bincount(torch.where(largest.isfinite(), classes, num_cells), minlength=num_cells + 1)
 
 
 _Item = TypeVar("_Item")

@@ -1,7 +1,7 @@
 """Benchmark the engine: its draws per second over those of the bare forward pass.
 
 Examples:
-    python scripts/benchmarks/engine.py --quick               # two minutes on two cores
+    python scripts/benchmarks/engine.py --quick               # ten minutes on two cores
     python scripts/benchmarks/engine.py --output engine.json
 
 Three classifiers: a model, one that takes a twentieth of its time, and one that takes almost none, on images of four pixels,
@@ -57,7 +57,7 @@ def make_rules(max_draws: int) -> dict[str, Rule]:
     return {
         "decide": SequentialRule(radii=RADII, max_draws=max_draws),
         "fixed": FixedRule(n0=100, n=max_draws),
-        "find": TwoStageRule(draws=min(1000, max_draws), max_draws=max_draws),
+        "find": TwoStageRule(draws=200, max_draws=max_draws),
         "predict": SequentialRule(radii=(0.0,), max_draws=max_draws),
     }
 
@@ -152,15 +152,19 @@ def measure(
     A row per classifier, rule and batch size. By name, classifiers are: what makes the smoothed classifier for a batch size,
     its images, draws per image, and batch sizes.
     """
-    rows = []
+    rows, num_threads = [], torch.get_num_threads()
     for name, (make, pixels, max_draws, batch_sizes) in classifiers.items():
         for batch_size in batch_sizes:
             for rule_name, rule in make_rules(max_draws).items():
                 # as many images as give some batches, since the last ones of a run are never full
-                images = pixels[: max(8, len(pixels) // 4)] if rule_name == "fixed" else pixels
+                images = pixels[: max(4, len(pixels) // 8)] if rule_name == "fixed" else pixels
                 smoothed = make(batch_size)
                 row = {"classifier": name, "rule": rule_name, "batch_size": batch_size}
+                # the ceiling is that of one core
+                torch.set_num_threads(1 if name.startswith("free") else num_threads)
+                row["num_threads"] = torch.get_num_threads()
                 rows.append(row | compare(smoothed, images, rule, repeats))
+    torch.set_num_threads(num_threads)
     return rows
 
 
@@ -184,10 +188,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="model_cards/mixed-noise-vit-nano-cifar10", help="folder of a model")
     parser.add_argument("--device", default="cpu", help="such as cuda (default: cpu)")
-    parser.add_argument("--quick", action="store_true", help="one batch size and 3 repeats in place of 9")
+    parser.add_argument("--quick", action="store_true", help="smaller batches only, and 5 repeats in place of 9")
     parser.add_argument("--output", type=Path, help="write the results to this JSON file")
     args = parser.parse_args()
-    device, repeats = torch.device(args.device), 3 if args.quick else 9
+    device, repeats = torch.device(args.device), 5 if args.quick else 9
     noise = GaussianNoise(0.25)
     shipped = SmoothedClassifier.from_pretrained(args.model, noise, device=device)
     pixels = [to_pixels(picture, shipped.preprocessing) for picture in load_demo_images()["image"]]
@@ -201,7 +205,7 @@ def main() -> None:
     model = shipped.base_classifier.classifier
     on_cuda = device.type == "cuda"
     small, large = ([1024] if on_cuda else [128]), ([] if args.quick else [4096])
-    images = pixels if on_cuda else pixels[:40]
+    images = pixels if on_cuda else pixels[:20]
     classifiers: dict[str, Any] = {
         "shipped model": (partial(smooth, model), images, 400, small + large),
         "a twentieth": (partial(smooth, cheap), pixels, 1000, [128, 1024, *large]),
