@@ -138,12 +138,12 @@ def probabilities_proving(radii: Sequence[float], noise: NoiseDistribution) -> l
     return probabilities
 
 
-def check_reach(n: int, alpha: float, noise: NoiseDistribution, radius: float, name: str = "n") -> None:
+def check_reach(n: int, alpha: float, noise: NoiseDistribution, radius: float) -> None:
     """Raise a `ValueError` where `n` draws can never prove `radius` by Clopper-Pearson."""
     p0 = probability_in_reach(noise, radius)
     if not radii_in_reach([radius], noise, n, alpha):
         needed = math.floor(math.log(alpha) / math.log(p0)) + 1
-        raise too_few(name, n, radius, float(noise.radius(alpha ** (1 / n))), needed)
+        raise too_few("n", n, radius, float(noise.radius(alpha ** (1 / n))), needed)
 
 
 def too_few(name: str, value: int, radius: float, reachable: float, needed: int) -> ValueError:

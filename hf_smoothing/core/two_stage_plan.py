@@ -84,14 +84,16 @@ class Planner:
     Args:
         noise: the smoothing distribution.
         alpha: level of the bounds.
-        max_draws: the most counted draws.
+        max_draws: the most draws per image, 16 or more.
     """
 
     def __init__(self, noise: NoiseDistribution, alpha: float, max_draws: int):
-        sizes = [min(_SMALLEST_SIZE, max_draws)]
-        while (larger := max(sizes[-1] + 1, round(sizes[-1] * _SIZE_RATIO))) < max_draws:
+        self.max_draws = max_draws
+        self.stages = tuple(stage for stage in STAGES if 2 * stage <= max_draws)
+        sizes = [_SMALLEST_SIZE]
+        while (larger := max(sizes[-1] + 1, round(sizes[-1] * _SIZE_RATIO))) < max_draws - self.stages[0]:
             sizes.append(larger)
-        self.sizes = np.array(sorted({*sizes, max_draws}))
+        self.sizes = np.array(sorted({*sizes, *(max_draws - stage for stage in self.stages)}))
         self.expected = np.stack([_expected_radius(noise, alpha, size) for size in self.sizes.tolist()], axis=2)
         """`(levels, probabilities, sizes)`: the mean radius that so many counted draws prove."""
         self.prior = _PRIOR / _PRIOR.sum()
@@ -123,12 +125,13 @@ class Planner:
     def plan(self, price: float, prior: FloatArray | None = None) -> Plan:
         """The best plan at a price, under a prior `(probabilities,)` on `_PROBABILITIES`."""
         prior = self.prior if prior is None else prior
-        gains = self.expected - price * self.sizes
+        all_gains = self.expected - price * self.sizes
         actions: list[NDArray[np.int64]] = []
-        value = draws = np.zeros((len(gains), 1))  # of the stage after, by level and hits
-        for stage, following in zip(STAGES[::-1], (None, *STAGES[:0:-1])):
+        value = draws = np.zeros((len(all_gains), 1))  # of the stage after, by level and hits
+        for stage, following in zip(self.stages[::-1], (None, *self.stages[:0:-1])):
             posterior = _posterior(stage, prior)
-            gain = posterior @ gains  # (levels, hits, sizes)
+            possible = np.searchsorted(self.sizes, self.max_draws - stage, side="right")
+            gain = posterior @ all_gains[:, :, :possible]  # (levels, hits, sizes)
             best = np.maximum(gain.max(2), 0.0)
             action = np.where(best > 0, self.sizes[gain.argmax(2)], 0)
             planned = action.astype(np.float64)
@@ -142,8 +145,8 @@ class Planner:
                 best, action = np.where(more, going_on, best), np.where(more, -1, action)
             value, draws = best, planned
             actions.insert(0, action)
-        start = prior @ _binomial(STAGES[0])
-        return Plan(tuple(actions), float((draws @ start).mean()) + STAGES[0])
+        start = prior @ _binomial(self.stages[0])
+        return Plan(tuple(actions), float((draws @ start).mean()) + self.stages[0])
 
 
 @lru_cache

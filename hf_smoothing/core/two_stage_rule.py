@@ -9,7 +9,7 @@ from scipy import special
 
 from .certificates import Guarantee
 from .count_rule import CountRuns
-from .rule_protocols import CleanPass, Counts, NoiseDistribution, Outcomes, Rows, check_reach
+from .rule_protocols import CleanPass, Counts, NoiseDistribution, Outcomes, Rows, too_few
 from .two_stage_plan import STAGES, make_planner, prove, runner_up_level
 from .validation import check_count, check_share
 
@@ -34,7 +34,7 @@ class TwoStageRule:
     Args:
         draws: the mean number of draws per image to plan for. It sets the price, for images as the plan expects them.
         alpha: probability of a wrong certificate, in (0, 1).
-        max_draws: the most counted draws per image.
+        max_draws: the most draws per image, selection included.
 
     Source: the bound is that of algorithm CERTIFY, Cohen et al. 2019 (arXiv 1902.02918).
     """
@@ -55,6 +55,8 @@ class TwoStageRule:
         check_share("alpha", self.alpha)
         if self.draws <= STAGES[0]:
             raise ValueError(f"draws={self.draws} must be above {STAGES[0]}: so many choose the class.")
+        if self.max_draws < 2 * STAGES[0]:
+            raise ValueError(f"max_draws={self.max_draws} must be {2 * STAGES[0]} or more to find a radius.")
 
     @classmethod
     def from_settings(cls, **settings: Any) -> "TwoStageRule":
@@ -62,10 +64,14 @@ class TwoStageRule:
 
     @property
     def budget(self) -> int:
-        return STAGES[-1] + self.max_draws
+        return self.max_draws
 
     def check(self, noise: NoiseDistribution) -> None:
-        check_reach(self.max_draws, self.alpha, noise, 0.0, "max_draws")
+        n = needed = self.max_draws - STAGES[0]  # counted draws, if all of them hit
+        while not noise.radius(*prove(needed, 0, needed, self.alpha)) > 0:
+            needed += 1
+        if needed > n:
+            raise too_few("max_draws", self.max_draws, 0.0, 0.0, needed + STAGES[0])
 
     def start(self, noise: NoiseDistribution, num_rows: int, num_classes: int) -> "_TwoStageRuns":
         return _TwoStageRuns(self, noise, num_rows, num_classes)
@@ -92,7 +98,7 @@ class _TwoStageRuns(CountRuns):
             log_odds = special.logit(np.clip(clean.scores.max(1), 1e-6, 1 - 1e-6))
             # rounded: the last bits of the prediction differ between batch sizes and must decide nothing
             self.guess[rows] = np.rint(_GUESS_ROUNDING * log_odds)
-        return np.full(len(rows), STAGES[0])
+        return np.full(len(rows), self.planner.stages[0])
 
     def update(self, rows: Rows, counts: Counts) -> NDArray[np.int64]:
         wanted = np.zeros(len(rows), np.int64)
@@ -110,14 +116,14 @@ class _TwoStageRuns(CountRuns):
 
     def _plan(self, rows: Rows, stage: int, log_odds: float | None) -> NDArray[np.int64]:
         """The draws that images want after a stage of selection."""
-        plan = self.planner.plan_for_guess(self.price, log_odds)
+        plan, stages = self.planner.plan_for_guess(self.price, log_odds), self.planner.stages
         selection = self.selection_counts[rows]
         self.selected[rows] = selection.argmax(1)
         second, first = np.sort(np.pad(selection, ((0, 0), (1, 0))), axis=1)[:, -2:].T
-        action = plan.actions[stage][runner_up_level(second, STAGES[stage] - first), first]
+        action = plan.actions[stage][runner_up_level(second, stages[stage] - first), first]
         more = action < 0
         self.stage[rows] = np.where(more, stage + 1, -1)
-        following = STAGES[stage + 1] - STAGES[stage] if stage + 1 < len(STAGES) else 0
+        following = stages[stage + 1] - stages[stage] if stage + 1 < len(stages) else 0
         return np.where(more, following, action)
 
     def outcomes(self, rows: Rows) -> Outcomes:

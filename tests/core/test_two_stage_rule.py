@@ -7,7 +7,7 @@ from scipy import stats
 
 from hf_smoothing import ABSTAIN, FixedRule, GaussianNoise, LaplaceNoise, TwoStageRule
 from hf_smoothing.core.rule_protocols import CleanPass
-from hf_smoothing.core.two_stage_plan import STAGES, Planner
+from hf_smoothing.core.two_stage_plan import Planner
 from hf_smoothing.diagnostics.simulation import simulate
 
 
@@ -118,6 +118,14 @@ def test_other_noise():
 
 
 def test_settings():
-    assert TwoStageRule(draws=50, max_draws=400).budget == STAGES[-1] + 400
-    with pytest.raises(ValueError, match=r"max_draws=9 draws can never certify radius 0: .* at least 10 draws"):
-        TwoStageRule(max_draws=9).check(NOISE)
+    with pytest.raises(ValueError, match=r"max_draws=9 must be 16 or more"):
+        TwoStageRule(max_draws=9)
+    with pytest.raises(ValueError, match=r"max_draws=16 draws can never certify radius 0: .* at least 19 draws"):
+        TwoStageRule(max_draws=16).check(NOISE)
+    TwoStageRule(max_draws=19).check(NOISE)
+
+
+@pytest.mark.parametrize("max_draws", [19, 20, 40, 150, 1000])
+def test_no_image_takes_more_than_its_most_draws(max_draws):
+    _, draws = simulate(TwoStageRule(max_draws=max_draws), NOISE, population(300), None, np.random.default_rng(0))
+    assert draws.max() == max_draws
