@@ -132,7 +132,7 @@ def demo(
     count_head: Annotated[
         str | None,
         typer.Option(
-            help="A count head, which saves draws. Without it: the one in the folder MODEL-counts, if there is one."
+            help="A count head, which guides the draws. Without it: the one in the folder MODEL-counts, if there is one."
         ),
     ] = None,
     seed: options.Seed = None,

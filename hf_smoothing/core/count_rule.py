@@ -22,6 +22,7 @@ class CountRule:
     guarantee: ClassVar[Guarantee] = "none"
     uses_clean_pass: ClassVar[bool] = False
     uses_count_head: ClassVar[bool] = False
+    uses_base_classifier: ClassVar[bool] = True
     alpha: ClassVar[float] = 1.0  # nothing is claimed
 
     def __post_init__(self) -> None:

@@ -37,6 +37,7 @@ class FixedRule:
     guarantee: ClassVar[Guarantee] = "per_input"
     uses_clean_pass: ClassVar[bool] = False
     uses_count_head: ClassVar[bool] = False
+    uses_base_classifier: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_count("n0", self.n0)

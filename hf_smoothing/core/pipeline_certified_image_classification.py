@@ -36,7 +36,7 @@ class CertifiedImageClassificationPipeline(Pipeline):
     - `method`: `"two-stage"` finds radii, `"sequential"` decides them; `"fixed"`, the usual protocol, draws a fixed number;
       `"surrogate"` draws nothing and returns the count head's estimate.
     - `draws`: mean draws per image to find radii. `max_draws`: the most per image. `n0`, `n`, `delta`: see [`make_rule`].
-    - `count_head`: a count head on the Hub or in a local folder. With it, `sequential` draws less.
+    - `count_head`: a count head on the Hub or in a local folder. It guides the draws.
     - `noise_resolution` (`"input"`), `denoiser`, `batch_size` (128): see [`SmoothedClassifier`].
     - `seed`: by default one from the operating system, see [`SmoothedClassifier.certify`]. The same seed gives an image the
       same noise, and so the same certificate, whatever the batch size.

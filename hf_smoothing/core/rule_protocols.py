@@ -98,6 +98,8 @@ class Rule(Protocol):
     uses_clean_pass: ClassVar[bool]
     """Whether it needs the base classifier's logits of clean images, where no count head takes their place."""
     uses_count_head: ClassVar[bool]
+    uses_base_classifier: ClassVar[bool]
+    """Whether it draws."""
 
     @property
     def guarantee(self) -> Guarantee: ...

@@ -185,7 +185,7 @@ class Sampler:
         return len(added)
 
     def _start_runs(self, first: NoisyImage) -> None:
-        if self.rule.method != "surrogate":  # which does not ask the base classifier
+        if self.rule.uses_base_classifier:
             self.base_classifier.prepare(first.image, self.noise.sigma)
         num_classes = self.base_classifier.num_classes(first.image)
         self._active = _ActiveImages(self.batch_size * (1 + (self.batches_ahead or 0)), num_classes)

@@ -69,6 +69,7 @@ class SequentialRule:
     guarantee: ClassVar[Guarantee] = "per_input"
     uses_clean_pass: ClassVar[bool] = True
     uses_count_head: ClassVar[bool] = True
+    uses_base_classifier: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_share("alpha", self.alpha)

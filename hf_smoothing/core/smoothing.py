@@ -50,7 +50,8 @@ class SmoothedClassifier:
             they run in the type of the weights.
         compile: run the base classifier through `torch.compile`.
         count_head: maps clean pixels and sigma to the class frequencies expected under noise, `(batch, classes)` of sum 1,
-            such as a [`CountPredictor`]. `sequential` saves draws with it, `surrogate` does not draw at all.
+            such as a [`CountPredictor`]. It guides `two-stage` and `sequential`; `surrogate` does
+            not draw at all.
         calibration: of the count head, for `surrogate` with `delta`; by default the one that it brings.
 
     Raises:

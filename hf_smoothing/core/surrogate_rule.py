@@ -50,6 +50,7 @@ class SurrogateRule:
     takes: ClassVar[tuple[str, ...]] = ("alpha", "radius", "radii", "n", "delta", "calibration")
     uses_clean_pass: ClassVar[bool] = False
     uses_count_head: ClassVar[bool] = True
+    uses_base_classifier: ClassVar[bool] = False
     budget: ClassVar[int] = 1
 
     def __post_init__(self) -> None:

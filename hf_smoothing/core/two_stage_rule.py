@@ -26,7 +26,7 @@ class TwoStageRule:
 
     All images pay the same price per draw: `n` is where a further draw is expected to add less to the radius than it costs.
     So images that cannot be certified end after a few selection draws, and draws go where they enlarge radii. A count head's
-    guess makes the plan need fewer selection draws.
+    guess moves the prior of the plan.
 
     The class and `n` depend on the selection draws and the guess only, which are independent of the counted draws. Given
     them, counts are binomial, and the bounds are wrong with probability at most alpha, whatever the plan.
@@ -48,6 +48,7 @@ class TwoStageRule:
     guarantee: ClassVar[Guarantee] = "per_input"
     uses_clean_pass: ClassVar[bool] = False
     uses_count_head: ClassVar[bool] = True
+    uses_base_classifier: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_count("draws", self.draws)

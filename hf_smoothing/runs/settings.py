@@ -71,7 +71,7 @@ class RunSettings:
         "type of the forward passes (bfloat16: autocast)", default="float32"
     )
     count_head: str | None = _option(
-        "count head, on the Hub or in a local folder: saves draws for `sequential`, is required for `surrogate`",
+        "count head, on the Hub or in a local folder: guides `two-stage` and `sequential`, is required for `surrogate`",
         default=None,
     )
     delta: float | None = _option(

@@ -1,7 +1,7 @@
 """The same seeds give the same figures as before: certificates, trained weights, an audit, a report.
 
-`golden.json` holds what the code gave before it was reorganised. Where a change is meant to alter a figure, write the file
-anew with `python tests/end_to_end/test_golden.py`, and say in the commit which figures changed and why.
+Where a change is meant to alter a figure, write `golden.json` again with `python tests/end_to_end/test_golden.py`, and say
+in the commit which figures changed and why.
 """
 
 import json
