@@ -50,6 +50,8 @@ STEPS_PER_UNIT = 255 * 16
 
 _BLOCK_VALUES = 2**16
 """Roughly how many values a block of noise holds."""
+_THREAD_VALUES = 2**14
+"""How many values are worth a further thread."""
 _LEVEL = STEPS_PER_UNIT // 255
 _ROUNDING = 2**-11
 """How far rounding in float32 may take k/255 from its level, in steps of the lattice: 2^-23 of a unit."""
@@ -221,7 +223,7 @@ class NumpyLatticeSampler(LatticeSampler):
         pixels = torch.empty((sum(counts), *images[0].image.shape))
         rows = pixels.numpy().reshape(len(pixels), -1)
         parts, finished = self._plan(images, counts)
-        num_threads = min(torch.get_num_threads(), rows.size // _BLOCK_VALUES)
+        num_threads = min(torch.get_num_threads(), rows.size // _THREAD_VALUES)
         if num_threads > 1:
             self._threads = self._threads or ThreadPoolExecutor(torch.get_num_threads())
             list(self._threads.map(lambda share: self._fill(share, rows), _split(parts, len(rows), num_threads)))
