@@ -207,12 +207,12 @@ def main() -> None:
     on_cuda = device.type == "cuda"
     small, large = ([1024] if on_cuda else [128]), ([] if args.quick else [4096])
     classifiers: dict[str, Any] = {
-        "shipped model": (partial(smooth, model), pixels[:100] if args.quick else pixels, 400, small + large),
+        "shipped model": (partial(smooth, model), pixels[:100], 400, small + large),
         "a twentieth": (partial(smooth, cheap), pixels, 1000, [128, 1024, *large]),
     }
     if on_cuda:
         bfloat16 = partial(smooth, model, autocast=torch.bfloat16)
-        classifiers["shipped model, bfloat16"] = (bfloat16, pixels, 400, small + large)
+        classifiers["shipped model, bfloat16"] = (bfloat16, pixels[:100], 400, small + large)
     for num_classes in (10, 100):
         free = FreeClassifier(num_classes).to(device)
         classifiers[f"free, {num_classes} classes"] = (partial(smooth, free), tiny, 10_000, [1024, *large])
