@@ -88,7 +88,10 @@ def certify(
     size = "of the model's input" if noise_resolution == "input" else f"at resolution {noise_resolution}"
     after = "" if denoiser is None else f", {denoiser} in front of the model"
     deltas = {f", delta = {result['delta']:g} ({result['calibration']})" for result in results if result["delta"]}
-    title = f"sigma = {sigma:g}, alpha = {alpha:g}{''.join(sorted(deltas))}, l2 radius in [0, 1] pixels {size}{after}"
+    asked = "How far does the prediction hold?"
+    if results[0]["method"] == "sequential":
+        asked = f"Does the prediction hold to radius {radius:g}?"
+    title = f"{asked} sigma = {sigma:g}, alpha = {alpha:g}{''.join(sorted(deltas))}, l2 radius in [0, 1] pixels {size}{after}"
     rows = [
         {
             "image": name,

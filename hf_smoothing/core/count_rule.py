@@ -23,6 +23,7 @@ class CountRule:
     uses_clean_pass: ClassVar[bool] = False
     uses_count_head: ClassVar[bool] = False
     uses_base_classifier: ClassVar[bool] = True
+    knows_its_draws: ClassVar[bool] = True
     alpha: ClassVar[float] = 1.0  # nothing is claimed
 
     def __post_init__(self) -> None:
@@ -60,6 +61,6 @@ class CountRuns:
         self.counts[rows] += counts
         return np.zeros(len(rows), np.int64)
 
-    def outcomes(self, rows: Rows) -> Outcomes:
+    def outcomes(self, rows: Rows, pending: Counts | None = None) -> Outcomes:
         zeros = np.zeros(len(rows))
         return Outcomes(self.counts[rows].argmax(1), zeros, zeros, zeros + 1)

@@ -38,6 +38,7 @@ class FixedRule:
     uses_clean_pass: ClassVar[bool] = False
     uses_count_head: ClassVar[bool] = False
     uses_base_classifier: ClassVar[bool] = True
+    knows_its_draws: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_count("n0", self.n0)
@@ -84,8 +85,10 @@ class _FixedRuns(CountRuns):
         super().update(rows[~selecting], counts[~selecting])  # selection draws are not counted again
         return np.where(selecting, self.rule.n, 0)
 
-    def outcomes(self, rows: Rows) -> Outcomes:
+    def outcomes(self, rows: Rows, pending: Counts | None = None) -> Outcomes:
         selected, counts = self.selected[rows], self.counts[rows]
+        if pending is not None:
+            counts += np.where(selected[:, None] < 0, 0, pending)
         hits = counts[np.arange(len(rows)), selected]
         p_lower = clopper_pearson_lower(hits, counts.sum(1), self.rule.alpha)
         return Outcomes.from_bounds(self.noise, selected, p_lower, 1 - p_lower)

@@ -87,8 +87,13 @@ class Runs(Protocol):
             How many draws each wants next, `(len(rows),)`; 0 when it is finished.
         """
 
-    def outcomes(self, rows: Rows) -> Outcomes:
-        """What has been proved so far."""
+    def outcomes(self, rows: Rows, pending: Counts | None = None) -> Outcomes:
+        """
+        What has been proved so far.
+
+        With `pending`, class counts `(len(rows), classes)` of a part of the draws that these rows want: what would be proved
+        if these were all. This is a preview, to show progress: a part of the draws proves nothing.
+        """
 
 
 class Rule(Protocol):
@@ -100,6 +105,8 @@ class Rule(Protocol):
     uses_count_head: ClassVar[bool]
     uses_base_classifier: ClassVar[bool]
     """Whether it draws."""
+    knows_its_draws: ClassVar[bool]
+    """Whether it asks for all counted draws of an image at once, so that the time left is known."""
 
     @property
     def guarantee(self) -> Guarantee: ...

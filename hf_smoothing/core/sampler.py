@@ -285,10 +285,21 @@ class Sampler:
             for image in finished:
                 self._lattice.finish(image)
             dimensions = [image.image.numel() for image in finished]
-            yield FinishedImages(positions, runs.outcomes(part), runs.counts[part], num_samples, dimensions)
-        if self.progress is not None:
-            in_progress = active.rows
-            self.progress.update(active.num_samples[rows].tolist(), active.num_samples[in_progress].tolist())
+            outcomes = runs.outcomes(part)
+            if self.progress is not None:
+                self.progress.finish(num_samples.tolist(), outcomes.radii.tolist())
+            yield FinishedImages(positions, outcomes, runs.counts[part], num_samples, dimensions)
+        if self.progress is not None and self.progress.is_due:
+            self._show_progress(self.progress)
+
+    def _show_progress(self, progress: ProgressBar) -> None:
+        active, rows, radius = self._active, self._active.rows, 0.0
+        if len(rows) == 1 and active.started[rows[0]]:
+            _, runs = next(self._by_size(rows))
+            radius = float(runs.outcomes(rows, active.counts[rows]).radii[0])
+        draws = active.num_samples[rows]
+        expected = draws + active.to_launch[rows] if self.rule.knows_its_draws else self.rule.budget
+        progress.show(int(draws.sum()), float((draws / np.maximum(expected, 1)).sum()), radius)
 
 
 def _round_up(size: int) -> int:

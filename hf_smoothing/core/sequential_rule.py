@@ -70,6 +70,7 @@ class SequentialRule:
     uses_clean_pass: ClassVar[bool] = True
     uses_count_head: ClassVar[bool] = True
     uses_base_classifier: ClassVar[bool] = True
+    knows_its_draws: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_share("alpha", self.alpha)
@@ -187,7 +188,7 @@ class _SequentialRuns:
             images = images[self.claimed[rows[images]] < len(self.radii)]
         return wanted
 
-    def outcomes(self, rows: Rows) -> Outcomes:
+    def outcomes(self, rows: Rows, pending: Counts | None = None) -> Outcomes:
         """
         The radii claimed, with a pair of probabilities on their boundary. What is proved is that the answer's probability
         exceeds `probability_needed(radius, p_b)` for the probability `p_b` of every rival; `p_upper` is the runner-up's

@@ -282,7 +282,7 @@ class SmoothedClassifier:
         seed = choose_seed() if seed is None else seed
         if total is None and isinstance(images, Sized):
             total = len(images)
-        bar = ProgressBar(total, rule.budget) if progress else None
+        bar = ProgressBar(total) if progress else None
         sampler = Sampler(self.base_classifier, self.noise, rule, seed, self.batch_size, self.count_head, bar)
         try:
             for finished in sampler.sample(images):

@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import special
+from scipy import optimize, special
 
 from .bounds import clopper_pearson_lower
 from .rule_protocols import FloatArray, NoiseDistribution
@@ -31,7 +31,8 @@ _UPPER_SHARE = 0.2
 _SIZE_RATIO = 1.19
 _SMALLEST_SIZE = 8
 _LOWEST_PRICE = 1e-9
-_PRICE_BISECTIONS = 16
+_PRICE_TOLERANCE = 0.01
+"""Of the logarithm of the price."""
 _HEAD_SPREAD, _HEAD_TRUST = 0.9, 0.8
 """Assumed standard deviation of the error of the log-odds that a count head predicts, and how often it is right about the
 class."""
@@ -52,8 +53,11 @@ def prove(hits: ArrayLike, runner_up: ArrayLike, draws: ArrayLike, alpha: float)
     no less than that of the *most probable* other class, so no alpha is split over classes.
     """
     p_lower = clopper_pearson_lower(hits, draws, (1 - _UPPER_SHARE) * alpha)
-    others = clopper_pearson_lower(np.asarray(draws) - np.asarray(runner_up), draws, _UPPER_SHARE * alpha)
-    return p_lower, np.minimum(1 - p_lower, 1 - others)
+    return p_lower, np.minimum(1 - p_lower, _bound_runner_up(runner_up, draws, alpha))
+
+
+def _bound_runner_up(runner_up: ArrayLike, draws: ArrayLike, alpha: float) -> FloatArray:
+    return 1 - clopper_pearson_lower(np.asarray(draws) - np.asarray(runner_up), draws, _UPPER_SHARE * alpha)
 
 
 @dataclass(frozen=True)
@@ -103,12 +107,13 @@ class Planner:
     def price_for(self, mean_draws: int) -> float:
         """The price, in radius per draw, at which images like the prior's take so many draws on average."""
         if mean_draws not in self._prices:
+
+            def excess(log_price: float) -> float:
+                return math.log(self.plan(math.exp(log_price)).mean_draws / mean_draws)
+
             low, high = math.log(_LOWEST_PRICE), math.log(float(self.expected.max()))
-            for _ in range(_PRICE_BISECTIONS):
-                middle = (low + high) / 2
-                takes_more = self.plan(math.exp(middle)).mean_draws > mean_draws
-                low, high = (middle, high) if takes_more else (low, middle)
-            self._prices[mean_draws] = math.exp(high)
+            log_price = low if excess(low) <= 0 else optimize.brentq(excess, low, high, xtol=_PRICE_TOLERANCE)
+            self._prices[mean_draws] = math.exp(log_price)
         return self._prices[mean_draws]
 
     def plan_for_guess(self, price: float, log_odds: float | None) -> Plan:
@@ -177,5 +182,8 @@ def _expected_radius(noise: NoiseDistribution, alpha: float, draws: int) -> Floa
     numbers = numbers[numbers <= draws]
     edges = np.append((numbers[:-1] + numbers[1:] - 1) // 2, numbers[-1])
     chances = np.diff(special.bdtr(edges[None], draws, (1 - _PROBABILITIES)[:, None]), axis=1, prepend=0.0)
-    runner_up = np.multiply.outer(_RUNNER_UP_SHARES, numbers)
-    return np.asarray(noise.radius(*prove(draws - numbers, runner_up, draws, alpha))) @ chances.T
+    p_lower = clopper_pearson_lower(draws - numbers, draws, (1 - _UPPER_SHARE) * alpha)
+    # the bounds of shares of these numbers are interpolated: each takes long to compute
+    shares = np.multiply.outer(_RUNNER_UP_SHARES, numbers)
+    upper = np.interp(np.sqrt(shares), np.sqrt(numbers), _bound_runner_up(numbers, draws, alpha))
+    return np.asarray(noise.radius(p_lower, np.minimum(1 - p_lower, upper))) @ chances.T

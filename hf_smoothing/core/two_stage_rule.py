@@ -39,7 +39,7 @@ class TwoStageRule:
     Source: the bound is that of algorithm CERTIFY, Cohen et al. 2019 (arXiv 1902.02918).
     """
 
-    draws: int = 1000
+    draws: int = 600
     alpha: float = 0.001
     max_draws: int = 100_000
 
@@ -49,6 +49,7 @@ class TwoStageRule:
     uses_clean_pass: ClassVar[bool] = False
     uses_count_head: ClassVar[bool] = True
     uses_base_classifier: ClassVar[bool] = True
+    knows_its_draws: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_count("draws", self.draws)
@@ -127,8 +128,10 @@ class _TwoStageRuns(CountRuns):
         following = stages[stage + 1] - stages[stage] if stage + 1 < len(stages) else 0
         return np.where(more, following, action)
 
-    def outcomes(self, rows: Rows) -> Outcomes:
+    def outcomes(self, rows: Rows, pending: Counts | None = None) -> Outcomes:
         selected, counts = self.selected[rows], self.counts[rows]
+        if pending is not None:
+            counts += np.where(self.stage[rows, None] < 0, pending, 0)
         images, draws = np.arange(len(rows)), counts.sum(1)
         hits = counts[images, selected]
         counts[images, selected] = 0

@@ -148,7 +148,10 @@ def _workers(training: Json) -> str:
     return threads if processes == 1 else f"{processes} processes of {threads}"
 
 
-_BESIDE = {"benchmark": ("engine",), "readme_benchmark": ("engine",)}
+_BESIDE = {
+    "benchmark": ("engine", "single-pictures", "kills"),
+    "readme_benchmark": ("engine", "single-pictures"),
+}
 """By template: names of results files beside its own, which it shows under their name where they exist."""
 
 _DERIVE: dict[str, Callable[[Json], Json]] = {
