@@ -91,7 +91,8 @@ def certify(
     asked = "How far does the prediction hold?"
     if results[0]["method"] == "sequential":
         asked = f"Does the prediction hold to radius {radius:g}?"
-    title = f"{asked} sigma = {sigma:g}, alpha = {alpha:g}{''.join(sorted(deltas))}, l2 radius in [0, 1] pixels {size}{after}"
+    title = f"{asked} sigma = {sigma:g}, alpha = {alpha:g}{''.join(sorted(deltas))}, "
+    title += f"l2 radius in [0, 1] pixels {size}{after}"
     rows = [
         {
             "image": name,

@@ -67,9 +67,9 @@ def certify_dataset(
     on_main_first(accelerator, partial(folder.check, resume))
     folder.check_shared(accelerator)
     requested = {**asdict(settings), "noise_resolution": settings.resolution}
-    with accelerator.main_process_first():  # the main process downloads, the others read from its cache
+    with accelerator.main_process_first():  # the main process prepares the dataset, the others read from its cache
         images = open_images(requested, streaming)
-        smoothed = load_classifier(requested, accelerator.device, batch_size)
+    smoothed = load_classifier(requested, accelerator.device, batch_size)
     if settings.delta is not None:
         smoothed.check_calibration()
     inputs = images.bind(smoothed.class_names or (), smoothed.preprocessing)
