@@ -4,4 +4,4 @@ from .certified_accuracy import DEFAULT_THRESHOLDS as DEFAULT_THRESHOLDS
 from .certified_accuracy import CertifiedAccuracy as CertifiedAccuracy
 from .certified_accuracy import certified_accuracy as certified_accuracy
 from .certified_accuracy import certified_accuracy_curve as certified_accuracy_curve
-from .certified_accuracy import exact_interval as exact_interval
+from .shares import exact_interval as exact_interval

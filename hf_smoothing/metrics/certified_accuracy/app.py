@@ -1,8 +1,9 @@
 """The page of the metric as a Space: a table of certificates in, certified accuracy out."""
 
+from pathlib import Path
 from typing import Any
 
-from certified_accuracy import DEFAULT_THRESHOLDS, certified_accuracy  # type: ignore[import-not-found]
+import evaluate
 
 COLUMNS = ("predictions", "references", "radii")
 
@@ -21,7 +22,7 @@ def compute(rows: list[list[Any]], thresholds: str) -> dict[str, Any]:
     filled = [row for row in rows if any(str(cell).strip() for cell in row)]
     columns = {name: [float(row[at]) for row in filled] for at, name in enumerate(COLUMNS)}
     levels = [float(level) for level in thresholds.split(",") if level.strip()]
-    return certified_accuracy(**columns, thresholds=levels)
+    return evaluate.load(str(Path(__file__).parent)).compute(**columns, thresholds=levels)
 
 
 if __name__ == "__main__":
@@ -31,7 +32,7 @@ if __name__ == "__main__":
         fn=compute,
         inputs=[
             gr.Dataframe([[6, 6, 0.31], [8, 8, 0.9], [-1, 3, 0.0]], headers=list(COLUMNS), type="array"),
-            gr.Textbox(", ".join(f"{level:g}" for level in DEFAULT_THRESHOLDS), label="radii"),
+            gr.Textbox("0, 0.25, 0.5, 0.75, 1", label="radii"),
         ],
         outputs=gr.JSON(label="certified accuracy"),
         title="Certified accuracy",

@@ -1,18 +1,19 @@
 """Certified accuracy of a smoothed classifier: the only place in the package that computes it.
 
-`evaluate.load` copies this file alone and reads its imports line by line: one import per line, none of `hf_smoothing`.
+`evaluate.load` copies this file and its neighbours, and reads imports line by line: one per line, none of `hf_smoothing`.
 """
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
 import evaluate
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+
+from .shares import exact_interval, most_wrong_certificates, share_of_sample
 
 ABSTAIN = -1
 GUARANTEES = ("per_input", "marginal", "none")
@@ -35,6 +36,10 @@ class _Columns:
     p_lower: NDArray[np.float64] | None
     num_samples: NDArray[np.float64]
     """Only of images that did not fail, where known."""
+    estimates: "_Columns | None" = None
+    """The estimates for all images, where only some were certified."""
+    sampled: NDArray[np.bool_] | None = None
+    """Which of all images were certified, where there are estimates."""
 
 
 def certified_accuracy(
@@ -47,6 +52,9 @@ def certified_accuracy(
     num_samples: Column | None = None,
     alphas: Column | None = None,
     num_results: int = 1,
+    estimated_predictions: Column | None = None,
+    estimated_radii: Column | None = None,
+    sampled: Column | None = None,
 ) -> dict[str, Any]:
     """
     Share of *all* images whose prediction is right and certified at each radius or beyond (Cohen et al., arXiv 1902.02918).
@@ -66,18 +74,24 @@ def certified_accuracy(
         alphas: largest probability that the certificate of each image is wrong, above 0 and below 1; None where unknown.
             Different ones are refused, as different guarantees are.
         num_results: how many results the bounds net of alpha must hold for together, such as the rows of a table.
+        estimated_predictions: a count head's estimates for all images. With them, certificates of a few images tell the
+            certified accuracy of all, see [`share_of_sample`].
+        estimated_radii: the estimates of the radii.
+        sampled: with estimates, whether each image was certified. These images must have been drawn at random, without
+            regard to their estimates. Where it is False, the columns of certificates may hold None.
 
     Returns:
-        A dict ready for JSON:
+        A dict ready for JSON; without estimates, `num_sampled` is `num_images` and `estimated_share` is None:
 
-        - `num_images`, `num_failed`;
+        - `num_images`, `num_sampled`, `num_failed`;
         - `certified_accuracy`: for each threshold `radius`, `right` (images), `share`, `interval_95` (low, high),
-          `net_of_alpha`;
+          `net_of_alpha` (None with estimates), `estimated_share` (of the estimates alone, which nothing guarantees);
         - `clean_accuracy`: the share at radius 0;
         - `abstention_rate`: share of all images;
         - `mean_certified_radius`: wrong images count 0. It is a weak measure: a useless classifier can make it as large as
           it likes, and it rewards easy images (arXiv 2410.06895). Compare the shares or the distribution of p_A instead;
         - `guarantee`, `alpha`: of all images; None where unknown;
+        - the figures above but `certified_accuracy` are of the images sampled;
         - `expected_wrong`, `most_wrong`: how many certificates are wrong on average, at most (alpha N), and with 95 %
           confidence (q). They and `net_of_alpha` are None unless the guarantee is `per_input` and alpha is known;
         - `p_lower_quartiles`: of the bound on the *true* class, which is 0 where the prediction is wrong; None without
@@ -91,7 +105,13 @@ def certified_accuracy(
     >>> [row["right"] for row in figures["certified_accuracy"]], round(figures["abstention_rate"], 3)
     ([1, 1, 0], 0.333)
     """
-    columns = _validate(predictions, references, radii, guarantees, p_lower, num_samples, alphas)
+    optional = {"guarantees": guarantees, "p_lower": p_lower, "num_samples": num_samples, "alphas": alphas}
+    estimates = {
+        "estimated_predictions": estimated_predictions,
+        "estimated_radii": estimated_radii,
+        "sampled": sampled,
+    }
+    columns = _validate(predictions, references, radii, **optional, **estimates)
     if not len(columns.right):
         raise ValueError("There are no images: predictions, references and radii are empty.")
     try:
@@ -106,8 +126,10 @@ def certified_accuracy(
     alpha = columns.alpha if columns.guarantee == "per_input" else None
     certificates = int((~columns.failed).sum())
     most_wrong = None if alpha is None else most_wrong_certificates(certificates, alpha, num_results)
+    estimated = columns.estimates
     return {
-        "num_images": len(columns.right),
+        "num_images": len(columns.right if estimated is None else estimated.right),
+        "num_sampled": len(columns.right),
         "num_failed": int(columns.failed.sum()),
         "certified_accuracy": [_share(columns, level, most_wrong) for level in levels],
         "clean_accuracy": float(columns.right.mean()),
@@ -143,50 +165,17 @@ def certified_accuracy_curve(
     return corners, (len(reached) - np.searchsorted(reached, corners)) / len(columns.right)
 
 
-def most_wrong_certificates(certificates: int, alpha: float, num_results: int = 1) -> int:
-    """
-    The number of wrong certificates that is not exceeded with 95 % confidence: the 95 % quantile of Binomial(N, alpha).
-
-    A certificate is wrong if a change smaller than its radius changes the prediction of the smoothed classifier. Given the
-    images, certificate i is wrong with probability p_i <= alpha, independently of the others, since each image has its own
-    draws. Let it be wrong if U_i <= p_i, with independent, uniform U_i; then U_i <= alpha. So the number W of wrong ones is
-    stochastically at most Binomial(N, alpha), and W <= q with 95 % confidence, where q is the 95 % quantile.
-
-    Let k of M images be right and certified at some radius. At most W of these certificates are wrong, so at k - W images or
-    more the smoothed classifier gives the right class under every change smaller than that radius: the true certified
-    accuracy on these images is at least (k - W) / M. A certificate is wrong or not as a whole, so W does not depend on the
-    radius, and with 95 % confidence the true certified accuracy is at least (k - q) / M at *all* radii at once.
-
-    If several results are shown together, each takes its share of the 5 % (Bonferroni), and the bounds of all of them hold
-    at once, even if their draws depend on each other. The bound is about these images. The intervals of
-    [`certified_accuracy`] are about the population that the images are drawn from, and count every certificate as correct.
-
-    Args:
-        certificates: N, images that did not fail; abstentions count too. They must be different images.
-        alpha: largest probability that one certificate is wrong (`per_input`), over its draws.
-        num_results: how many results are shown together.
-
-    >>> most_wrong_certificates(500, 0.001), most_wrong_certificates(10_000, 0.001)
-    (2, 15)
-    """
-    return int(stats.binom.ppf(1 - 0.05 / num_results, certificates, alpha))
-
-
 def _share(columns: _Columns, level: float, most_wrong: int | None) -> dict[str, Any]:
-    right, images = int((columns.right & (columns.radii >= level)).sum()), len(columns.right)
-    return {
-        "radius": level,
-        "right": right,
-        "share": right / images,
-        "interval_95": exact_interval(right, images),
-        "net_of_alpha": None if most_wrong is None else max(right - most_wrong, 0) / images,
-    }
-
-
-def exact_interval(right: int, images: int) -> list[float]:
-    """The exact (Clopper-Pearson) 95 % interval of a share: its low and its high end."""
-    interval = stats.binomtest(right, images).proportion_ci(0.95, method="exact")
-    return [float(interval.low), float(interval.high)]
+    reached = columns.right & (columns.radii >= level)
+    right, images = int(reached.sum()), len(columns.right)
+    row = {"radius": level, "right": right, "share": right / images, "interval_95": exact_interval(right, images)}
+    row["net_of_alpha"] = None if most_wrong is None else max(right - most_wrong, 0) / images
+    row["estimated_share"] = None
+    if columns.estimates is not None and columns.sampled is not None:
+        estimated = columns.estimates.right & (columns.estimates.radii >= level)
+        row["share"], row["interval_95"] = share_of_sample(reached, estimated, columns.sampled)
+        row |= {"net_of_alpha": None, "estimated_share": float(estimated.mean())}
+    return row
 
 
 def _validate(
@@ -197,7 +186,22 @@ def _validate(
     p_lower: Column | None = None,
     num_samples: Column | None = None,
     alphas: Column | None = None,
+    estimated_predictions: Column | None = None,
+    estimated_radii: Column | None = None,
+    sampled: Column | None = None,
 ) -> _Columns:
+    if estimated_predictions is not None or estimated_radii is not None or sampled is not None:
+        if estimated_predictions is None or estimated_radii is None or sampled is None:
+            raise ValueError("estimated_predictions, estimated_radii and sampled belong together: give all three.")
+        estimates = _validate(estimated_predictions, references, estimated_radii)
+        drawn = np.array([bool(value) for value in sampled], bool)
+        if len(drawn) != len(estimates.right):
+            raise ValueError(
+                f"Unequal numbers ({len(estimates.right)} images, {len(drawn)} sampled): give one for each."
+            )
+        part = (predictions, references, radii, guarantees, p_lower, num_samples, alphas)
+        certified = _validate(*(None if column is None else _pick(column, drawn) for column in part))
+        return replace(certified, estimates=estimates, sampled=drawn)
     columns: dict[str, Column | None] = {"predictions": predictions, "references": references, "radii": radii}
     columns |= {"guarantees": guarantees, "p_lower": p_lower, "num_samples": num_samples, "alphas": alphas}
     given = {name: list(column) for name, column in columns.items() if column is not None}
@@ -233,6 +237,10 @@ def _validate(
         p_lower=bounds,
         num_samples=draws[known & ~failed],
     )
+
+
+def _pick(column: Column, rows: NDArray[np.bool_]) -> list[Any]:
+    return [value for value, row in zip(column, rows, strict=True) if row]
 
 
 _INTEGER = "must be an integer"
@@ -280,7 +288,15 @@ def _check(name: str, values: NDArray[np.float64], fine: NDArray[np.bool_], want
 
 _INTEGERS, _FLOATS, _STRINGS = (datasets.Value(kind) for kind in ("int64", "float64", "string"))
 _REQUIRED = {"predictions": _INTEGERS, "references": _INTEGERS, "radii": _FLOATS}
-_FEATURES = {**_REQUIRED, "guarantees": _STRINGS, "p_lower": _FLOATS, "num_samples": _INTEGERS, "alphas": _FLOATS}
+_ESTIMATES = {"estimated_predictions": _INTEGERS, "estimated_radii": _FLOATS, "sampled": datasets.Value("bool")}
+_FEATURES = {
+    **_REQUIRED,
+    "guarantees": _STRINGS,
+    "p_lower": _FLOATS,
+    "num_samples": _INTEGERS,
+    "alphas": _FLOATS,
+    **_ESTIMATES,
+}
 
 
 class CertifiedAccuracy(evaluate.Metric):
