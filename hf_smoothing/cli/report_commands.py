@@ -35,6 +35,13 @@ def report(
             "--envelope", help="Add a row with the best result at each radius. It does not describe one classifier."
         ),
     ] = False,
+    estimates: Annotated[
+        Path | None,
+        typer.Option(
+            help="Run with a count head's estimates (method `surrogate`) for all images, where the other runs certified a "
+            "random sample of them (`--sample`): the report is then about all images."
+        ),
+    ] = None,
     images: Annotated[
         str | None,
         typer.Option(help="Show example pictures of this dataset: a name on the Hub, a folder, or a Parquet file."),
@@ -73,6 +80,7 @@ def report(
         split=split,
         log_guarantee=log_guarantee,
         log_alpha=log_alpha,
+        estimates=estimates,
     )
     console = Console()
     print_report(summary, console)

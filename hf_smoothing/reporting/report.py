@@ -12,6 +12,7 @@ from ..core.certificates import format_radius
 from ..metrics.certified_accuracy import DEFAULT_THRESHOLDS, certified_accuracy
 from ..utils.files import write_json
 from ..utils.provenance import command_line, package_versions
+from .estimates import complete
 from .examples import load_pictures, picture_of_certificates
 from .plots import plot_certified_accuracy, plot_draws, plot_true_class_frequency, require_matplotlib
 from .rendering import format_number, render
@@ -34,13 +35,14 @@ def write_report(
     split: str | None = None,
     log_guarantee: str | None = None,
     log_alpha: float | None = None,
+    estimates: Path | None = None,
 ) -> tuple[Json, Path]:
     """
     Write `report.json`, `report.md` and pictures on finished runs; return the report and the folder with its files.
 
-    [`read_results`] takes `runs`, `log_guarantee` and `log_alpha`, [`summarize`] takes `radii` and `envelope`,
-    [`load_pictures`] takes `images`, the dataset of example pictures, and `split`. The folder is `output_dir`; by default it
-    is the run folder if there is one run, else `report`.
+    [`read_results`] takes `runs`, `log_guarantee` and `log_alpha`; [`complete`] takes `estimates`, a run with estimates for
+    all images; [`summarize`] takes `radii` and `envelope`; [`load_pictures`] takes `images`, the dataset of example
+    pictures, and `split`. The folder is `output_dir`; by default the run folder if there is one run, else `report`.
 
     Raises:
         ImportError: without matplotlib.
@@ -49,6 +51,8 @@ def write_report(
     """
     require_matplotlib()
     results = read_results(runs, log_guarantee, log_alpha)
+    if estimates is not None:
+        results = complete(results, estimates)
     report = summarize(results, radii, envelope)
     folder = output_dir or (runs[0] if len(runs) == 1 and runs[0].is_dir() else Path("report"))
     folder.mkdir(parents=True, exist_ok=True)
@@ -115,13 +119,10 @@ def summarize(results: Sequence[Result], radii: Sequence[float] | None = None, e
 
 
 def _summarize_result(result: Result, radii: Sequence[float], num_results: int) -> Json:
-    optional = {"p_lower": "p_lower", "num_samples": "num_samples", "guarantees": "guarantee", "alphas": "alpha"}
-    columns = {name: result.column(column) for name, column in optional.items() if result.has(column)}
     seconds = [value for value in result.column("seconds") if value is not None]
     counted = [sum(counts) for counts in result.column("counts") if counts and sum(counts)]
     try:
-        predictions, labels, certified = (result.column(name) for name in ("prediction", "label", "radius"))
-        figures = certified_accuracy(predictions, labels, certified, radii, **columns, num_results=num_results)
+        figures = certified_accuracy(**result.metric_columns(), thresholds=radii, num_results=num_results)
     except ValueError as error:
         raise ValueError(f"{result.title}: {error}") from None
     for share in figures["certified_accuracy"]:
@@ -226,7 +227,7 @@ def other_rows(report: Json) -> list[dict[str, str]]:
     for entry in report["results"]:
         decided = entry["decided_radii"]
         row = {"run": entry["run"], "sigma": format_number(entry["sigma"])}
-        row |= {"images": str(entry["num_images"]), "failed": str(entry["num_failed"])}
+        row |= {"images": str(entry.get("num_sampled", entry["num_images"])), "failed": str(entry["num_failed"])}
         row["abstains"] = f"{'<= ' if decided and 0 not in decided else ''}{entry['abstention_rate']:.1%}"
         row["mean\nradius †"] = f"{'>= ' if decided else ''}{format_radius(entry['mean_certified_radius'])}"
         row["median\ndraws"] = format_number(entry["median_num_samples"], ",.0f")
@@ -239,14 +240,21 @@ def render_notes(report: Json) -> str:
     """What a reader of the tables must know, one paragraph per note."""
     figure, stops = name_of_figure(report["guarantee"]), _early_stops(report["results"])
     wrong = wrong_certificates(report["results"])
-    return render("report_notes", report=report, figure=figure, stops=stops, wrong=wrong).strip()
+    completed = [entry for entry in report["results"] if is_completed(entry)]
+    notes = {"figure": figure, "stops": stops, "wrong": wrong, "completed": completed}
+    return render("report_notes", report=report, **notes).strip()
+
+
+def is_completed(entry: Json) -> bool:
+    """Whether estimates for all images complete the certificates of a sample."""
+    return bool(entry.get("num_sampled", entry["num_images"]) < entry["num_images"])
 
 
 def wrong_certificates(entries: Sequence[Json]) -> list[Json]:
     """The results with a bound of wrong certificates: one dict for all with the same numbers of images and failures."""
     groups: dict[str, Json] = {}
     for entry in entries:
-        if entry.get("most_wrong") is not None:
+        if entry.get("most_wrong") is not None and not is_completed(entry):
             certificates = entry["num_images"] - entry["num_failed"]
             group = {name: entry[name] for name in ("expected_wrong", "most_wrong", "num_images")}
             group |= {"certificates": certificates, "titles": []}

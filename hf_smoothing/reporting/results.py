@@ -48,6 +48,16 @@ class Result:
         """Whether any image has a value in this column."""
         return any(row.get(name) is not None for row in self.rows)
 
+    def optional_columns(self) -> dict[str, str]:
+        """The optional columns of `certified_accuracy` that the table has, and their names in it."""
+        names = {"p_lower": "p_lower", "num_samples": "num_samples", "guarantees": "guarantee", "alphas": "alpha"}
+        return {name: column for name, column in names.items() if self.has(column)}
+
+    def metric_columns(self) -> dict[str, list[Any]]:
+        """The columns of `certified_accuracy`."""
+        names = {"predictions": "prediction", "references": "label", "radii": "radius", **self.optional_columns()}
+        return {name: self.column(column) for name, column in names.items()}
+
     @property
     def settings(self) -> dict[str, Any]:
         """The settings of the run; empty where unknown."""

@@ -44,6 +44,11 @@ class RunSettings:
     label_column: str | None = _option("column of the labels (default: label, labels or fine_label)", default=None)
     every: int = _option("certify only every N-th image, starting with the first; 20 is usual for CIFAR-10", default=1)
     max_samples: int | None = _option("certify no more images than this", default=None)
+    sample: int | None = _option(
+        "certify so many images, drawn at random (always the same ones); with estimates for all images, they tell the "
+        "certified accuracy of all: `report --estimates`",
+        default=None,
+    )
     radii: list[float] | None = _option(
         "only decide whether each image reaches these radii; without them, find each image's radius (`surrogate`: needs "
         "--delta, and claims the largest possible one of them)",
@@ -94,6 +99,10 @@ class RunSettings:
         check_count("every", self.every)
         if self.max_samples is not None:
             check_count("max_samples", self.max_samples)
+        if self.sample is not None:
+            check_count("sample", self.sample)
+            if self.max_samples is not None:
+                raise ValueError(f"sample={self.sample} draws images at random: leave max_samples out.")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype={self.dtype!r} is unknown: use float32 or bfloat16.")
         if self.method == "surrogate" and self.count_head is None:

@@ -72,6 +72,18 @@ def test_a_stream_gives_what_a_stored_dataset_gives(certify, tmp_path):
     assert certify(tmp_path / "stored", every=7, max_samples=12, sigmas=(0.25, 0.5), streaming=True).num_new == 0
 
 
+def test_a_random_sample(certify, tmp_path):
+    certify(tmp_path / "first", sample=12)
+    certify(tmp_path / "second", sample=12, seed=1)
+    first, second = ([row["index"] for row in rows(tmp_path / name)] for name in ("first", "second"))
+    assert first == second
+    assert len(set(first)) == 12
+    assert first != list(range(12))
+    assert len({row["label"] for row in rows(tmp_path / "first")}) > 3  # the split is sorted by class
+    with pytest.raises(ValueError, match="cannot be sampled at random: leave streaming out"):
+        certify(tmp_path / "streamed", sample=12, streaming=True)
+
+
 def test_a_folder_of_pictures(certify, demo_images, tmp_path):
     for index in range(0, 200, 25):
         row = demo_images[index]
@@ -203,6 +215,8 @@ def test_errors_before_any_work(certify, demo_images, tmp_path, monkeypatch):
         ({"sigmas": (0.25, 0.25)}, "sigma"),
         ({"every": 0}, "every=0"),
         ({"max_samples": 0}, "max_samples=0"),
+        ({"sample": 0}, "sample=0"),
+        ({"sample": 5, "max_samples": 9}, "leave max_samples out"),
         ({"seed": -1}, "seed=-1 must be"),
         ({"seed": 2**63}, f"seed={2**63} must be"),
         ({"max_draws": 0}, "max_draws=0 must be"),
