@@ -21,7 +21,14 @@ DEMO_MODEL = "model_cards/mixed-noise-vit-nano-cifar10"
 def certify(
     images: Annotated[list[str], typer.Argument(help="Pictures: paths or http(s) addresses.")],
     model: options.Model,
-    sigma: options.Sigma = 0.25,
+    sigma: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Standard deviation of the noise, for pixels in `[0, 1]`. Repeat it for several noise levels: alpha "
+            "holds for each alone.",
+            show_default="0.25",
+        ),
+    ] = None,
     alpha: options.Alpha = 0.001,
     radius: Annotated[
         float | None,
@@ -78,12 +85,17 @@ def certify(
     settings["noise_resolution"] = parse_noise_resolution(noise_resolution)
     task = "certified-image-classification"
     with loading(model):
-        pipe = pipeline(task, model=model, sigma=sigma, batch_size=batch_size, dtype=torch.float32)
+        pipe = pipeline(task, model=model, batch_size=batch_size, dtype=torch.float32)
     given = {name: value for name, value in settings.items() if value is not None}
-    results = pipe(images, progress=sys.stderr.isatty(), **given)
+    given["progress"] = sys.stderr.isatty()
+    results = [
+        {"image": name, **result}
+        for level in sigma or [0.25]
+        for name, result in zip(images, pipe(images, sigma=level, **given))
+    ]
     if json_lines:
-        for name, result in zip(images, results):
-            print(json.dumps({"image": name, **result}))
+        for result in results:
+            print(json.dumps(result))
         return
     size = "of the model's input" if noise_resolution == "input" else f"at resolution {noise_resolution}"
     after = "" if denoiser is None else f", {denoiser} in front of the model"
@@ -91,17 +103,17 @@ def certify(
     asked = "How far does the prediction hold?"
     if results[0]["method"] == "sequential":
         asked = f"Does the prediction hold to radius {radius:g}?"
-    title = f"{asked} sigma = {sigma:g}, alpha = {alpha:g}{''.join(sorted(deltas))}, "
-    title += f"l2 radius in [0, 1] pixels {size}{after}"
+    title = f"{asked} alpha = {alpha:g}{''.join(sorted(deltas))}, l2 radius in [0, 1] pixels {size}{after}"
     rows = [
         {
-            "image": name,
+            "image": result["image"],
+            "sigma": f"{result['sigma']:g}",
             "prediction": result["label"] or "(abstains)",
             "radius": format_radius(result["radius"]),
             "draws": result["num_samples"],
             "guarantee": result["guarantee"],
         }
-        for name, result in zip(images, results)
+        for result in results
     ]
     print_table(Console(), title, rows)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, overload
 
 import torch
+from PIL.Image import Image
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
@@ -246,8 +247,12 @@ class SmoothedClassifier:
         self, images: Images | Iterator[Any], rule: Rule, seed: int | None, progress: bool
     ) -> list[Certificate] | Iterator[Certificate]:
         rule.check(self.noise)
-        if isinstance(images, str | Path):
+        if isinstance(images, str | Path | Image):
             raise TypeError(f"images={str(images)!r} is one image: pass a list.")
+        if hasattr(images, "column_names"):  # `datasets` need not be installed where this file is remote code
+            raise TypeError(
+                f"A {type(images).__name__} is no list of images: pass its column, such as dataset['image']."
+            )
         pixels = (to_pixels(image, self.preprocessing) for image in images)
         if isinstance(images, Iterator):
             return in_order(self.certify_stream(pixels, rule, seed=seed, progress=progress))

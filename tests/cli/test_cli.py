@@ -28,20 +28,22 @@ def pictures(tmp_path):
 def test_certify_prints_a_table(pictures, tiny_model_dir):
     done = run("certify", *pictures, "--model", tiny_model_dir, "--max-draws", 50)
     assert done.exit_code == 0, done.output
-    for word in ("prediction", "radius", "per_input", "sigma = 0.25"):
+    for word in ("How far does the prediction hold?", "prediction", "radius", "per_input", "0.25"):
         assert word in done.output
+    decided = run("certify", *pictures, "--model", tiny_model_dir, "--radius", 0.1, "--max-draws", 200)
+    assert "Does the prediction hold to radius 0.1?" in decided.output
 
 
 def test_certify_prints_json(pictures, tiny_model_dir):
     done = run(
-        "certify", *pictures, "--model", tiny_model_dir, "--sigma", 0.5, "--alpha", 0.01, "--radius", 0.1,
+        "certify", *pictures, "--model", tiny_model_dir, "--sigma", 0.5, "--sigma", 1, "--alpha", 0.01, "--radius", 0.1,
         "--max-draws", 200, "--seed", 5, "--json",
     )  # fmt: skip
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert [Path(line["image"]).name for line in lines] == ["red.png", "blue.png"]
-    assert {(line["sigma"], line["alpha"], line["seed"], line["method"]) for line in lines} == {
-        (0.5, 0.01, 5, "sequential")
-    }
+    assert [(Path(line["image"]).name, line["sigma"]) for line in lines] == [
+        ("red.png", 0.5), ("blue.png", 0.5), ("red.png", 1.0), ("blue.png", 1.0),
+    ]  # fmt: skip
+    assert {(line["alpha"], line["seed"], line["method"]) for line in lines} == {(0.01, 5, "sequential")}
 
 
 @pytest.mark.parametrize(

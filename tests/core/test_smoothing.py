@@ -10,7 +10,15 @@ from PIL import Image
 from torch import nn
 from transformers import ViTImageProcessor
 
-from hf_smoothing import ABSTAIN, FixedRule, GaussianNoise, SequentialRule, SmoothedClassifier, TwoStageRule
+from hf_smoothing import (
+    ABSTAIN,
+    FixedRule,
+    GaussianNoise,
+    SequentialRule,
+    SmoothedClassifier,
+    TwoStageRule,
+    load_demo_images,
+)
 from hf_smoothing.core import base_classifier, smoothing
 from hf_smoothing.core.bounds import clopper_pearson_lower
 from hf_smoothing.core.preprocessing import Preprocessing, to_pixels
@@ -294,9 +302,15 @@ def test_images_that_are_no_pixels(linear, noise, image, message):
         SmoothedClassifier(linear, noise).certify([torch.rand(3, 4, 4), image])
 
 
-def test_one_path_is_no_list_of_images(linear, noise):
-    with pytest.raises(TypeError, match=r"'frog\.png' is one image"):
-        SmoothedClassifier(linear, noise).certify("frog.png")
+def test_what_is_no_list_of_images_is_named(linear, noise):
+    smoothed, examples = SmoothedClassifier(linear, noise), load_demo_images()
+    for images, said in (
+        ("frog.png", r"'frog\.png' is one image: pass a list"),
+        (examples[0]["image"], r"Image.* is one image: pass a list"),
+        (examples, r"A Dataset is no list of images: pass its column"),
+    ):
+        with pytest.raises(TypeError, match=said):
+            smoothed.certify(images)
 
 
 def test_processors_of_other_units_give_pixels_and_their_units_after_the_noise(linear, noise):
