@@ -11,6 +11,7 @@ from .certificates import ABSTAIN, Guarantee
 from .count_rule import CountRuns
 from .rule_protocols import (
     CleanPass,
+    Counts,
     NoiseDistribution,
     Outcomes,
     Rows,
@@ -126,7 +127,7 @@ class _SurrogateRuns(CountRuns):
         self.frequencies[rows] = clean.scores
         return super().start(rows, clean)
 
-    def outcomes(self, rows: Rows) -> Outcomes:
+    def outcomes(self, rows: Rows, pending: Counts | None = None) -> Outcomes:
         tops, p_a = self.frequencies[rows].argmax(1), self.frequencies[rows].max(1)
         bounds = [self.rule.claim(self.noise, p) for row, p in zip(rows, p_a)]
         claims = np.array([bound is not None for bound in bounds], bool)

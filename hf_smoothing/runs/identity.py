@@ -93,7 +93,7 @@ def describe_session(accelerator: Accelerator, smoothed: SmoothedClassifier) -> 
 
 
 def _describe_calibration(settings: RunSettings, smoothed: SmoothedClassifier) -> Record | None:
-    calibration, shifts = smoothed.calibration, {}
+    calibration, shifts = smoothed.calibration, dict[str, float]()
     for sigma in settings.sigmas:
         rule, _ = settings.rule(sigma)
         if isinstance(rule, SurrogateRule) and rule.delta is not None:

@@ -199,8 +199,10 @@ def _validate(
             raise ValueError(
                 f"Unequal numbers ({len(estimates.right)} images, {len(drawn)} sampled): give one for each."
             )
-        part = (predictions, references, radii, guarantees, p_lower, num_samples, alphas)
-        certified = _validate(*(None if column is None else _pick(column, drawn) for column in part))
+        optional = {"guarantees": guarantees, "p_lower": p_lower, "num_samples": num_samples, "alphas": alphas}
+        kept = {name: _pick(column, drawn) for name, column in optional.items() if column is not None}
+        required = (_pick(column, drawn) for column in (predictions, references, radii))
+        certified = _validate(*required, **kept)
         return replace(certified, estimates=estimates, sampled=drawn)
     columns: dict[str, Column | None] = {"predictions": predictions, "references": references, "radii": radii}
     columns |= {"guarantees": guarantees, "p_lower": p_lower, "num_samples": num_samples, "alphas": alphas}
