@@ -101,7 +101,7 @@ def certify(
     after = "" if denoiser is None else f", {denoiser} in front of the model"
     deltas = {f", delta = {result['delta']:g} ({result['calibration']})" for result in results if result["delta"]}
     asked = "How far does the prediction hold?"
-    if results[0]["method"] == "sequential":
+    if results[0]["method"] in ("sequential", "surrogate") and radius is not None:
         asked = f"Does the prediction hold to radius {radius:g}?"
     title = f"{asked} alpha = {alpha:g}{''.join(sorted(deltas))}, l2 radius in [0, 1] pixels {size}{after}"
     rows = [

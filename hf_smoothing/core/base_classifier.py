@@ -85,12 +85,15 @@ class BaseClassifier:
         Raises:
             ValueError: where rows depend on each other, see [`check_rows`]; for an output that is no logits.
         """
-        parts = {"": getattr(self.classifier, "_orig_mod", self.classifier), "denoiser": self.denoiser}
-        modules = {prefix: part for prefix, part in parts.items() if isinstance(part, nn.Module)}
-        for module in modules.values():
-            module.eval()
-        logits = check_rows(lambda rows: self([rows], sigma), modules, pixels, sigma)
+        for module in self._modules().values():
+            module.eval()  # its layers too, which `__call__` does not look at
+        logits = check_rows(lambda rows: self([rows], sigma), self._modules(), pixels, sigma)
         self._num_classes = logits.shape[1]
+
+    def _modules(self) -> dict[str, nn.Module]:
+        """The modules, by a prefix for the names of their layers."""
+        parts = {"": getattr(self.classifier, "_orig_mod", self.classifier), "denoiser": self.denoiser}
+        return {prefix: part for prefix, part in parts.items() if isinstance(part, nn.Module)}
 
     def num_classes(self, pixels: torch.Tensor) -> int:
         """The number of classes, from one forward pass over `pixels` `(channels, height, width)` at the first call."""
@@ -106,6 +109,9 @@ class BaseClassifier:
             groups: pixels with noise, each group `(draws, channels, height, width)`. Sizes may differ between groups.
             sigma: the noise level, for the denoiser; at 0 it is skipped.
         """
+        for module in self._modules().values():
+            if module.training:  # `model.train()` between two batches, such as in a generator of images
+                module.eval()
         # entering a context that changes nothing takes longer than a small model
         with nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast):
             resized = [self.denoise_and_resize(group, sigma) for group in groups]

@@ -14,7 +14,8 @@ so is a mixture of such products with weights fixed before the first counted dra
     E_cj = sum_k w_k (1 + lam_k (1 - m_k))^n_c (1 - lam_k (m_k + s_k))^n_j (1 - lam_k m_k)^(n - n_c - n_j).
 
 By Ville's inequality, `P(E_cj ever reaches 1/a) <= a` for every p in N(c, j). (Each bet is the likelihood ratio of some q to
-its reverse information projection on N(c, j), and so log-optimal against q.) At r = 0, s = 1 and m = 0: the sign test.
+its reverse information projection on N(c, j), and so log-optimal against q.) At r = 0, s = 1 and m is the sampler's error,
+almost 0: the sign test.
 
 **Every rival.** Given `n_c` and n, `E_cj` falls in `n_j`, since s > 0: all rivals are rejected if the one with the most
 draws is. No alpha is split over rivals: if the radius of c is at most r, p lies in N(c, j) for some *fixed* j, and the claim
@@ -142,8 +143,9 @@ class BetGrid:
 
 def tangent(noise: NoiseDistribution, radius: float, p_b: float) -> tuple[float, float]:
     """Slope and intercept of a line above `probability_needed(radius, .)`, which it touches at `p_b`."""
-    if radius == 0:  # p_c > p_j, and the error of the sampler
-        return 1.0, max(0.0, float(noise.probability_needed(0.0, 0.5)) - 0.5)
+    if radius == 0:  # p_c > p_j, and the error of the sampler: g(b) - b is largest where the two have sum 1
+        p_b = 1 - float(noise.probability_needed(0.0))
+        return 1.0, max(0.0, float(noise.probability_needed(0.0, p_b)) - p_b) + _INTERCEPT_MARGIN
     s = float(slope(noise, radius, np.array(p_b)))
     return s, float(noise.probability_needed(radius, p_b)) - s * p_b + _INTERCEPT_MARGIN
 

@@ -23,7 +23,6 @@ class CountRule:
     uses_clean_pass: ClassVar[bool] = False
     uses_count_head: ClassVar[bool] = False
     uses_base_classifier: ClassVar[bool] = True
-    knows_its_draws: ClassVar[bool] = True
     alpha: ClassVar[float] = 1.0  # nothing is claimed
 
     def __post_init__(self) -> None:
@@ -60,6 +59,9 @@ class CountRuns:
     def update(self, rows: Rows, counts: Counts) -> NDArray[np.int64]:
         self.counts[rows] += counts
         return np.zeros(len(rows), np.int64)
+
+    def is_planned(self, rows: Rows) -> NDArray[np.bool_]:
+        return np.ones(len(rows), bool)
 
     def outcomes(self, rows: Rows, pending: Counts | None = None) -> Outcomes:
         zeros = np.zeros(len(rows))

@@ -38,7 +38,6 @@ class FixedRule:
     uses_clean_pass: ClassVar[bool] = False
     uses_count_head: ClassVar[bool] = False
     uses_base_classifier: ClassVar[bool] = True
-    knows_its_draws: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_count("n0", self.n0)
@@ -51,8 +50,12 @@ class FixedRule:
     def from_settings(
         cls, *, radii: tuple[float, ...] | None = None, max_draws: int | None = None, **settings: Any
     ) -> "FixedRule":
-        if max_draws is not None and settings.setdefault("n", max_draws) > max_draws:
-            raise ValueError(f"n={settings['n']} exceeds max_draws={max_draws}.")
+        if max_draws is not None:
+            n0 = settings.get("n0", cls.n0)
+            if max_draws <= n0:
+                raise ValueError(f"max_draws={max_draws} must be above n0={n0}, the draws that only choose the class.")
+            if settings.setdefault("n", max_draws - n0) > max_draws - n0:
+                raise ValueError(f"n0 + n = {n0 + settings['n']} exceeds max_draws={max_draws}.")
         return cls(radius=max(radii) if radii else None, **settings)
 
     @property
@@ -85,10 +88,13 @@ class _FixedRuns(CountRuns):
         super().update(rows[~selecting], counts[~selecting])  # selection draws are not counted again
         return np.where(selecting, self.rule.n, 0)
 
+    def is_planned(self, rows: Rows) -> NDArray[np.bool_]:
+        return np.asarray(self.selected[rows] >= 0)
+
     def outcomes(self, rows: Rows, pending: Counts | None = None) -> Outcomes:
         selected, counts = self.selected[rows], self.counts[rows]
         if pending is not None:
-            counts += np.where(selected[:, None] < 0, 0, pending)
+            counts += np.where(self.is_planned(rows)[:, None], pending, 0)
         hits = counts[np.arange(len(rows)), selected]
         p_lower = clopper_pearson_lower(hits, counts.sum(1), self.rule.alpha)
         return Outcomes.from_bounds(self.noise, selected, p_lower, 1 - p_lower)

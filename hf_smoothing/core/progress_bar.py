@@ -43,11 +43,14 @@ class ProgressBar:
             radius: where there is only one image, the radius that its draws so far would prove.
         """
         elapsed = self.bar.format_dict["elapsed"] or 1e-9
-        text = f"{self.finished} images, {(self.draws_of_finished + draws) / elapsed:.0f} draws/s"
+        text = f"{(self.draws_of_finished + draws) / elapsed:.0f} draws/s"
+        name = "radius so far"
         if self.finished:
-            radius = self.radii_of_finished / self.finished
+            radius, name = self.radii_of_finished / self.finished, "radius" if self.bar.total == 1 else "mean radius"
+        if self.bar.total != 1:
+            text = f"{self.finished} image{'' if self.finished == 1 else 's'}, {text}"
         if radius > 0:
-            text += f", {'mean radius' if self.finished else 'radius so far'} {format_radius(radius)}"
+            text += f", {name} {format_radius(radius)}"
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.n = self.finished + done
         self.bar.refresh()

@@ -6,7 +6,8 @@ Rules see class counts and a noise distribution, never a model. No row depends o
 """
 
 import math
-from collections.abc import Hashable, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -87,6 +88,9 @@ class Runs(Protocol):
             How many draws each wants next, `(len(rows),)`; 0 when it is finished.
         """
 
+    def is_planned(self, rows: Rows) -> NDArray[np.bool_]:
+        """Whether each row wants no draws beyond those that it wants now, so that the time left is known."""
+
     def outcomes(self, rows: Rows, pending: Counts | None = None) -> Outcomes:
         """
         What has been proved so far.
@@ -105,8 +109,6 @@ class Rule(Protocol):
     uses_count_head: ClassVar[bool]
     uses_base_classifier: ClassVar[bool]
     """Whether it draws."""
-    knows_its_draws: ClassVar[bool]
-    """Whether it asks for all counted draws of an image at once, so that the time left is known."""
 
     @property
     def guarantee(self) -> Guarantee: ...
@@ -153,6 +155,14 @@ def check_reach(n: int, alpha: float, noise: NoiseDistribution, radius: float) -
     if not radii_in_reach([radius], noise, n, alpha):
         needed = math.floor(math.log(alpha) / math.log(p0)) + 1
         raise too_few("n", n, radius, float(noise.radius(alpha ** (1 / n))), needed)
+
+
+def first_true(holds: Callable[[int], bool], start: int) -> int:
+    """The smallest number above `start` for which a monotone statement holds."""
+    most = start + 1
+    while not holds(most):
+        most *= 2
+    return bisect_left(range(most), True, lo=start, key=holds)
 
 
 def too_few(name: str, value: int, radius: float, reachable: float, needed: int) -> ValueError:

@@ -52,7 +52,7 @@ def make_rule(
         radius: one radius to decide; for `surrogate` with `delta` only.
         radii: several radii to decide, instead of `radius`.
         draws: mean number of draws per image to plan for, `two-stage` only.
-        max_draws: the most draws per image (for `fixed` and `counts` it is `n`, unless `n` is given).
+        max_draws: the most draws per image. `fixed` makes as many, `counts` too, unless `n` is given.
         n0: selection draws, `fixed` only.
         n: draws that bound the probability (`fixed`), are counted (`counts`), or that the head stands for (`surrogate`).
         delta: the share of images about which a calibrated count head may be wrong, `surrogate` only.
@@ -61,6 +61,7 @@ def make_rule(
     Raises:
         ValueError: for an unknown method, a setting out of range, or one that the method does not take.
     """
+    chosen = ", the default with radii" if method is None else ""
     if method is None:
         method = SequentialRule.method if radius is not None or radii is not None else TwoStageRule.method
     if method not in RULES:
@@ -83,7 +84,7 @@ def make_rule(
     rule = RULES[method]
     for name, value in settings.items():
         if name not in rule.takes:
-            raise ValueError(f"{name}={value} has no meaning for method {method!r}: leave it out.")
+            raise ValueError(f"{name}={value} has no meaning for method {method!r}{chosen}: leave it out.")
     if "radius" in settings:
         settings["radii"] = (settings.pop("radius"),)
     elif "radii" in settings:

@@ -212,7 +212,9 @@ class Sampler:
         """Start images with the class frequencies that the count head predicts."""
         images = [self._active.noisy[row].image[None] for row in rows]  # type: ignore[union-attr]
         clean = torch.cat([self.base_classifier.denoise_and_resize(image, 0.0) for image in images])
-        frequencies = count_head(clean, self.noise.sigma).double().cpu().numpy()
+        # one by one: in a batch, the last bits of a prediction would depend on its companions, and so could a certificate
+        predicted = torch.cat([count_head(image[None], self.noise.sigma) for image in clean])
+        frequencies = predicted.double().cpu().numpy()
         one_row_per_image = frequencies.shape[:1] == (len(rows),)
         if not one_row_per_image or not (np.abs(frequencies.sum(1) - 1) < 1e-3).all() or not (frequencies >= 0).all():
             raise ValueError("The count head must return class frequencies: for each image, shares of sum 1.")
@@ -297,9 +299,12 @@ class Sampler:
         if len(rows) == 1 and active.started[rows[0]]:
             _, runs = next(self._by_size(rows))
             radius = float(runs.outcomes(rows, active.counts[rows]).radii[0])
-        draws = active.num_samples[rows]
-        expected = draws + active.to_launch[rows] if self.rule.knows_its_draws else self.rule.budget
-        progress.show(int(draws.sum()), float((draws / np.maximum(expected, 1)).sum()), radius)
+        draws, done = active.num_samples[rows], np.zeros(len(rows))
+        for images, runs in self._by_size(rows):
+            part = rows[images]
+            planned = active.started[part] & runs.is_planned(part)
+            done[images] = np.where(planned, draws[images] / (draws[images] + active.to_launch[part]), 0.0)
+        progress.show(int(draws.sum()), float(done.sum()), radius)
 
 
 def _round_up(size: int) -> int:

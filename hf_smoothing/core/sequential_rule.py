@@ -2,7 +2,6 @@
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -18,6 +17,7 @@ from .rule_protocols import (
     NoiseDistribution,
     Outcomes,
     Rows,
+    first_true,
     probability_in_reach,
     too_few,
 )
@@ -70,7 +70,6 @@ class SequentialRule:
     uses_clean_pass: ClassVar[bool] = True
     uses_count_head: ClassVar[bool] = True
     uses_base_classifier: ClassVar[bool] = True
-    knows_its_draws: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_share("alpha", self.alpha)
@@ -92,7 +91,7 @@ class SequentialRule:
         probability_in_reach(noise, radius)
         if self._suffices(noise):
             return
-        needed = _first_true(lambda draws: replace(self, max_draws=draws)._suffices(noise), self.max_draws)
+        needed = first_true(lambda draws: replace(self, max_draws=draws)._suffices(noise), self.max_draws)
         below = [share / 1000 * radius for share in range(1000)]
         out_of_reach = bisect_left(below, True, key=lambda value: not replace(self, radii=(value,))._suffices(noise))
         raise too_few("max_draws", self.max_draws, radius, below[max(out_of_reach - 1, 0)], needed)
@@ -107,14 +106,6 @@ class SequentialRule:
 
     def start(self, noise: NoiseDistribution, num_rows: int, num_classes: int) -> "_SequentialRuns":
         return _SequentialRuns(self, noise, num_rows, num_classes)
-
-
-def _first_true(holds: Callable[[int], bool], start: int) -> int:
-    """The smallest number above `start` for which a monotone statement holds."""
-    most = start + 1
-    while not holds(most):
-        most *= 2
-    return bisect_left(range(most), True, lo=start, key=holds)
 
 
 class _Tests:
@@ -187,6 +178,9 @@ class _SequentialRuns:
             images = images[claims]
             images = images[self.claimed[rows[images]] < len(self.radii)]
         return wanted
+
+    def is_planned(self, rows: Rows) -> NDArray[np.bool_]:
+        return np.zeros(len(rows), bool)
 
     def outcomes(self, rows: Rows, pending: Counts | None = None) -> Outcomes:
         """

@@ -52,7 +52,6 @@ class SurrogateRule:
     uses_clean_pass: ClassVar[bool] = False
     uses_count_head: ClassVar[bool] = True
     uses_base_classifier: ClassVar[bool] = False
-    knows_its_draws: ClassVar[bool] = True
     budget: ClassVar[int] = 1
 
     def __post_init__(self) -> None:

@@ -9,7 +9,16 @@ from scipy import special
 
 from .certificates import Guarantee
 from .count_rule import CountRuns
-from .rule_protocols import CleanPass, Counts, NoiseDistribution, Outcomes, Rows, too_few
+from .rule_protocols import (
+    CleanPass,
+    Counts,
+    NoiseDistribution,
+    Outcomes,
+    Rows,
+    first_true,
+    probability_in_reach,
+    too_few,
+)
 from .two_stage_plan import STAGES, make_planner, prove, runner_up_level
 from .validation import check_count, check_share
 
@@ -49,14 +58,15 @@ class TwoStageRule:
     uses_clean_pass: ClassVar[bool] = False
     uses_count_head: ClassVar[bool] = True
     uses_base_classifier: ClassVar[bool] = True
-    knows_its_draws: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_count("draws", self.draws)
         check_count("max_draws", self.max_draws)
         check_share("alpha", self.alpha)
         if self.draws <= STAGES[0]:
-            raise ValueError(f"draws={self.draws} must be above {STAGES[0]}: so many choose the class.")
+            raise ValueError(
+                f"draws={self.draws} must be above {STAGES[0]}: the first {STAGES[0]} only choose the class."
+            )
         if self.max_draws < 2 * STAGES[0]:
             raise ValueError(f"max_draws={self.max_draws} must be {2 * STAGES[0]} or more to find a radius.")
 
@@ -69,11 +79,14 @@ class TwoStageRule:
         return self.max_draws
 
     def check(self, noise: NoiseDistribution) -> None:
-        n = needed = self.max_draws - STAGES[0]  # counted draws, if all of them hit
-        while not noise.radius(*prove(needed, 0, needed, self.alpha)) > 0:
-            needed += 1
-        if needed > n:
-            raise too_few("max_draws", self.max_draws, 0.0, 0.0, needed + STAGES[0])
+        probability_in_reach(noise, 0.0)
+        n = self.max_draws - STAGES[0]  # counted draws, if all of them hit
+
+        def proves(draws: int) -> bool:
+            return bool(noise.radius(*prove(draws, 0, draws, self.alpha)) > 0)
+
+        if not proves(n):
+            raise too_few("max_draws", self.max_draws, 0.0, 0.0, first_true(proves, n) + STAGES[0])
 
     def start(self, noise: NoiseDistribution, num_rows: int, num_classes: int) -> "_TwoStageRuns":
         return _TwoStageRuns(self, noise, num_rows, num_classes)
@@ -98,7 +111,6 @@ class _TwoStageRuns(CountRuns):
         self.guess[rows] = _NO_GUESS
         if clean is not None and clean.frequencies:
             log_odds = special.logit(np.clip(clean.scores.max(1), 1e-6, 1 - 1e-6))
-            # rounded: the last bits of the prediction differ between batch sizes and must decide nothing
             self.guess[rows] = np.rint(_GUESS_ROUNDING * log_odds)
         return np.full(len(rows), self.planner.stages[0])
 
@@ -128,10 +140,13 @@ class _TwoStageRuns(CountRuns):
         following = stages[stage + 1] - stages[stage] if stage + 1 < len(stages) else 0
         return np.where(more, following, action)
 
+    def is_planned(self, rows: Rows) -> NDArray[np.bool_]:
+        return np.asarray(self.stage[rows] < 0)
+
     def outcomes(self, rows: Rows, pending: Counts | None = None) -> Outcomes:
         selected, counts = self.selected[rows], self.counts[rows]
         if pending is not None:
-            counts += np.where(self.stage[rows, None] < 0, pending, 0)
+            counts += np.where(self.is_planned(rows)[:, None], pending, 0)
         images, draws = np.arange(len(rows)), counts.sum(1)
         hits = counts[images, selected]
         counts[images, selected] = 0

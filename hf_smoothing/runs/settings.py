@@ -61,8 +61,12 @@ class RunSettings:
         default=None,
     )
     alpha: float = _option("largest probability that a certificate is wrong", default=0.001)
-    draws: int | None = _option("mean number of draws per image to plan for (`two-stage`)", default=None)
-    max_draws: int | None = _option("largest number of draws (noisy copies) per image", default=None)
+    draws: int | None = _option("mean number of draws per image to plan for (`two-stage`; default: 600)", default=None)
+    max_draws: int | None = _option(
+        "largest number of draws (noisy copies) per image (default: 10,000 for `sequential`, 100,000 for `two-stage`; "
+        "`fixed` takes as many, by default 100,100)",
+        default=None,
+    )
     n0: int | None = _option("selection draws, which choose the class (`fixed`)", default=None)
     n: int | None = _option(
         "draws that bound the probability of this class (`fixed`), or that are counted (`counts`)", default=None

@@ -124,6 +124,21 @@ def test_training_mode_after_construction_changes_no_certificate(small_images):
     assert int(layers[0].num_batches_tracked) == 0
 
 
+def test_training_mode_between_two_images_changes_no_certificate(small_images):
+    layers = nn.Sequential(nn.BatchNorm2d(8), nn.Dropout(0.5))
+    network = Network(layers)
+    smoothed = SmoothedClassifier(network, GaussianNoise(0.25), batch_size=16)
+
+    def images(change):
+        for image in small_images:
+            change()
+            yield image
+
+    expected = list(smoothed.certify(images(lambda: None), max_draws=100, seed=0))
+    assert list(smoothed.certify(images(network.train), max_draws=100, seed=0)) == expected
+    assert int(layers[0].num_batches_tracked) == 0
+
+
 def test_hooks_leave_nothing_behind(small_images):
     network = Network(nn.BatchNorm2d(8, track_running_stats=False))
     with pytest.raises(ValueError, match="suspect"):

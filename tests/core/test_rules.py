@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from helpers.exact_outcomes import NOISE, sample, wrong_share
 
-from hf_smoothing import ABSTAIN, FixedRule, LaplaceNoise, SequentialRule, TwoStageRule, UniformNoise
+from hf_smoothing import ABSTAIN, FixedRule, GaussianNoise, LaplaceNoise, SequentialRule, TwoStageRule, UniformNoise
+from hf_smoothing.core.lattice import SampledNoise
 from hf_smoothing.core.rule_protocols import CleanPass
 from hf_smoothing.core.rules import make_rule
 
@@ -93,7 +94,9 @@ def test_rows_do_not_depend_on_each_other(method):
         ({"radius": 1.0, "draws": 50}, "draws=50 has no meaning for method 'sequential'"),
         ({"draws": 5}, "draws=5 must be above 8"),
         ({"method": "two-stage", "radius": 1.0}, "radius=1.0"),
-        ({"method": "fixed", "n": 7, "max_draws": 6}, "n=7 exceeds max_draws=6"),
+        ({"method": "fixed", "n": 7, "max_draws": 6}, "max_draws=6 must be above n0=100"),
+        ({"method": "fixed", "n0": 2, "n": 7, "max_draws": 8}, "n0 + n = 9 exceeds max_draws=8"),
+        ({"radius": 1.0, "n0": 50}, "n0=50 has no meaning for method 'sequential', the default with radii"),
     ],
 )
 def test_invalid_settings(settings, message):
@@ -105,14 +108,28 @@ def test_invalid_settings(settings, message):
 @pytest.mark.parametrize("method", ["fixed", "sequential"])
 @pytest.mark.parametrize("radius", [0.5, 2.0])
 def test_too_few_draws_for_the_radius_are_refused_with_the_number_it_takes(method, radius):
+    name = "n" if method == "fixed" else "max_draws"
     with pytest.raises(ValueError, match="can never certify radius") as caught:
-        make_rule(method, radius=radius, max_draws=10).check(NOISE)
+        make_rule(method, radius=radius, **{name: 10}).check(NOISE)
     needed = int(str(caught.value).split("at least ")[1].split(" draws")[0].replace(",", ""))
-    make_rule(method, radius=radius, max_draws=needed).check(NOISE)
+    make_rule(method, radius=radius, **{name: needed}).check(NOISE)
     with pytest.raises(ValueError, match="can never certify"):
-        make_rule(method, radius=radius, max_draws=needed - 1).check(NOISE)
-    outcomes, _ = sample(make_rule(method, radius=radius, max_draws=needed + 5), [1.0], np.random.default_rng(0))
+        make_rule(method, radius=radius, **{name: needed - 1}).check(NOISE)
+    outcomes, _ = sample(make_rule(method, radius=radius, **{name: needed + 5}), [1.0], np.random.default_rng(0))
     assert outcomes.radii >= radius
+
+
+def test_fixed_makes_as_many_draws_as_allowed():
+    assert make_rule("fixed", max_draws=300).budget == 300
+    assert make_rule("fixed", n0=10, max_draws=300).n == 290
+
+
+@pytest.mark.parametrize("method", ["fixed", "sequential", "two-stage"])
+def test_noise_below_the_error_of_the_sampler_is_refused(method):
+    settings = {"radius": 0.0} if method == "sequential" else {}
+    for noise in (GaussianNoise(1e-7), UniformNoise(1e-4)):
+        with pytest.raises(ValueError, match="can never"):
+            make_rule(method, **settings).check(SampledNoise(noise, 3 * 224 * 224))
 
 
 def test_the_question_chooses_the_method():

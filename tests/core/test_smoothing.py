@@ -77,6 +77,21 @@ def test_batch_size_and_order_change_nothing(linear, small_images, noise, rule):
 
 
 @pytest.mark.parametrize("radius", [None, 0.25])
+def test_a_head_sees_each_image_alone(linear, small_images, noise, radius):
+    """What a network computes for an image depends, in its last bits, on the batch around it."""
+
+    def head(pixels, sigma):
+        sure = torch.full((len(pixels),), 0.6 + 0.1 * len(pixels) % 0.3)
+        return torch.stack([sure, 1 - sure], 1)
+
+    def run(batch_size):
+        smoothed = SmoothedClassifier(linear, noise, batch_size=batch_size, count_head=head)
+        return smoothed.certify(small_images, radius=radius, max_draws=300, seed=0)
+
+    assert run(1) == run(7) == run(128)
+
+
+@pytest.mark.parametrize("radius", [None, 0.25])
 def test_batch_size_and_order_change_nothing_with_the_shipped_model(demo_images, noise, radius):
     pictures = list(demo_images["image"][:4])
 
