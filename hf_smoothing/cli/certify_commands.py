@@ -4,7 +4,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -65,13 +65,10 @@ def certify(
     Example: `hf-smoothing certify frog.png --model user/repo --sigma 0.5`
     """
     import torch
-    from rich.console import Console
     from transformers import pipeline
 
-    from ..core.certificates import format_radius
     from ..core.validation import parse_noise_resolution
     from ..core.weights import loading
-    from ..reporting.tables import print_table
 
     settings = {
         "alpha": alpha,
@@ -97,13 +94,24 @@ def certify(
         for result in results:
             print(json.dumps(result))
         return
+    _print_certificates(results, radius, noise_resolution)
+
+
+def _print_certificates(results: list[dict[str, Any]], radius: float | None, noise_resolution: str) -> None:
+    from rich.console import Console
+
+    from ..core.certificates import format_radius
+    from ..reporting.tables import print_table
+
     size = "of the model's input" if noise_resolution == "input" else f"at resolution {noise_resolution}"
-    after = "" if denoiser is None else f", {denoiser} in front of the model"
+    after = "" if results[0]["denoiser"] is None else f", {results[0]['denoiser']} in front of the model"
     deltas = {f", delta = {result['delta']:g} ({result['calibration']})" for result in results if result["delta"]}
     asked = "How far does the prediction hold?"
     if results[0]["method"] in ("sequential", "surrogate") and radius is not None:
         asked = f"Does the prediction hold to radius {radius:g}?"
-    title = f"{asked} alpha = {alpha:g}{''.join(sorted(deltas))}, l2 radius in [0, 1] pixels {size}{after}"
+    title = (
+        f"{asked} alpha = {results[0]['alpha']:g}{''.join(sorted(deltas))}, l2 radius in [0, 1] pixels {size}{after}"
+    )
     rows = [
         {
             "image": result["image"],

@@ -138,7 +138,7 @@ def test_a_broken_picture_is_refused_before_any_work(tiny, tmp_path, monkeypatch
         ({"alpha": 0}, ValueError, "alpha=0"),
         ({"alpha": 1}, ValueError, "alpha=1"),
         ({"radius": 0.75, "max_draws": 100}, ValueError, r"max_draws=100 .* at least [\d,]+ draws"),
-        ({"method": "fixed", "radius": 0.75, "n": 100}, ValueError, r"n=100 .* at least [\d,]+ draws"),
+        ({"method": "fixed", "radius": 0.75, "n0": 9, "n": 50}, ValueError, r"n=50 .* at least [\d,]+ draws"),
         ({"method": "surely"}, ValueError, "method='surely'"),
         ({"top_k": 3}, TypeError, "'top_k' is no setting"),
     ],
