@@ -36,8 +36,18 @@ class ModelSettings:
     hidden_size: int = HfArg(default=128, help="width of the transformer")
     num_hidden_layers: int = HfArg(default=4, help="number of transformer blocks")
     num_attention_heads: int = HfArg(default=4, help="number of attention heads")
+    mlp_ratio: float = HfArg(default=4.0, help="width of a block's MLP as a multiple of hidden_size")
     stem: str = HfArg(
-        default="conv", help="first layers: conv (small convolutional network) or patch (one linear layer)"
+        default="conv", help="first layers: pool or conv (small convolutional networks) or patch (one linear layer)"
+    )
+    stem_widths: list[int] | None = HfArg(
+        default=None,
+        help="channels of the stem pool: of its first convolution, then of each group (default: they double)",
+    )
+    pooling: str = HfArg(default="avg", help="from tokens to one vector: avg, max or token (a class token)")
+    layer_scale_init: float | None = HfArg(
+        default=None,
+        help="initial value of a learned scale on each residual branch, such as 0.001 (default: no scale)",
     )
     norm_layer: str = HfArg(default="layernorm", help="layernorm, or batchnorm for ablations")
     drop_path_rate: float = HfArg(default=0.0, help="rate of stochastic depth")

@@ -5,9 +5,9 @@ import warnings
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-STEMS = ("patch", "conv")
+STEMS = ("patch", "conv", "pool")
 NORM_LAYERS = ("layernorm", "batchnorm")
-POOLINGS = ("avg", "token")
+POOLINGS = ("avg", "max", "token")
 
 
 @strict
@@ -18,23 +18,27 @@ class MixedNoiseViTConfig(PreTrainedConfig):
 
     Args:
         image_size: height and width of the input, in pixels. A multiple of `patch_size`.
-        patch_size: pixels of the input per token and side. With `stem="conv"` a power of two.
+        patch_size: pixels of the input per token and side. With `stem="conv"` and `stem="pool"` a power of two.
         num_channels: channels of the input.
         hidden_size: width of the transformer. A multiple of `num_attention_heads`.
         num_hidden_layers: number of transformer blocks.
         num_attention_heads: attention heads of each block.
         mlp_ratio: width of a block's MLP as a multiple of `hidden_size`.
         stem: how pixels become tokens: `"patch"` is one linear map per patch, `"conv"` a small residual convolutional trunk
-            with batch-independent norms. The trunk learns far faster in short training.
+            with batch-independent norms, `"pool"` one that halves by max-pooling and whose convolutions start as identities
+            (Jordan 2024, arXiv 2404.00498). The trunks learn far faster in short training, the pooling one fastest.
+        stem_widths: channels of the pooling trunk: of its first convolution, then of each group of convolutions. By default
+            they double up to `hidden_size`.
         norm_layer: `"layernorm"`, or `"batchnorm"` for ablations: robustness does not transfer through batch statistics.
-        pooling: `"avg"` averages the patch tokens, `"token"` reads a class token.
+        pooling: `"avg"` averages the patch tokens, `"max"` takes their maximum in each channel, `"token"` reads a class token.
         class_token: whether there is a class token; by default where `pooling == "token"`.
         num_register_tokens: extra learned tokens.
         position_embed_prefix_tokens: whether class and register tokens have position embeddings of their own.
         pre_norm: whether tokens are normalised before the first block.
         qkv_bias: whether the attention projections have a bias.
         qk_norm: whether queries and keys are normalised.
-        layer_scale_init: initial value of a learned scale on each residual branch; none by default.
+        layer_scale_init: initial value of a learned scale on each residual branch; none by default. With a small one the blocks
+            start near the identity.
         norm_eps: epsilon of the normalisation layers.
         dropout: dropout in front of the classifier.
         drop_path_rate: stochastic depth of the last block (linear from 0 at the first).
@@ -58,6 +62,7 @@ class MixedNoiseViTConfig(PreTrainedConfig):
     num_attention_heads: int = 3
     mlp_ratio: float = 4.0
     stem: str = "conv"
+    stem_widths: list[int] | tuple[int, ...] | None = None
     norm_layer: str = "layernorm"
     pooling: str = "avg"
     class_token: bool | None = None
@@ -100,9 +105,23 @@ class MixedNoiseViTConfig(PreTrainedConfig):
         for name, part in (("hidden_size", "num_attention_heads"), ("image_size", "patch_size")):
             if getattr(self, name) % getattr(self, part):
                 raise ValueError(f"{name}={getattr(self, name)} is not a multiple of {part}={getattr(self, part)}.")
-        if self.stem == "conv" and self.patch_size & (self.patch_size - 1):
+        if self.stem in ("conv", "pool") and self.patch_size & (self.patch_size - 1):
             raise ValueError(
-                f'stem="conv" halves the image at every stage: patch_size={self.patch_size} must be a power of two.'
+                f'stem="{self.stem}" halves the image at every stage: patch_size={self.patch_size} must be a power of two.'
+            )
+        if self.stem_widths is not None:
+            stages = self.patch_size.bit_length() - 1
+            if self.stem != "pool":
+                raise ValueError(f'stem_widths={self.stem_widths} are for stem="pool", not {self.stem!r}.')
+            if len(self.stem_widths) != stages + 1 or min(self.stem_widths) < 1:
+                raise ValueError(
+                    f"stem_widths={self.stem_widths} must be {stages + 1} numbers of channels for patch_size="
+                    f"{self.patch_size}: of the first convolution, and of each of {stages} groups."
+                )
+        if self.stem == "pool" and self.image_size <= self.patch_size:
+            raise ValueError(
+                f"image_size={self.image_size} leaves the pooling trunk no token of patch_size={self.patch_size} pixels: "
+                "choose a smaller patch_size."
             )
         if self.pooling == "token" and not self.class_token:
             raise ValueError('pooling="token" reads the class token: set class_token=True or pooling="avg".')

@@ -55,10 +55,7 @@ class ConvTrunk(nn.Module):
         super().__init__()
         stages = config.patch_size.bit_length() - 1
         widths = [max(config.hidden_size >> (stages - stage), 16) for stage in range(stages)] + [config.hidden_size]
-        if config.norm_layer == "batchnorm":
-            norm_layer: Any = nn.BatchNorm2d
-        else:  # one group: statistics over one image's channels and pixels, never over the batch
-            norm_layer = partial(nn.GroupNorm, 1, eps=config.norm_eps)
+        norm_layer = _conv_norm(config)
         self.num_features = config.hidden_size
         self.conv = nn.Conv2d(config.num_channels, widths[0], 3, padding=1)
         self.blocks = nn.Sequential(*(ResidualBlock(narrow, wide, norm_layer) for narrow, wide in pairwise(widths)))
@@ -67,14 +64,66 @@ class ConvTrunk(nn.Module):
         return self.blocks(self.conv(pixel_values.contiguous(memory_format=torch.channels_last)))
 
 
+def _conv_norm(config: MixedNoiseViTConfig) -> Any:
+    if config.norm_layer == "batchnorm":
+        return nn.BatchNorm2d
+    # one group: statistics over one image's channels and pixels, never over the batch
+    return partial(nn.GroupNorm, 1, eps=config.norm_eps)
+
+
+class IdentityConv2d(nn.Conv2d):
+    """A convolution that starts by passing its input on: its first channels are the input's, the others random."""
+
+
+class PoolTrunk(nn.Module):
+    """
+    Convolutional stem that halves the image by max-pooling: a 2x2 convolution, then groups of two 3x3 convolutions with a
+    max-pooling in between, until a token covers `patch_size` pixels a side.
+
+    The first convolution has no padding: 32 pixels a side become 31, so tokens of 8 pixels make a grid of 3x3.
+
+    Source: Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU" (arXiv 2404.00498).
+    """
+
+    def __init__(self, config: MixedNoiseViTConfig):
+        super().__init__()
+        stages = config.patch_size.bit_length() - 1
+        widths = config.stem_widths or [max(config.hidden_size >> (stages - stage), 16) for stage in range(stages + 1)]
+        norm_layer = _conv_norm(config)
+        self.num_features = widths[-1]
+        self.conv = nn.Conv2d(config.num_channels, widths[0], 2)
+        self.act = nn.GELU()
+        self.groups = nn.Sequential(
+            *(
+                nn.Sequential(
+                    IdentityConv2d(narrow, wide, 3, padding=1, bias=False),
+                    nn.MaxPool2d(2),
+                    norm_layer(wide),
+                    nn.GELU(),
+                    IdentityConv2d(wide, wide, 3, padding=1, bias=False),
+                    norm_layer(wide),
+                    nn.GELU(),
+                )
+                for narrow, wide in pairwise(widths)
+            )
+        )
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.groups(self.act(self.conv(pixel_values.contiguous(memory_format=torch.channels_last))))
+
+
 def _embed_layer(config: MixedNoiseViTConfig) -> Any:
     if config.stem == "patch":
         return PatchEmbed
-    grid = config.image_size // config.patch_size
+    pooled = config.stem == "pool"
+    grid = (config.image_size - pooled) // config.patch_size
 
     def conv_embed(img_size: int, patch_size: int, **kwargs: Any) -> HybridEmbed:
-        # timm expects patches of pixels; here each position of the trunk's output is one token.
-        return HybridEmbed(ConvTrunk(config), img_size, 1, feature_size=grid, feature_ratio=patch_size, **kwargs)
+        trunk = PoolTrunk(config) if pooled else ConvTrunk(config)
+        # a pooling trunk of the transformer's width needs no projection
+        proj = not pooled or trunk.num_features != config.hidden_size
+        # timm expects patches of pixels; here each position of the trunk's output is one token
+        return HybridEmbed(trunk, img_size, 1, feature_size=grid, feature_ratio=patch_size, proj=proj, **kwargs)
 
     return conv_embed
 
@@ -116,7 +165,7 @@ class MixedNoiseViTPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
-    _no_split_modules = ["Block", "ConvTrunk"]  # noqa: RUF012 (transformers reads and replaces it)
+    _no_split_modules = ["Block", "ConvTrunk", "PoolTrunk"]  # noqa: RUF012 (transformers reads and replaces it)
     _supports_sdpa = True  # timm's attention calls scaled_dot_product_attention itself
 
     @torch.no_grad()
@@ -126,6 +175,11 @@ class MixedNoiseViTPreTrainedModel(PreTrainedModel):
             init.trunc_normal_(module.weight, std=std)
             if module.bias is not None:
                 init.zeros_(module.bias)
+        elif isinstance(module, IdentityConv2d):
+            weight = torch.empty_like(module.weight)
+            nn.init.kaiming_uniform_(weight, a=5**0.5)
+            nn.init.dirac_(weight[: module.in_channels])
+            init.copy_(module.weight, weight)
         elif isinstance(module, nn.Conv2d):
             init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
             if module.bias is not None:

@@ -26,6 +26,7 @@ from ..core.validation import check_count
 from ..utils.processes import start_processes
 from .batches import Batch, Batches
 from .checkpoints import TrainerState, find_checkpoint, save_checkpoint
+from .muon import MuonAdamW
 from .parameter_groups import group_parameters
 from .seeds import seed_everything
 from .training_log import TrainingLog
@@ -51,6 +52,9 @@ class TrainingSettings:
     per_device_train_batch_size: int = HfArg(default=128, help="images per batch and process")
     gradient_accumulation_steps: int = HfArg(default=1, help="batches per update")
     learning_rate: float = HfArg(default=1.5e-3, help="peak learning rate of AdamW")
+    muon_learning_rate: float = HfArg(
+        default=0.0, help="peak learning rate of Muon, for the encoder's matrices; 0.03 suits, 0: AdamW for them too"
+    )
     weight_decay: float = HfArg(default=0.05, help="weight decay; not for biases, norms and position embeddings")
     warmup_ratio: float = HfArg(default=0.05, help="share of the updates with a rising learning rate; then cosine")
     layer_decay: float = HfArg(default=1.0, help="learning rate of each layer, divided by that of the next layer")
@@ -81,6 +85,7 @@ class TrainingSettings:
             raise ValueError(f"mixed_precision={self.mixed_precision!r} is unknown: use no, bf16 or fp16.")
         for name, valid, allowed in (
             ("learning_rate", 0 < self.learning_rate < math.inf, "above 0"),
+            ("muon_learning_rate", 0 <= self.muon_learning_rate < math.inf, "0 or above"),
             ("max_grad_norm", 0 < self.max_grad_norm < math.inf, "above 0"),
             ("warmup_ratio", 0 <= self.warmup_ratio < 1, "0 or above, and below 1"),
             ("ema_decay", 0 <= self.ema_decay < 1, "0 or above, and below 1"),
@@ -158,9 +163,13 @@ class TrainingLoop:
         """Create everything that training changes, and register it for checkpoints."""
         settings, accelerator = self.settings, self.accelerator
         model = model.to(memory_format=torch.channels_last)
-        optimizer: Any = torch.optim.AdamW(
-            group_parameters(model, settings.learning_rate, settings.weight_decay, settings.layer_decay)
+        learning_rates = (
+            settings.learning_rate,
+            settings.weight_decay,
+            settings.layer_decay,
+            settings.muon_learning_rate,
         )
+        optimizer: Any = MuonAdamW(group_parameters(model, *learning_rates))
         num_warmup_steps = math.ceil(settings.warmup_ratio * self.num_steps)
         # not prepared: a prepared scheduler takes one step per process in each update
         self.scheduler = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps, self.num_steps)

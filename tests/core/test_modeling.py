@@ -18,6 +18,8 @@ def build(**kwargs) -> MixedNoiseViTForImageClassification:
 
 VARIANTS = [
     {"stem": "conv"},
+    {"stem": "pool", "pooling": "max", "layer_scale_init": 0.001},
+    {"stem": "pool", "stem_widths": [8, 24, 40]},
     {"stem": "patch", "pooling": "token", "num_register_tokens": 2},
     {
         "stem": "patch",
@@ -84,7 +86,30 @@ def test_normalisation_is_inside_and_from_the_config():
     torch.testing.assert_close(inside(pixel_values).logits, plain(by_hand).logits)
 
 
-@pytest.mark.parametrize("stem", ["patch", "conv"])
+def test_the_pooling_trunk_starts_by_passing_its_input_on():
+    model = build(stem="pool", pooling="max", stem_widths=[8, 16, 32], layer_scale_init=1e-6)
+    encoder = model.mixed_noise_vit.encoder
+    first = encoder.patch_embed.backbone.groups[0][0]
+    features = torch.rand(2, 8, 6, 6)
+    torch.testing.assert_close(first(features)[:, :8], features)
+    assert first(features)[:, 8:].abs().amin((0, 2, 3)).min() > 0
+    assert isinstance(encoder.patch_embed.proj, nn.Identity)  # as wide as the transformer
+    output = model.mixed_noise_vit(torch.rand(2, 3, 16, 16), output_hidden_states=True)
+    assert output.last_hidden_state.shape == (2, 9, 32)
+    # the blocks start near the identity too
+    torch.testing.assert_close(output.hidden_states[0], output.hidden_states[-1], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(output.pooler_output, output.last_hidden_state.amax(1))
+
+
+def test_a_new_head_keeps_the_pooling_trunk(tmp_path):
+    model = build(stem="pool", pooling="max")
+    model.save_pretrained(tmp_path)
+    loaded = MixedNoiseViTForImageClassification.from_pretrained(tmp_path, num_labels=3, ignore_mismatched_sizes=True)
+    for name, value in model.mixed_noise_vit.state_dict().items():
+        torch.testing.assert_close(loaded.mixed_noise_vit.state_dict()[name], value, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("stem", ["patch", "conv", "pool"])
 def test_a_prediction_does_not_depend_on_the_rest_of_the_batch(stem):
     model = build(stem=stem).train()  # not even in training mode: no batch statistics
     pixel_values = torch.rand(4, 3, 16, 16)
@@ -131,7 +156,11 @@ def test_activation_checkpointing_gives_the_same_gradients():
     [
         ({"stem": "fourier"}, "stem='fourier'"),
         ({"norm_layer": "groupnorm"}, "norm_layer='groupnorm'"),
-        ({"pooling": "max"}, "pooling='max'"),
+        ({"pooling": "map"}, "pooling='map'"),
+        ({"stem": "pool", "image_size": 36, "patch_size": 6}, "patch_size=6"),
+        ({"stem": "pool", "image_size": 16, "patch_size": 16}, "leaves the pooling trunk no token"),
+        ({"stem": "pool", "patch_size": 8, "stem_widths": [32, 64]}, "must be 4 numbers"),
+        ({"stem_widths": [32, 64, 128]}, 'for stem="pool"'),
         ({"hidden_size": 32, "num_attention_heads": 3}, "hidden_size=32"),
         ({"image_size": 30}, "image_size=30"),
         ({"stem": "conv", "image_size": 36, "patch_size": 6}, "patch_size=6"),
