@@ -30,15 +30,15 @@ class MixedNoiseViTConfig(PreTrainedConfig):
         stem_widths: channels of the pooling trunk: of its first convolution, then of each group of convolutions. By default
             they double up to `hidden_size`.
         norm_layer: `"layernorm"`, or `"batchnorm"` for ablations: robustness does not transfer through batch statistics.
-        pooling: `"avg"` averages the patch tokens, `"max"` takes their maximum in each channel, `"token"` reads a class token.
+        pooling: `"avg"` averages the patch tokens, `"max"` takes their maximum per channel, `"token"` reads a class token.
         class_token: whether there is a class token; by default where `pooling == "token"`.
         num_register_tokens: extra learned tokens.
         position_embed_prefix_tokens: whether class and register tokens have position embeddings of their own.
         pre_norm: whether tokens are normalised before the first block.
         qkv_bias: whether the attention projections have a bias.
         qk_norm: whether queries and keys are normalised.
-        layer_scale_init: initial value of a learned scale on each residual branch; none by default. With a small one the blocks
-            start near the identity.
+        layer_scale_init: initial value of a learned scale on each residual branch; none by default. With a small one the
+            blocks start near the identity.
         norm_eps: epsilon of the normalisation layers.
         dropout: dropout in front of the classifier.
         drop_path_rate: stochastic depth of the last block (linear from 0 at the first).

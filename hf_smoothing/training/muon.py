@@ -13,11 +13,11 @@ _COEFFICIENTS = [(3.4445, -4.7750, 2.0315)]
 
 class MuonAdamW(torch.optim.AdamW):
     """
-    AdamW, but Muon for parameter groups with `muon=True`: Nesterov momentum, then an update whose singular values are near 1.
+    AdamW, but Muon for parameter groups with `muon=True`: Nesterov momentum, then an update with singular values near 1.
 
-    A convolution counts as a matrix `(out, in * height * width)`. Updates are scaled by `sqrt(max(1, out / in))`. Newton-Schulz
-    iterations run in float32: in bfloat16, as in the optimizers of torch and timm, they take 25 times as long on a CPU without
-    bfloat16 instructions, more than the model's own passes.
+    A convolution counts as a matrix `(out, in * height * width)`. Updates are scaled by `sqrt(max(1, out / in))`. The
+    Newton-Schulz iterations run in float32: in bfloat16, as in the optimizers of torch and timm, they take 25 times as long
+    on a CPU without bfloat16 instructions, more than the model's own passes.
 
     Args:
         params: parameter groups, each with a `muon` of `True` or `False`; see [`group_parameters`].

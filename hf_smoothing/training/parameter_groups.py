@@ -20,8 +20,8 @@ def group_parameters(
         learning_rate: of the last layer and of the head.
         weight_decay: of the parameters that decay.
         layer_decay: above 0, at most 1.
-        muon_learning_rate: of the last layer's matrices. Muon takes the encoder's matrices except those of its first layer; 0
-            leaves them to AdamW.
+        muon_learning_rate: of the last layer's matrices. Muon takes the encoder's matrices except that of its first
+            layer; 0 leaves them to AdamW.
 
     Raises:
         ValueError: for a `layer_decay` below 1, or Muon, with another model.
