@@ -9,33 +9,22 @@ The script writes OUTPUT_DIR/certificates.parquet (one row per image and sigma) 
 resumes a run.
 """
 
-import signal
-import sys
 from dataclasses import asdict
 
 from hf_smoothing.runs.dataset_run import certify_dataset
 from hf_smoothing.runs.settings import ExecutionSettings, RunSettings
 from hf_smoothing.utils.argument_parser import argument_parser
+from hf_smoothing.utils.errors import exit_on_error
 from hf_smoothing.utils.processes import start_processes
 
 
 def main() -> None:
     parser = argument_parser((RunSettings, ExecutionSettings), __doc__)
-    try:
+    # on errors without end_training, which may wait for processes that still work; launchers end those
+    with exit_on_error():
         settings, execution = parser.parse_args_into_dataclasses()
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    accelerator = start_processes()
-    try:
+        accelerator = start_processes()
         summary = certify_dataset(settings, accelerator=accelerator, **asdict(execution))
-    except KeyboardInterrupt as error:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun sends another
-        if accelerator.is_main_process:
-            print(f"\n{error}" if error.args else "\nstopped", file=sys.stderr)
-        sys.exit(130)
-    except (OSError, RuntimeError, ValueError) as error:
-        # without end_training, which may wait for processes that still work; launchers end those
-        sys.exit(f"error: {error}")
     if summary is not None:
         print(summary)
     accelerator.end_training()

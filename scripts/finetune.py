@@ -25,7 +25,8 @@ from hf_smoothing.training.evaluation import EvaluationSettings
 from hf_smoothing.training.pretrained_classifiers import find_head, load_for_finetuning
 from hf_smoothing.training.training_images import ImageSettings, find_class_names
 from hf_smoothing.training.training_loop import TrainingSettings
-from hf_smoothing.utils.argument_parser import argument_parser, exit_on_error
+from hf_smoothing.utils.argument_parser import argument_parser
+from hf_smoothing.utils.errors import exit_on_error
 
 
 @dataclass

@@ -24,7 +24,8 @@ from hf_smoothing.training.classifier_training import train_classifier
 from hf_smoothing.training.evaluation import EvaluationSettings
 from hf_smoothing.training.training_images import ImageSettings, find_class_names
 from hf_smoothing.training.training_loop import TrainingSettings
-from hf_smoothing.utils.argument_parser import argument_parser, exit_on_error
+from hf_smoothing.utils.argument_parser import argument_parser
+from hf_smoothing.utils.errors import exit_on_error
 
 
 @dataclass

@@ -21,7 +21,8 @@ from hf_smoothing.count_head.training import CountHeadSettings, build_count_mode
 from hf_smoothing.hub.model_cards import create_card
 from hf_smoothing.hub.push import HubSettings
 from hf_smoothing.training.training_loop import TrainingSettings
-from hf_smoothing.utils.argument_parser import argument_parser, exit_on_error
+from hf_smoothing.utils.argument_parser import argument_parser
+from hf_smoothing.utils.errors import exit_on_error
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,8 +25,7 @@ def certify(
     sigma: Annotated[
         list[float] | None,
         typer.Option(
-            help="Standard deviation of the noise, for pixels in `[0, 1]`. Repeat it for several noise levels: alpha "
-            "holds for each alone.",
+            help="Standard deviation of the noise, for pixels in `[0, 1]`, or several of them: alpha holds for each alone.",
             show_default="0.25",
         ),
     ] = None,
@@ -42,7 +42,7 @@ def certify(
         str | None,
         typer.Option(
             help="`two-stage` finds the radius (the default), `sequential` decides `--radius` (the default with it), "
-            "`fixed` draws a fixed number, `surrogate` only asks the count head."
+            "`fixed` draws a fixed number, `surrogate` only asks the count head, `counts` counts classes and proves nothing."
         ),
     ] = None,
     draws: Annotated[int | None, options.option("draws")] = None,
@@ -52,6 +52,7 @@ def certify(
     denoiser: options.Denoiser = None,
     seed: options.Seed = None,
     batch_size: options.BatchSize = 128,
+    device: options.Device = None,
     json_lines: Annotated[
         bool, typer.Option("--json", help="Print one JSON object per picture instead of a table.")
     ] = False,
@@ -59,42 +60,65 @@ def certify(
     """
     Certify pictures: print the predictions and their radii. No change smaller than the radius changes the prediction.
 
-    The radius is an l2 distance for pixels in `[0, 1]`, rounded down. It refers to the picture at the model's input size, or
-    at the size given by `--noise-resolution`.
+    The radius is an l2 distance for pixels in `[0, 1]`, rounded down. `passes` are forward passes of the model: the draws,
+    and with `sequential` one of the clean picture. The radius refers to the picture at the model's input size, or at the
+    size given by `--noise-resolution`.
 
     Example: `hf-smoothing certify frog.png --model user/repo --sigma 0.5`
     """
-    import torch
-    from transformers import pipeline
-
-    from ..core.validation import parse_noise_resolution
+    from ..core.image_loading import load_image
+    from ..core.noise import GaussianNoise
+    from ..core.preprocessing import to_pixels
+    from ..core.sampler import in_order
+    from ..core.smoothing import SmoothedClassifier
     from ..core.weights import loading
+    from ..runs.time_estimate import announce_time, measure_seconds_per_draw
 
-    settings = {
-        "alpha": alpha,
-        "radius": radius,
-        "draws": draws,
-        "max_draws": max_draws,
-        "method": method,
-        "seed": seed,
-    }
-    settings |= {"count_head": count_head, "delta": delta, "denoiser": denoiser}
-    settings["noise_resolution"] = parse_noise_resolution(noise_resolution)
-    task = "certified-image-classification"
+    levels = sigma or [0.25]
+    chosen = {"alpha": alpha, "draws": draws, "max_draws": max_draws, "method": method, "seed": seed}
+    chosen |= {"radii": None if radius is None else [radius], "count_head": count_head, "delta": delta}
+    chosen |= {"noise_resolution": noise_resolution, "denoiser": denoiser}
+    settings = RunSettings(model, "pictures", levels, **chosen)  # type: ignore[arg-type]  # checks them before it loads
+    rules = [settings.rule(level)[0] for level in levels]
+    pictures = [load_image(name) for name in images]
+    options = {"noise_resolution": settings.resolution, "denoiser": denoiser, "count_head": count_head}
     with loading(model):
-        pipe = pipeline(task, model=model, batch_size=batch_size, dtype=torch.float32)
-    given = {name: value for name, value in settings.items() if value is not None}
-    given["progress"] = sys.stderr.isatty()
-    results = [
-        {"image": name, **result}
-        for level in sigma or [0.25]
-        for name, result in zip(images, pipe(images, sigma=level, **given))
-    ]
+        smoothed = SmoothedClassifier.from_pretrained(
+            model, GaussianNoise(levels[0]), batch_size=batch_size, device=device, **options
+        )
+    if delta is not None:
+        smoothed.check_calibration()
+    pixels = [to_pixels(picture, smoothed.preprocessing) for picture in pictures]
+    notice = announce_time(rules[0], measure_seconds_per_draw(smoothed, pixels[0]), len(levels) * len(pixels))
+    if notice is not None:
+        typer.echo(notice, err=True)
+    shown = notice is not None or sys.stderr.isatty()
+    results, names = [], smoothed.class_names or ()
+    for level, rule in zip(levels, rules):
+        stream = smoothed.with_noise(GaussianNoise(level)).certify_stream(pixels, rule, seed=seed, progress=shown)
+        for name, certificate in zip(images, in_order(stream)):
+            label = None if certificate.abstains else names[certificate.prediction]
+            results.append({"image": name, "label": label, **certificate.to_dict()})
     if json_lines:
         for result in results:
             print(json.dumps(result))
-        return
-    _print_certificates(results, radius, noise_resolution)
+    elif method == "counts":
+        _print_counts(results, names)
+    else:
+        _print_certificates(results, radius, noise_resolution)
+
+
+def _print_counts(results: list[dict[str, Any]], names: Sequence[str]) -> None:
+    from rich.console import Console
+
+    from ..reporting.tables import print_table
+
+    rows = []
+    for result in results:
+        ranked = sorted(zip(result["counts"], names), key=lambda pair: -pair[0])
+        counts = ", ".join(f"{name} {number}" for number, name in ranked[:3] if number)
+        rows.append({"image": result["image"], "sigma": f"{result['sigma']:g}", "most frequent classes": counts})
+    print_table(Console(), f"Classes of {results[0]['num_samples']:,} noisy copies; counts prove no radius", rows)
 
 
 def _print_certificates(results: list[dict[str, Any]], radius: float | None, noise_resolution: str) -> None:
@@ -118,7 +142,7 @@ def _print_certificates(results: list[dict[str, Any]], radius: float | None, noi
             "sigma": f"{result['sigma']:g}",
             "prediction": result["label"] or "(abstains)",
             "radius": format_radius(result["radius"]),
-            "draws": result["num_samples"],
+            "passes": result["num_samples"],
             "guarantee": result["guarantee"],
         }
         for result in results
@@ -132,10 +156,10 @@ def certify_dataset(settings: RunSettings, execution: ExecutionSettings) -> None
     """
     Certify the images of a dataset: one row per image and sigma in `OUTPUT_DIR/certificates.parquet`.
 
-    Repeat `--sigma` and `--radii` for several values. You can interrupt the command: the same command resumes the run. For
+    `--sigma` and `--radii` take several values. You can interrupt the command: the same command resumes the run. For
     several processes or devices, `accelerate launch scripts/certify.py` does the same.
 
-    Example: `hf-smoothing certify-dataset --model user/repo --dataset uoft-cs/cifar10 --every 20 --sigma 0.25
+    Example: `hf-smoothing certify-dataset --model user/repo --dataset uoft-cs/cifar10 --every 20 --sigma 0.25 0.5
     --output-dir runs/cifar10`
     """
     from ..runs.dataset_run import certify_dataset

@@ -86,7 +86,7 @@ def _print_demo(results: dict[str, Any], rows: list[Record], output_dir: Path) -
             "label": row["label_name"],
             "prediction": row["prediction_name"] or "(abstains)",
             "radius": format_radius(row["radius"]),
-            "draws": row["num_samples"],
+            "passes": row["num_samples"],
             "guarantee": row["guarantee"],
         }
         for row in rows[:SHOWN_ROWS]

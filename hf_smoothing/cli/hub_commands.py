@@ -16,7 +16,7 @@ def push(
     repo_id: Annotated[str, typer.Argument(help="Repository on the Hub: `user/name`.")],
     private: Annotated[bool, typer.Option("--private", help="Create the repository as a private one.")] = False,
     revision: Annotated[
-        str | None, typer.Option(help="Branch to push to. It is created if it does not exist.")
+        str | None, typer.Option(help="Branch to push to (default: main). It is created if it does not exist.")
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List the files that would be uploaded, with their sizes in bytes.")

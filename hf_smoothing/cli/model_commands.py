@@ -54,7 +54,7 @@ def check(
     split: Annotated[str, typer.Option(help="Split of the dataset.")] = "test",
     n: Annotated[int, typer.Option(help="Draws per image, from which the largest possible radius follows.")] = 100_000,
     alpha: Alpha = 0.001,
-    device: Annotated[str | None, typer.Option(help="Where to compute, such as `cuda`.")] = None,
+    device: Annotated[str | None, typer.Option(help="Where to compute, such as `cuda` (default: the CPU).")] = None,
     batch_size: BatchSize = 64,
     noise_resolution: NoiseResolution = "input",
     denoiser: Denoiser = None,
@@ -105,7 +105,7 @@ def audit(
     ] = None,
     images: Annotated[int, typer.Option(help="Certificates to attack at each noise level.")] = 100,
     sigma: Annotated[
-        list[float] | None, typer.Option(help="Attack only this noise level of the run; repeat it for several.")
+        list[float] | None, typer.Option(help="Attack only these noise levels of the run (default: all).")
     ] = None,
     steps: Annotated[int, typer.Option(help="Gradient steps per image.")] = 1000,
     draws: Annotated[int, typer.Option(help="Noisy copies per gradient step.")] = 8,

@@ -25,9 +25,7 @@ def report(
     ] = None,
     radii: Annotated[
         list[float] | None,
-        typer.Option(
-            help="Show accuracy at this radius; repeat it for several. Without it: the radii that the runs decided."
-        ),
+        typer.Option(help="Show accuracy at these radii. Without it: the radii that the runs decided, or 0 to 1."),
     ] = None,
     envelope: Annotated[
         bool,
@@ -38,25 +36,29 @@ def report(
     estimates: Annotated[
         Path | None,
         typer.Option(
-            help="Run with a count head's estimates (method `surrogate`) for all images, where the other runs certified a "
-            "random sample of them (`--sample`): the report is then about all images."
+            help="Run with a count head's estimates (method `surrogate`) for all images (default: none), where the other runs "
+            "certified a random sample of them (`--sample`): the report is then about all images."
         ),
     ] = None,
     images: Annotated[
         str | None,
-        typer.Option(help="Show example pictures of this dataset: a name on the Hub, a folder, or a Parquet file."),
+        typer.Option(
+            help="Show example pictures of this dataset (default: none): a name on the Hub, a folder, or a Parquet file."
+        ),
     ] = None,
     split: Annotated[
         str | None, typer.Option(help="The split of `--images`. Without it: the one that the run certified.")
     ] = None,
     log_guarantee: Annotated[
         str | None,
-        typer.Option(help="Guarantee of the certificates in logs, which logs do not contain: `per_input`, ..."),
+        typer.Option(
+            help="Guarantee of the certificates in logs, which do not contain it: `per_input`, ... (default: unknown)"
+        ),
     ] = None,
     log_alpha: Annotated[
         float | None,
         typer.Option(
-            help="Alpha of the certificates in logs, which logs do not contain. Different alphas are refused."
+            help="Alpha of the certificates in logs, which do not contain it (default: unknown). Different ones are refused."
         ),
     ] = None,
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .denoisers import DENOISERS, Denoiser
+from .denoisers import DENOISERS, Denoiser, check_denoiser
 from .preprocessing import Preprocessing
 from .row_independence import check_rows
 from .weights import check_weights, weights_digest
@@ -49,8 +49,7 @@ class BaseClassifier:
         self.autocast = autocast
         self.preprocessing = preprocessing
         self.resize = None if preprocessing is None else preprocessing.resize
-        if isinstance(denoiser, str) and denoiser not in DENOISERS:
-            raise ValueError(f"denoiser={denoiser!r} is unknown: use {', '.join(DENOISERS)}, or pass a callable.")
+        check_denoiser(denoiser)
         self.denoiser = DENOISERS[denoiser] if isinstance(denoiser, str) else denoiser
         self._num_classes: int | None = None
         self.device = torch.device(device or "cpu")

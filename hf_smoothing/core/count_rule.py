@@ -41,6 +41,9 @@ class CountRule:
     def check(self, noise: NoiseDistribution) -> None:
         """Counting is always possible."""
 
+    def largest_radius(self, noise: NoiseDistribution) -> float:
+        return 0.0
+
     def start(self, noise: NoiseDistribution, num_rows: int, num_classes: int) -> "CountRuns":
         return CountRuns(self.n, num_rows, num_classes)
 

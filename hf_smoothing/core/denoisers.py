@@ -31,3 +31,9 @@ def wiener(pixels: torch.Tensor, sigma: float, window: int = 5) -> torch.Tensor:
 
 DENOISERS: dict[str, Denoiser] = {"wiener": wiener}
 """Denoisers by name, for the command line."""
+
+
+def check_denoiser(denoiser: Denoiser | str | None) -> None:
+    """Raise a `ValueError` for an unknown name."""
+    if isinstance(denoiser, str) and denoiser not in DENOISERS:
+        raise ValueError(f"denoiser={denoiser!r} is unknown: use {', '.join(DENOISERS)}, or pass a callable.")

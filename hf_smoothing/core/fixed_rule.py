@@ -65,6 +65,9 @@ class FixedRule:
     def check(self, noise: NoiseDistribution) -> None:
         check_reach(self.n, self.alpha, noise, self.radius or 0.0)
 
+    def largest_radius(self, noise: NoiseDistribution) -> float:
+        return float(noise.radius(self.alpha ** (1 / self.n)))
+
     def start(self, noise: NoiseDistribution, num_rows: int, num_classes: int) -> "_FixedRuns":
         return _FixedRuns(self, noise, num_rows, num_classes)
 

@@ -1,11 +1,44 @@
-"""The progress bar of a certification."""
+"""Progress bars: on a terminal, in a notebook, and as lines of a log; and the bar of a certification."""
 
+import os
+import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
-from tqdm.auto import tqdm
+from tqdm.auto import notebook_tqdm, std_tqdm, tqdm
 
 from .certificates import format_radius
+
+LINE_SECONDS = 30.0
+"""Seconds between two lines of a bar that is not on a terminal."""
+
+
+def open_bar(*args: Any, **options: Any) -> Any:
+    """A progress bar with the arguments of `tqdm`. Without a terminal, such as in a log, it is a line now and then."""
+    if notebook_tqdm is not std_tqdm:
+        return tqdm(*args, **options)
+    if not sys.stderr.isatty():
+        return _Lines(*args, **{"mininterval": LINE_SECONDS, "delay": LINE_SECONDS} | options)
+    if os.get_terminal_size(sys.stderr.fileno()).columns == 0:  # some terminals do not know their width
+        options.setdefault("ncols", 80)
+    return tqdm(*args, **options)
+
+
+class _Lines(std_tqdm):
+    """A bar that writes lines below each other: returning to the start of one would make a log one endless line."""
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        self.fp.write(f"{str(self).strip() if msg is None else msg}\n")
+        self.fp.flush()
+        return True
+
+    def close(self) -> None:
+        if not self.disable:
+            if self.leave:
+                self.display()
+            self.disable = True
+            self._decr_instances(self)
 
 
 class ProgressBar:
@@ -20,7 +53,7 @@ class ProgressBar:
         self.radii_of_finished = 0.0
         # without the bar's own counts: images in progress make them fractions
         counts = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining}" if total else "{elapsed}"
-        self.bar = tqdm(total=total, desc="certifying", bar_format="{desc} " + counts + "{postfix}")
+        self.bar = open_bar(total=total, desc="certifying", bar_format="{desc} " + counts + "{postfix}")
         self._shown = time.monotonic()
 
     @property

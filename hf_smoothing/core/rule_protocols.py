@@ -121,6 +121,9 @@ class Rule(Protocol):
     def check(self, noise: NoiseDistribution) -> None:
         """Raise a `ValueError` if the rule can never claim what it is asked to."""
 
+    def largest_radius(self, noise: NoiseDistribution) -> float:
+        """The radius that it claims where all draws hit one class: no image can have a larger one."""
+
     def start(self, noise: NoiseDistribution, num_rows: int, num_classes: int) -> Runs:
         """Runs of up to `num_rows` images at a time, under the distribution that `noise` gives for their rows."""
 

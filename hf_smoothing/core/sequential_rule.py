@@ -96,6 +96,9 @@ class SequentialRule:
         out_of_reach = bisect_left(below, True, key=lambda value: not replace(self, radii=(value,))._suffices(noise))
         raise too_few("max_draws", self.max_draws, radius, below[max(out_of_reach - 1, 0)], needed)
 
+    def largest_radius(self, noise: NoiseDistribution) -> float:
+        return max((radius for radius in self.radii if replace(self, radii=(radius,))._suffices(noise)), default=0.0)
+
     def _suffices(self, noise: NoiseDistribution) -> bool:
         """Whether the draws prove the largest radius if all of them hit the class that leads on the clean image."""
         tests = _Tests(self, noise)

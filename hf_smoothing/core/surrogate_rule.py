@@ -90,6 +90,9 @@ class SurrogateRule:
         for radius in self.radii or ():
             check_reach(self.n, self.alpha, noise, radius)
 
+    def largest_radius(self, noise: NoiseDistribution) -> float:
+        return float(noise.radius(self.alpha ** (1 / self.n)))
+
     def shift(self, noise: NoiseDistribution) -> float:
         """How far the predicted log-odds of p_A are lowered (below 0: raised), see [`Calibration.shift`]; needs `delta`."""
         assert self.calibration is not None

@@ -1,6 +1,6 @@
 """The rule that finds radii: a few draws plan how many further ones an image is worth."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -80,13 +80,16 @@ class TwoStageRule:
 
     def check(self, noise: NoiseDistribution) -> None:
         probability_in_reach(noise, 0.0)
+
+        def proves(max_draws: int) -> bool:
+            return replace(self, max_draws=max_draws).largest_radius(noise) > 0
+
+        if not proves(self.max_draws):
+            raise too_few("max_draws", self.max_draws, 0.0, 0.0, first_true(proves, self.max_draws))
+
+    def largest_radius(self, noise: NoiseDistribution) -> float:
         n = self.max_draws - STAGES[0]  # counted draws, if all of them hit
-
-        def proves(draws: int) -> bool:
-            return bool(noise.radius(*prove(draws, 0, draws, self.alpha)) > 0)
-
-        if not proves(n):
-            raise too_few("max_draws", self.max_draws, 0.0, 0.0, first_true(proves, n) + STAGES[0])
+        return float(noise.radius(*prove(n, 0, n, self.alpha)))
 
     def start(self, noise: NoiseDistribution, num_rows: int, num_classes: int) -> "_TwoStageRuns":
         return _TwoStageRuns(self, noise, num_rows, num_classes)

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm.auto import tqdm
 from transformers import AutoImageProcessor
 
 from ..core.bounds import FloatArray
@@ -15,6 +14,7 @@ from ..core.certificates import ABSTAIN
 from ..core.count_predictor import CountPredictor
 from ..core.noise import GaussianNoise
 from ..core.preprocessing import Preprocessing
+from ..core.progress_bar import open_bar
 from .measured_counts import MeasuredCounts
 
 
@@ -103,7 +103,7 @@ def predict_counts(
     inputs = measured.open_images().bind(predictor.class_names, preprocessing)
     indices, rows = np.unique(measured.indices, return_inverse=True)
     probabilities = np.empty((len(rows), len(predictor.class_names)))
-    for start in tqdm(range(0, len(indices), batch_size), "predicting counts", leave=False):
+    for start in open_bar(range(0, len(indices), batch_size), "predicting counts", leave=False):
         batch = indices[start : start + batch_size]
         pixels = torch.stack([inputs[index][0] for index in batch])
         for sigma in np.unique(measured.sigmas):

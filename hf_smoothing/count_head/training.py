@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoImageProcessor
 from transformers.hf_argparser import HfArg
 
@@ -22,6 +21,7 @@ from ..core.modeling_count_prediction import (
     MixedNoiseViTForCountPrediction,
 )
 from ..core.preprocessing import Preprocessing
+from ..core.progress_bar import open_bar
 from ..core.weights import check_loaded_weights, loading
 from ..training.training_loop import TrainingLoop, TrainingSettings
 from ..utils.files import write_json
@@ -105,7 +105,7 @@ def compute_features(
     """The head's input features `(images, features)` of images `(images, channels, height, width)`, uint8."""
     model.eval()
     device = next(model.parameters()).device
-    batches = tqdm(pixels.split(batch_size), "computing features", disable=len(pixels) < 10 * batch_size)
+    batches = open_bar(pixels.split(batch_size), "computing features", disable=len(pixels) < 10 * batch_size)
     return torch.cat([model.features(batch.to(device).float() / 255).cpu() for batch in batches])
 
 
@@ -231,6 +231,6 @@ def _read_images(counts: MeasuredCounts, processor: Any, show_progress: bool) ->
     """Pixels (uint8) and targets of the images that were counted."""
     inputs = counts.open_images().bind(counts.settings["label_names"], Preprocessing.from_image_processor(processor))
     indices, targets = group_counts_by_image(counts)
-    progress = tqdm(indices.tolist(), "reading images", disable=not show_progress)
+    progress = open_bar(indices.tolist(), "reading images", disable=not show_progress)
     pixels = torch.stack([(inputs[index][0] * 255).round().byte() for index in progress])
     return pixels, targets

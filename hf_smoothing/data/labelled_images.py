@@ -49,9 +49,8 @@ class LabelledImages:
         split: its split.
         image_column, label_column: columns of the images and labels; found if they have usual names.
         every: take the images whose index in the split is a multiple of this.
-        max_samples: take at most this many images, the first ones.
-        spread: with `max_samples`, take a random sample of the split instead, always the same one: splits are often sorted
-            by class. Ignored for a stream.
+        max_samples: take at most this many images: a random sample, always the same one, because splits are often sorted by
+            class. Of a stream, the first ones.
         streaming: read them as a stream, without storing them.
 
     Attributes:
@@ -74,7 +73,6 @@ class LabelledImages:
         label_column: str | None = None,
         every: int = 1,
         max_samples: int | None = None,
-        spread: bool = False,
         streaming: bool = False,
     ):
         source = _load(name, config_name, split, streaming)
@@ -89,10 +87,9 @@ class LabelledImages:
         source = source.select_columns([self.image_column, self.label_column])
         self.source = source.cast_column(self.image_column, datasets.Image(decode=False))
         self.indices = [] if streaming else list(range(0, len(self.source), self.every))
-        if spread and max_samples is not None:
+        if max_samples is not None and max_samples < len(self.indices):
             order = np.random.default_rng(0).permutation(len(self.indices))[:max_samples]
             self.indices = [self.indices[place] for place in sorted(order)]
-        self.indices = self.indices[:max_samples]
         self.total = None if streaming else len(self.indices)
         if self.total == 0 or next(iter(self.source), None) is None:
             raise ValueError(f"The split {split!r} of {name!r} is empty.")

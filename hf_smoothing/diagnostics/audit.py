@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from ..core.noise import GaussianNoise
+from ..core.progress_bar import open_bar
 from ..core.smoothing import SmoothedClassifier
 from ..core.validation import check_count
 from ..data.labelled_images import ModelInputs
@@ -111,7 +111,7 @@ def audit(
     finished = {(row["sigma"], row["index"]) for row in rows}
     neighbours = _read_neighbours(records, inputs, settings.seed)
     with (output_dir / "audit.jsonl").open("a") as lines:
-        for record in tqdm(sample, "attacking"):
+        for record in open_bar(sample, "attacking"):
             if (record["sigma"], record["index"]) in finished:
                 continue
             pixels, _ = inputs[record["index"]]

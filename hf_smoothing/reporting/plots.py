@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..core.certificates import format_radius
 from ..metrics.certified_accuracy import certified_accuracy, certified_accuracy_curve
 from .results import Result, name_of_figure, shared_guarantee_and_norm
 
@@ -33,7 +34,8 @@ def plot_certified_accuracy(results: Sequence[Result], stem: Path, envelope: str
     """
     guarantee, norm = shared_guarantee_and_norm(results)
     xlabel = f"radius ({norm or 'norm unknown'}, [0, 1] pixels)"
-    with _figure(stem, xlabel, f"{name_of_figure(guarantee)}, all images") as axes:
+    ylabel = f"{name_of_figure(guarantee)}, all images".replace(" (", "\n(")  # in one line it is longer than the axis
+    with _figure(stem, xlabel, ylabel) as axes:
         draw_certified_accuracy(axes, results, envelope)
         right = axes.get_xlim()[1]
         axes.set(xlim=(-0.02 * right, right), ylim=(0, 1), title=f"guarantee: {guarantee or 'unknown'}")
@@ -59,9 +61,22 @@ def draw_certified_accuracy(axes: Any, results: Sequence[Result], envelope: str 
             reach = np.abs(intervals.T - shares)
             axes.errorbar(radii, shares, reach, fmt="o--", lw=0.7, elinewidth=1, capsize=2, ms=4, label=result.title)
         else:
-            axes.step(*_down_to_0(*_curve(result)), where="pre", label=result.title)
+            (line,) = axes.step(*_down_to_0(*_curve(result)), where="pre", label=result.title)
+            _draw_ceiling(axes, result, line.get_color())
     if envelope is not None:
         _draw_envelope(axes, results, envelope)
+
+
+def _draw_ceiling(axes: Any, result: Result, color: str) -> None:
+    """Mark the largest radius that the draws can prove, where some image comes near it: the curve ends there for no other
+    reason."""
+    ceiling = result.largest_radius
+    if ceiling is not None and max((radius or 0.0 for radius in result.column("radius")), default=0.0) > 0.9 * ceiling:
+        axes.axvline(ceiling, color=color, lw=0.8, ls=":")
+        label = f"draws prove at most {format_radius(ceiling, 2)}"
+        axes.annotate(
+            label, (ceiling, 0.98), xycoords=("data", "axes fraction"), rotation=90, ha="right", va="top", fontsize=7
+        )
 
 
 def _draw_envelope(axes: Any, results: Sequence[Result], label: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from ..core.certificates import format_radius
-from ..metrics.certified_accuracy import DEFAULT_THRESHOLDS, certified_accuracy
+from ..metrics.certified_accuracy import DEFAULT_THRESHOLDS, certified_accuracy, mark_out_of_reach
 from ..utils.files import write_json
 from ..utils.provenance import command_line, package_versions
 from .estimates import complete
@@ -125,8 +125,10 @@ def _summarize_result(result: Result, radii: Sequence[float], num_results: int) 
         figures = certified_accuracy(**result.metric_columns(), thresholds=radii, num_results=num_results)
     except ValueError as error:
         raise ValueError(f"{result.title}: {error}") from None
-    for share in figures["certified_accuracy"]:
-        share["standing"] = result.standing(share["radius"])
+    shares = [{**share, "standing": result.standing(share["radius"])} for share in figures["certified_accuracy"]]
+    figures["certified_accuracy"] = [
+        mark_out_of_reach(share) if share["standing"] == "out of reach" else share for share in shares
+    ]
     return {
         "run": result.name,
         "title": result.title,
@@ -140,6 +142,7 @@ def _summarize_result(result: Result, radii: Sequence[float], num_results: int) 
         "denoiser": result.denoiser,
         "decided_radii": result.decided_radii,
         "radii_out_of_reach": result.radii_out_of_reach,
+        "largest_radius": result.largest_radius,
         **figures,
         "alpha": result.alpha,  # of failed images too
         "median_counted_draws": median(counted) if counted else None,
@@ -193,7 +196,8 @@ def best_by_radius(entries: Sequence[Json]) -> list[Json]:
     for shares in zip(*(entry["certified_accuracy"] for entry in entries)):
         standings = {share["standing"] for share in shares}
         if "counted" in standings:
-            share, entry = max(zip(shares, entries), key=lambda pair: pair[0]["share"])
+            measured = [pair for pair in zip(shares, entries) if pair[0]["standing"] != "out of reach"]
+            share, entry = max(measured, key=lambda pair: pair[0]["share"])
             best.append({**share, "entry": entry, "sigma": entry["sigma"], "any_floor": "floor" in standings})
     return best
 
@@ -201,14 +205,16 @@ def best_by_radius(entries: Sequence[Json]) -> list[Json]:
 def share_rows(report: Json) -> list[dict[str, str]]:
     """
     Certified accuracy as a table of text: one row per run and noise level, the interval below each share. A floor is marked
-    (`>=`), and has no interval.
+    (`>=`), and has no interval. A radius that the draws cannot prove is `out of reach`.
     """
     rows = []
     for entry in report["results"]:
         row = {"run": entry["run"], "sigma": format_number(entry["sigma"])}
         for share in entry["certified_accuracy"]:
-            low, high = share["interval_95"]
-            interval = f"\n{100 * low:.1f}-{100 * high:.1f}" if share["standing"] == "counted" else ""
+            interval = ""
+            if share["standing"] == "counted":
+                low, high = share["interval_95"]
+                interval = f"\n{100 * low:.1f}-{100 * high:.1f}"
             row[f"r = {share['radius']:g}"] = _format_share(share) + interval
         rows.append(row)
     if envelope := report["envelope"]:
@@ -218,6 +224,8 @@ def share_rows(report: Json) -> list[dict[str, str]]:
 
 
 def _format_share(share: Json) -> str:
+    if share["standing"] == "out of reach":
+        return "out of reach"
     return f"{'>= ' if share['standing'] == 'floor' else ''}{share['share']:.1%}"
 
 
@@ -230,7 +238,7 @@ def other_rows(report: Json) -> list[dict[str, str]]:
         row |= {"images": str(entry.get("num_sampled", entry["num_images"])), "failed": str(entry["num_failed"])}
         row["abstains"] = f"{'<= ' if decided and 0 not in decided else ''}{entry['abstention_rate']:.1%}"
         row["mean\nradius †"] = f"{'>= ' if decided else ''}{format_radius(entry['mean_certified_radius'])}"
-        row["median\ndraws"] = format_number(entry["median_num_samples"], ",.0f")
+        row["median\npasses"] = format_number(entry["median_num_samples"], ",.0f")
         row["mean\nseconds"] = format_number(entry["mean_seconds"], ".3g")
         rows.append(row)
     return rows
@@ -242,6 +250,7 @@ def render_notes(report: Json) -> str:
     wrong = wrong_certificates(report["results"])
     completed = [entry for entry in report["results"] if is_completed(entry)]
     notes = {"figure": figure, "stops": stops, "wrong": wrong, "completed": completed}
+    notes["ceilings"] = _ceilings(report["results"])
     return render("report_notes", report=report, **notes).strip()
 
 
@@ -271,6 +280,16 @@ def _early_stops(entries: Sequence[Json]) -> list[Json]:
             stop = {"decided": decided, "out_of_reach": out_of_reach, "calibrated": calibrated, "titles": []}
             stops.setdefault(str(stop), stop)["titles"].append(entry["title"])
     return list(stops.values())
+
+
+def _ceilings(entries: Sequence[Json]) -> list[Json]:
+    """The largest radii that draws can prove, where a table goes beyond: one dict for all results with the same one."""
+    titles: dict[float, list[str]] = {}
+    for entry in entries:
+        beyond = [share for share in entry["certified_accuracy"] if share["standing"] == "out of reach"]
+        if beyond and not entry["decided_radii"] and entry.get("largest_radius") is not None:
+            titles.setdefault(entry["largest_radius"], []).append(entry["title"])
+    return [{"radius": radius, "titles": names} for radius, names in titles.items()]
 
 
 def render_report(report: Json) -> str:

@@ -9,6 +9,8 @@ Row = dict[str, Any]
 
 LOG_COLUMNS = ("idx", "label", "predict", "radius")
 
+_SIGMA = re.compile(r"sigma[_=-]?(\d+(?:\.\d+)?)", re.IGNORECASE)
+
 
 def read_log(source: Path, guarantee: str | None, alpha: float | None = None) -> list[Row]:
     """
@@ -19,9 +21,13 @@ def read_log(source: Path, guarantee: str | None, alpha: float | None = None) ->
         guarantee: what the certificates carry; a log does not say.
         alpha: largest probability that a certificate is wrong; a log does not say either.
 
+    The noise level is not in a log, but often in its name: Cohen et al. call theirs `sigma_0.25`.
+
     Raises:
         ValueError: for missing columns, or a line that is not a certificate; the message names the line.
     """
+    named = _SIGMA.search(source.name)
+    shared = {"guarantee": guarantee, "alpha": alpha, "sigma": float(named[1]) if named else None}
     with source.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file, delimiter="\t")
         header = reader.fieldnames or []
@@ -32,7 +38,7 @@ def read_log(source: Path, guarantee: str | None, alpha: float | None = None) ->
             try:
                 if None in row or None in row.values():  # how `csv` marks extra and missing cells
                     raise ValueError(f"it does not have the columns {', '.join(header)}")
-                rows.append({**_certificate(row), "guarantee": guarantee, "alpha": alpha})
+                rows.append({**_certificate(row), **shared})
             except ValueError as error:
                 raise ValueError(f"{source}, line {reader.line_num}, is not a certificate: {error}.") from None
     if not rows:

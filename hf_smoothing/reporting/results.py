@@ -1,5 +1,6 @@
 """The certificates of finished runs, from run folders, Parquet files and logs."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,6 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..core.certificates import ABSTAIN
+from ..core.noise import GaussianNoise
+from ..core.rules import RULES, make_rule
 from ..runs.run_folder import RunFolder
 from .research_logs import Row, read_log
 
@@ -86,14 +89,29 @@ class Result:
         """The radii of the settings that the budget cannot show at this noise level, ascending."""
         return sorted(set(self.settings.get("radii") or ()) - set(self.asked_radii))
 
+    @cached_property
+    def largest_radius(self) -> float | None:
+        """The largest radius that the draws can prove, whatever the image; None where the run's settings do not say."""
+        if self.decided_radii:
+            return self.decided_radii[-1] if self.radii_out_of_reach else None
+        names = ("alpha", "draws", "max_draws", "n0", "n")
+        settings = {name: self.settings[name] for name in names if self.settings.get(name) is not None}
+        unknown = self.sigma is None or self.delta is not None or self.settings.get("method") not in RULES
+        if unknown or "alpha" not in settings:
+            return None
+        return make_rule(self.settings["method"], **settings).largest_radius(GaussianNoise(self.sigma or 0.0))
+
     def standing(self, radius: float) -> Standing:
         """
         How the share of images at `radius` was found.
 
-        `counted`: each image's radius was found, or this radius was decided. `out of reach`: no image can have this radius,
-        so the share is 0. `floor`: the share is a lower bound, because the run did not decide this radius.
+        `counted`: each image's radius was found, or this radius was decided. `out of reach`: the draws cannot prove this
+        radius for any image, so there is no share. `floor`: the share is a lower bound, because the run did not decide this
+        radius.
         """
-        if not self.decided_radii or radius in self.decided_radii:
+        if not self.decided_radii:
+            return "out of reach" if radius > (self.largest_radius or math.inf) else "counted"
+        if radius in self.decided_radii:
             return "counted"
         return "out of reach" if any(beyond <= radius for beyond in self.radii_out_of_reach) else "floor"
 

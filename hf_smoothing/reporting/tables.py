@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-_NUMBERS = ("radius", "draws")
+_NUMBERS = ("radius", "passes")
 """Right-aligned columns."""
 
 _BETWEEN = 3

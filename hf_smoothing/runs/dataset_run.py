@@ -33,6 +33,7 @@ def certify_dataset(
     batch_size: int = 128,
     streaming: bool = False,
     resume: bool = True,
+    device: str | None = None,
 ) -> RunSummary | None:
     """
     Certify the images of a dataset, or resume doing so, and merge the records to `output_dir/certificates.parquet`.
@@ -47,6 +48,7 @@ def certify_dataset(
         batch_size: draws in one forward pass.
         streaming: read the dataset as a stream, once for each sigma, without storing it.
         resume: resume a run; otherwise the folder must not hold one.
+        device: where to compute; by default where the accelerator is.
 
     Returns:
         A summary, on the main process; `None` on the others.
@@ -69,7 +71,7 @@ def certify_dataset(
     requested = {**asdict(settings), "noise_resolution": settings.resolution}
     with accelerator.main_process_first():  # the main process prepares the dataset, the others read from its cache
         images = open_images(requested, streaming)
-    smoothed = load_classifier(requested, accelerator.device, batch_size)
+    smoothed = load_classifier(requested, device or accelerator.device, batch_size)
     if settings.delta is not None:
         smoothed.check_calibration()
     inputs = images.bind(smoothed.class_names or (), smoothed.preprocessing)

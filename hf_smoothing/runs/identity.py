@@ -28,7 +28,7 @@ def open_images(settings: Record, streaming: bool = False) -> LabelledImages:
     if settings.get("sample") is not None:  # runs of older versions have no such setting
         if streaming:
             raise ValueError("A stream cannot be sampled at random: leave streaming out.")
-        options |= {"max_samples": settings["sample"], "spread": True}
+        options |= {"max_samples": settings["sample"]}
     name, config_name = settings["dataset_name"], settings["dataset_config_name"]
     images = LabelledImages(name, config_name=config_name, streaming=streaming, **options)
     if settings.get("dataset_fingerprint") not in (None, images.fingerprint):
@@ -69,6 +69,7 @@ def describe_run(settings: RunSettings, images: LabelledImages, smoothed: Smooth
     return {
         **asdict(replace(settings, image_column=images.image_column, label_column=images.label_column)),
         "noise_resolution": settings.resolution,
+        "max_samples_at_random": None if settings.max_samples is None else images.total is not None,
         "dataset_fingerprint": images.fingerprint,
         "dataset_label_names": images.class_names,
         "model_commit": getattr(model.config, "_commit_hash", None),
@@ -86,7 +87,7 @@ def describe_session(accelerator: Accelerator, smoothed: SmoothedClassifier) -> 
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "num_processes": accelerator.num_processes,
         "num_threads": torch.get_num_threads(),
-        "device": str(accelerator.device),
+        "device": str(smoothed.device),
         "batch_size": smoothed.batch_size,
         "versions": package_versions("datasets", "accelerate", "torchvision"),
     }

@@ -4,8 +4,8 @@ import time
 from collections import Counter
 
 from accelerate import Accelerator
-from tqdm.auto import tqdm
 
+from ..core.progress_bar import open_bar
 from .records import Record, is_right
 from .run_folder import RunFolder, RunState
 from .settings import RunSettings
@@ -40,7 +40,7 @@ class Recorder:
         total = expected or (settings.max_samples and settings.max_samples * len(settings.sigmas))
         before, hidden = len(state.finished), not self.is_main_process
         # smoothing 0: images differ in cost, so the mean rate predicts the time left best
-        self.bar = tqdm(desc=verb, total=total, initial=before, unit="image", smoothing=0, disable=hidden)
+        self.bar = open_bar(desc=verb, total=total, initial=before, unit="image", smoothing=0, disable=hidden)
         self.started = self.shown = self.last = time.monotonic()
 
     def keep(self, row: Record) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..core.validation import check_count, parse_noise_resolution
+from ..core.validation import check_count, check_noise_resolution, parse_noise_resolution
 
 if TYPE_CHECKING:  # imported where they are used, so that the command line shows help without loading torch
     from ..core.calibration import Calibration
@@ -37,16 +37,20 @@ class RunSettings:
         "dataset: a name on the Hub, a local folder (also of image files), or a Parquet file", "--dataset"
     )
     sigmas: list[float] = _option("noise levels: standard deviations, for pixels in [0, 1]", "--sigma")
-    dataset_config_name: str | None = _option("configuration of the dataset", default=None)
+    dataset_config_name: str | None = _option("configuration of the dataset (default: its only one)", default=None)
     split: str = _option("split of the dataset", default="test")
-    revision: str | None = _option("revision of the model: a branch, tag or commit", default=None)
+    revision: str | None = _option("revision of the model: a branch, tag or commit (default: main)", default=None)
     image_column: str | None = _option("column of the images (default: img or image)", default=None)
     label_column: str | None = _option("column of the labels (default: label, labels or fine_label)", default=None)
     every: int = _option("certify only every N-th image, starting with the first; 20 is usual for CIFAR-10", default=1)
-    max_samples: int | None = _option("certify no more images than this", default=None)
+    max_samples: int | None = _option(
+        "certify no more images than this, spread at random over the split (always the same ones): splits are often sorted "
+        "by class; of a stream, the first ones (default: all)",
+        default=None,
+    )
     sample: int | None = _option(
         "certify so many images, drawn at random (always the same ones); with estimates for all images, they tell the "
-        "certified accuracy of all: `report --estimates`",
+        "certified accuracy of all: `report --estimates` (default: all images)",
         default=None,
     )
     radii: list[float] | None = _option(
@@ -67,9 +71,11 @@ class RunSettings:
         "`fixed` takes as many, by default 100,100)",
         default=None,
     )
-    n0: int | None = _option("selection draws, which choose the class (`fixed`)", default=None)
+    n0: int | None = _option("selection draws, which choose the class (`fixed`; default: 100)", default=None)
     n: int | None = _option(
-        "draws that bound the probability of this class (`fixed`), or that are counted (`counts`)", default=None
+        "draws that bound the probability of this class (`fixed`; default: 100,000), or that are counted (`counts`; "
+        "default: 64)",
+        default=None,
     )
     seed: int | None = _option(
         "seed of the noise, to reproduce certificates (default: from the operating system, which makes alpha hold for any "
@@ -80,11 +86,14 @@ class RunSettings:
         "type of the forward passes (bfloat16: autocast)", default="float32"
     )
     count_head: str | None = _option(
-        "count head, on the Hub or in a local folder: guides `two-stage` and `sequential`, is required for `surrogate`",
+        "count head, on the Hub or in a local folder (default: none): guides `two-stage` and `sequential`, is required for "
+        "`surrogate`",
         default=None,
     )
     delta: float | None = _option(
-        "share of images for which a calibrated count head may claim too much (`surrogate`)", default=None
+        "share of images for which a calibrated count head may claim too much (`surrogate`; default: none, which makes "
+        "its radii estimates)",
+        default=None,
     )
     noise_resolution: str = _option(
         "picture size at which noise is added, and that the radius refers to: `input` (of the network), `native` (of the "
@@ -92,10 +101,11 @@ class RunSettings:
         default="input",
     )
     denoiser: str | None = _option(
-        "denoiser in front of the model: `wiener`; certificates cover both together", default=None
+        "denoiser in front of the model: `wiener`; certificates cover both together (default: none)", default=None
     )
 
     def __post_init__(self) -> None:
+        from ..core.denoisers import check_denoiser
         from ..core.noise import GaussianNoise
 
         if self.method is None:
@@ -107,6 +117,8 @@ class RunSettings:
             check_count("sample", self.sample)
             if self.max_samples is not None:
                 raise ValueError(f"sample={self.sample} draws images at random: leave max_samples out.")
+        check_noise_resolution(self.resolution)
+        check_denoiser(self.denoiser)
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype={self.dtype!r} is unknown: use float32 or bfloat16.")
         if self.method == "surrogate" and self.count_head is None:
@@ -174,3 +186,6 @@ class ExecutionSettings:
     batch_size: int = _option("draws (noisy copies) per forward pass", default=128)
     streaming: bool = _option("read the dataset as a stream, without storing it", default=False)
     resume: bool = _option("resume the run in the output folder, if there is one", default=True)
+    device: str | None = _option(
+        "where to compute, such as `cpu` or `cuda:1` (default: a GPU if there is one)", default=None
+    )

@@ -17,10 +17,10 @@ from timm.data import Mixup, RandomResizedCropAndInterpolation, rand_augment_tra
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision.transforms import Compose, RandomCrop, RandomHorizontalFlip
 from torchvision.transforms.v2.functional import pil_to_tensor
-from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
 from ..core.preprocessing import to_pixels
+from ..core.progress_bar import open_bar
 from ..core.validation import check_count
 from ..data.labelled_images import LabelledImages, ModelInputs, Row
 from .batches import Batch, Batches
@@ -124,7 +124,6 @@ class ImageSettings:
             image_column=self.image_column,
             label_column=self.label_column,
             max_samples=eval_samples if eval_split else self.max_train_samples,
-            spread=True,
             streaming=self.streaming,
         )
 
@@ -226,7 +225,7 @@ class TrainingBatches(Batches):
         if images.total is None:
             self.source = _Stream(inputs, transform, size, batch_size, process_index, num_processes)
         elif size is not None:
-            progress = tqdm(images.rows(), "reading images", images.total, disable=not show_progress)
+            progress = open_bar(images.rows(), "reading images", images.total, disable=not show_progress)
             pictures = [_read_picture(inputs, index, read(), size) for index, read in progress]
             self.source = _Pictures(pictures.__getitem__, transform)
         else:

@@ -18,10 +18,10 @@ import torch
 from accelerate import Accelerator
 from timm.utils import ModelEmaV3
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 from transformers.hf_argparser import HfArg
 
+from ..core.progress_bar import open_bar
 from ..core.validation import check_count
 from ..utils.processes import start_processes
 from .batches import Batch, Batches
@@ -194,7 +194,7 @@ class TrainingLoop:
             FloatingPointError: if loss or weights are no longer finite.
         """
         main, total, done = self.accelerator.is_main_process, self.num_steps, self.state.step
-        with tqdm(desc="training", total=total, initial=done, unit="step", disable=not main) as progress_bar:
+        with open_bar(desc="training", total=total, initial=done, unit="step", disable=not main) as progress_bar:
             self.started = time.monotonic() - self.state.seconds
             while self.state.step < self.num_steps:
                 self._train_epoch(progress_bar)
@@ -223,7 +223,7 @@ class TrainingLoop:
             progress_bar.update()
             if state.step % settings.logging_steps == 0 or state.step == self.num_steps:
                 loss = self.log.write_loss(state, self.scheduler.get_last_lr()[-1])
-                progress_bar.set_postfix(loss=f"{loss:.3f}")
+                progress_bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             due = settings.checkpointing_steps != "epoch" and state.step % int(settings.checkpointing_steps) == 0
             # the last checkpoint follows the model, so that resuming from it finds the model saved
             if due and state.step < self.num_steps:

@@ -45,7 +45,7 @@ from hf_smoothing.reporting.report import summarize
 from hf_smoothing.reporting.results import read_results
 from hf_smoothing.reporting.tables import print_table
 from hf_smoothing.runs.run_folder import RunFolder
-from hf_smoothing.utils.argument_parser import exit_on_error
+from hf_smoothing.utils.errors import exit_on_error
 from hf_smoothing.utils.files import write_json
 from hf_smoothing.utils.provenance import command_line, package_versions
 

@@ -42,7 +42,8 @@ from hf_smoothing.training.evaluation import EvaluationSettings, predict_majorit
 from hf_smoothing.training.pretrained_classifiers import load_for_finetuning
 from hf_smoothing.training.training_images import ImageSettings, find_class_names
 from hf_smoothing.training.training_loop import TrainingSettings
-from hf_smoothing.utils.argument_parser import argument_parser, exit_on_error
+from hf_smoothing.utils.argument_parser import argument_parser
+from hf_smoothing.utils.errors import exit_on_error
 from hf_smoothing.utils.files import write_json
 from hf_smoothing.utils.provenance import command_line, package_versions
 

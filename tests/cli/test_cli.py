@@ -100,7 +100,7 @@ def test_the_demo_is_a_dataset_run(model, tmp_path, monkeypatch):
     demo = ("demo", "--model", model, "--output-dir", tmp_path, "--max-draws", 60, "--sigma", 0.5)
     done = run(*demo, "--seed", 0)
     assert done.exit_code == 0, done.stderr
-    for word in ("label", "prediction", "radius", "draws", "guarantee", "per_input", "r = 0.25", "certificates.png"):
+    for word in ("label", "prediction", "radius", "passes", "guarantee", "per_input", "r = 0.25", "certificates.png"):
         assert word in done.stdout
     assert Image.open(tmp_path / "certificates.png").width > 1000
     results = json.loads((tmp_path / "demo.json").read_text())

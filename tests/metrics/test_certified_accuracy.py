@@ -49,7 +49,7 @@ def test_a_case_computed_by_hand():
     )
     assert found["certified_accuracy"][4]["interval_95"] == pytest.approx([0, 1 - 0.025 ** (1 / 6)])
     assert (found["num_images"], found["num_failed"]) == (6, 1)
-    assert found["clean_accuracy"] == 3 / 6
+    assert found["certified_accuracy_at_0"] == 3 / 6
     assert found["abstention_rate"] == 1 / 6
     assert found["mean_certified_radius"] == pytest.approx(0.85 / 6)
     assert (found["guarantee"], found["alpha"]) == ("per_input", 0.01)
@@ -162,7 +162,7 @@ def test_properties(found, thresholds, random):
     for row in result["certified_accuracy"]:
         low, high = row["interval_95"]
         assert 0 <= low <= row["share"] <= high <= 1
-    assert shares(result)[0] <= result["clean_accuracy"] <= 1 - result["abstention_rate"]
+    assert shares(result)[0] <= result["certified_accuracy_at_0"] <= 1 - result["abstention_rate"]
     shuffled = random.sample(found, len(found))
     other = certified_accuracy(*zip(*shuffled), sorted(thresholds))
     assert shares(other) == shares(result)

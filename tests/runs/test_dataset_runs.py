@@ -64,12 +64,27 @@ def test_the_same_certificates_as_the_pipeline(certify, model, demo_images, tmp_
 
 
 def test_a_stream_gives_what_a_stored_dataset_gives(certify, tmp_path):
-    certify(tmp_path / "stored", every=7, max_samples=12, sigmas=(0.25, 0.5))
-    certify(tmp_path / "streamed", every=7, max_samples=12, sigmas=(0.25, 0.5), streaming=True, batch_size=17)
+    certify(tmp_path / "stored", every=17, sigmas=(0.25, 0.5))
+    certify(tmp_path / "streamed", every=17, sigmas=(0.25, 0.5), streaming=True, batch_size=17)
     assert rows(tmp_path / "stored") == rows(tmp_path / "streamed")
     assert len(rows(tmp_path / "stored")) == 24
     # and a stream resumes the run of a stored dataset
-    assert certify(tmp_path / "stored", every=7, max_samples=12, sigmas=(0.25, 0.5), streaming=True).num_new == 0
+    assert certify(tmp_path / "stored", every=17, sigmas=(0.25, 0.5), streaming=True).num_new == 0
+
+
+def test_fewer_images_are_spread_over_the_split(certify, tmp_path):
+    """Many splits are sorted by class: their first images would all be of one."""
+    certify(tmp_path / "stored", max_samples=12)
+    indices = [row["index"] for row in rows(tmp_path / "stored")]
+    assert (len(indices), indices) == (12, sorted(indices))
+    assert {index // 50 for index in indices} == {0, 1, 2, 3}
+    run = json.loads((tmp_path / "stored" / "run.json").read_text())
+    assert run["settings"]["max_samples_at_random"]
+    # a stream has no known end, so its first images are other ones
+    with pytest.raises(ValueError, match="max_samples_at_random: True -> False"):
+        certify(tmp_path / "stored", max_samples=12, streaming=True)
+    certify(tmp_path / "streamed", max_samples=12, streaming=True)
+    assert [row["index"] for row in rows(tmp_path / "streamed")] == list(range(12))
 
 
 def test_a_random_sample(certify, tmp_path):
@@ -136,7 +151,7 @@ def test_broken_images_are_recorded_and_reported(certify, demo_images, tmp_path)
     assert "Not certified, and counted as wrong: 3 images (index 0, 2, 4)" in str(summary)
     assert "not a picture" in str(summary)
     # the others are as without them, and nothing is left to do
-    certify(tmp_path / "sound", max_samples=6)
+    certify(tmp_path / "sound", split="test[:6]")
     assert [row for row in rows(tmp_path / "sound") if row["index"] % 2] == [
         row for row in records if row["index"] % 2
     ]
@@ -162,7 +177,7 @@ def test_a_file_that_is_away_stops_the_run_until_it_is_back(certify, demo_images
     assert 4 <= done <= 5  # image 4 may be in progress when the engine reads image 5
     summary = certify(dataset_name=str(tmp_path / "files.parquet"), batch_size=8)
     assert (summary.num_records, summary.num_new, summary.errors) == (8, 8 - done, ())
-    certify(tmp_path / "sound", max_samples=8)
+    certify(tmp_path / "sound", split="test[:8]")
     assert rows(tmp_path / "run") == rows(tmp_path / "sound")
 
 

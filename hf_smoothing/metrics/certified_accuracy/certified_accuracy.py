@@ -55,6 +55,7 @@ def certified_accuracy(
     estimated_predictions: Column | None = None,
     estimated_radii: Column | None = None,
     sampled: Column | None = None,
+    reach: float | None = None,
 ) -> dict[str, Any]:
     """
     Share of *all* images whose prediction is right and certified at each radius or beyond (Cohen et al., arXiv 1902.02918).
@@ -79,14 +80,18 @@ def certified_accuracy(
         estimated_radii: the estimates of the radii.
         sampled: with estimates, whether each image was certified. These images must have been drawn at random, without
             regard to their estimates. Where it is False, the columns of certificates may hold None.
+        reach: the largest radius that the draws can prove, where it is known (`rule.largest_radius(noise)` tells it). Beyond
+            it nothing is measured: no image can have such a radius, however robust the classifier is.
 
     Returns:
         A dict ready for JSON; without estimates, `num_sampled` is `num_images` and `estimated_share` is None:
 
         - `num_images`, `num_sampled`, `num_failed`;
         - `certified_accuracy`: for each threshold `radius`, `right` (images), `share`, `interval_95` (low, high),
-          `net_of_alpha` (None with estimates), `estimated_share` (of the estimates alone, which nothing guarantees);
-        - `clean_accuracy`: the share at radius 0;
+          `net_of_alpha` (None with estimates), `estimated_share` (of the estimates alone, which nothing guarantees), and
+          `out_of_reach`: whether the radius is beyond `reach`, where the shares and the interval are None;
+        - `certified_accuracy_at_0`: the share of right predictions at any radius. It is not the accuracy of the base
+          classifier on clean images, which is often much higher;
         - `abstention_rate`: share of all images;
         - `mean_certified_radius`: wrong images count 0. It is a weak measure: a useless classifier can make it as large as
           it likes, and it rewards easy images (arXiv 2410.06895). Compare the shares or the distribution of p_A instead;
@@ -122,6 +127,8 @@ def certified_accuracy(
         raise ValueError(f"thresholds={levels} must be one or more finite radii, 0 or above.")
     if not isinstance(num_results, int) or num_results < 1:
         raise ValueError(f"num_results={num_results!r} must be an integer, 1 or above.")
+    if reach is not None and not reach >= 0:
+        raise ValueError(f"reach={reach!r} must be a radius, 0 or above.")
     bounds, draws = columns.p_lower, columns.num_samples
     alpha = columns.alpha if columns.guarantee == "per_input" else None
     certificates = int((~columns.failed).sum())
@@ -131,8 +138,8 @@ def certified_accuracy(
         "num_images": len(columns.right if estimated is None else estimated.right),
         "num_sampled": len(columns.right),
         "num_failed": int(columns.failed.sum()),
-        "certified_accuracy": [_share(columns, level, most_wrong) for level in levels],
-        "clean_accuracy": float(columns.right.mean()),
+        "certified_accuracy": [_share(columns, level, most_wrong, reach) for level in levels],
+        "certified_accuracy_at_0": float(columns.right.mean()),
         "abstention_rate": float(columns.abstains.mean()),
         "mean_certified_radius": float(np.where(columns.right, columns.radii, 0.0).mean()),
         "guarantee": columns.guarantee,
@@ -165,7 +172,7 @@ def certified_accuracy_curve(
     return corners, (len(reached) - np.searchsorted(reached, corners)) / len(columns.right)
 
 
-def _share(columns: _Columns, level: float, most_wrong: int | None) -> dict[str, Any]:
+def _share(columns: _Columns, level: float, most_wrong: int | None, reach: float | None) -> dict[str, Any]:
     reached = columns.right & (columns.radii >= level)
     right, images = int(reached.sum()), len(columns.right)
     row = {"radius": level, "right": right, "share": right / images, "interval_95": exact_interval(right, images)}
@@ -175,7 +182,13 @@ def _share(columns: _Columns, level: float, most_wrong: int | None) -> dict[str,
         estimated = columns.estimates.right & (columns.estimates.radii >= level)
         row["share"], row["interval_95"] = share_of_sample(reached, estimated, columns.sampled)
         row |= {"net_of_alpha": None, "estimated_share": float(estimated.mean())}
-    return row
+    row["out_of_reach"] = False
+    return mark_out_of_reach(row) if reach is not None and level > reach else row
+
+
+def mark_out_of_reach(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of [`certified_accuracy`] at a radius that the draws cannot prove: its share is not measured."""
+    return row | dict.fromkeys(("share", "interval_95", "net_of_alpha", "estimated_share")) | {"out_of_reach": True}
 
 
 def _validate(
@@ -355,7 +368,7 @@ class CertifiedAccuracy(evaluate.Metric):
 
     def _expect(self, batch: dict[str, Any]) -> None:
         """Set the columns of all batches until `compute`."""
-        given = {name for name, column in batch.items() if column is not None} - {"thresholds", "num_results"}
+        given = {name for name, column in batch.items() if column is not None} - {"thresholds", "num_results", "reach"}
         if unknown := sorted(given.difference(_FEATURES)):
             raise ValueError(f"There is no column {unknown[0]!r}; there are {', '.join(_FEATURES)}.")
         if missing := [name for name in _REQUIRED if name not in given]:

@@ -1,0 +1,107 @@
+"""Radii that the draws cannot prove: nothing is measured there, and tables, notes, curves and the metric say so."""
+
+import json
+
+import numpy as np
+import pytest
+from helpers.finished_runs import write_log, write_run
+from matplotlib.figure import Figure
+from PIL import Image
+
+from hf_smoothing import CertifiedAccuracy, FixedRule, GaussianNoise, SequentialRule, TwoStageRule
+from hf_smoothing.core.count_rule import CountRule
+from hf_smoothing.metrics.certified_accuracy import certified_accuracy
+from hf_smoothing.reporting.plots import draw_certified_accuracy, plot_certified_accuracy
+from hf_smoothing.reporting.report import render_notes, share_rows, summarize
+from hf_smoothing.reporting.results import read_results
+
+NOISE = GaussianNoise(0.25)
+
+
+def write_fixed_run(folder, n=100):
+    """A finished run of `n` draws per image, and the largest radius that they prove."""
+    write_run(folder, method="fixed")
+    run = json.loads((folder / "run.json").read_text())
+    run["settings"] |= {"alpha": 0.001, "n0": 10, "n": n, "max_draws": None, "draws": None, "radii": None}
+    (folder / "run.json").write_text(json.dumps(run))
+    return FixedRule(n0=10, n=n).largest_radius(NOISE)
+
+
+@pytest.mark.parametrize("rule", [FixedRule(n0=8, n=300), TwoStageRule(max_draws=308)])
+def test_the_largest_radius_is_what_hits_alone_prove(rule):
+    runs, row = rule.start(NOISE, 1, 3), np.array([0])
+    wanted = runs.start(row, None)
+    while wanted:
+        wanted = runs.update(row, np.array([[int(wanted[0]), 0, 0]]))
+    largest = rule.largest_radius(NOISE)
+    assert runs.outcomes(row).radii[0] <= largest
+    if isinstance(rule, FixedRule):
+        assert runs.outcomes(row).radii[0] == pytest.approx(largest)
+    assert 0.4 < largest < 0.6
+
+
+def test_rules_that_decide_or_count():
+    assert SequentialRule((0.1, 0.3, 0.9), max_draws=200).largest_radius(NOISE) == 0.3
+    assert SequentialRule((0.9,), max_draws=200).largest_radius(NOISE) == 0
+    assert CountRule().largest_radius(NOISE) == 0
+
+
+def test_a_report_says_out_of_reach_and_not_0(tmp_path):
+    ceiling = write_fixed_run(tmp_path / "run")
+    (result,) = read_results([tmp_path / "run"])
+    assert result.largest_radius == ceiling
+    report = summarize([result], [0.0, 0.25, 0.75])
+    (row,) = share_rows(report)
+    assert row["r = 0.75"] == "out of reach"
+    assert row["r = 0.25"][0].isdigit()
+    last = report["results"][0]["certified_accuracy"][-1]
+    assert (last["share"], last["out_of_reach"]) == (None, True)
+    assert f"no image can have a radius above {ceiling:.3f}"[:-1] in render_notes(report)
+    assert "no image can have" not in render_notes(summarize([result], [0.0, 0.25]))
+
+
+def test_an_envelope_takes_what_is_measured(tmp_path):
+    write_fixed_run(tmp_path / "few")
+    results = read_results([tmp_path / "few", write_run(tmp_path / "unknown", (0.5,), seed=1)])
+    rows = summarize(results, [0.25, 0.75], envelope=True)["envelope"]["certified_accuracy"]
+    assert [row["from"] for row in rows][1] == "unknown, sigma = 0.5"
+
+
+def test_curves_mark_the_ceiling(tmp_path):
+    ceiling = write_fixed_run(tmp_path / "run", n=200)
+    (result,) = read_results([tmp_path / "run"])
+    result.rows[0]["radius"] = 0.99 * ceiling
+    axes = Figure().subplots()
+    draw_certified_accuracy(axes, [result])
+    assert [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == ":"] == [ceiling]
+    assert [text.get_text() for text in axes.texts] == ["draws prove at most 0.45"]
+
+
+def test_the_metric_measures_nothing_out_of_reach():
+    columns = {"predictions": [0, 1], "references": [0, 0], "radii": [0.3, 0.2]}
+    for compute in (certified_accuracy, CertifiedAccuracy().compute):
+        rows = compute(**columns, thresholds=[0.25, 0.75], reach=0.4)["certified_accuracy"]
+        assert [row["share"] for row in rows] == [0.5, None]
+        assert [row["out_of_reach"] for row in rows] == [False, True]
+        assert rows[1]["interval_95"] is None
+    with pytest.raises(ValueError, match="reach=-1"):
+        certified_accuracy(**columns, reach=-1)
+
+
+def test_the_accuracy_of_all_certificates_is_not_called_clean():
+    figures = certified_accuracy([0, -1], [0, 0], [0.3, 0.0])
+    assert figures["certified_accuracy_at_0"] == 0.5
+    assert "clean_accuracy" not in figures
+
+
+def test_the_label_of_a_log_fits_beside_the_axis(tmp_path):
+    plot_certified_accuracy(read_results([write_log(tmp_path / "cohen.tsv")]), tmp_path / "curves")
+    pixels = np.asarray(Image.open(tmp_path / "curves.png").convert("L"))
+    assert (pixels[:3] == 255).all()  # a label that is cut touches the edge
+    assert (pixels[-3:] == 255).all()
+
+
+@pytest.mark.parametrize(("name", "sigma"), [("sigma_0.25", 0.25), ("sigma0.5.tsv", 0.5), ("cohen.tsv", None)])
+def test_the_name_of_a_log_tells_its_sigma(tmp_path, name, sigma):
+    (result,) = read_results([write_log(tmp_path / name)])
+    assert result.sigma == sigma
