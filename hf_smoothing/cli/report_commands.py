@@ -36,7 +36,7 @@ def report(
     estimates: Annotated[
         Path | None,
         typer.Option(
-            help="Run with a count head's estimates (method `surrogate`) for all images (default: none), where the other runs "
+            help="Run with estimates of a count head (`surrogate`) for all images (default: none), where the other runs "
             "certified a random sample of them (`--sample`): the report is then about all images."
         ),
     ] = None,

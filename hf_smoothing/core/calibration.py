@@ -74,7 +74,7 @@ class Calibration:
     def count_shared_images(self, sigma: float, probabilities: FloatArray) -> int:
         """How many rows of predictions `(images, classes)` are, to the ninth digit, those of calibration images."""
         predicted = _log_odds(probabilities.max(1))
-        same = np.abs(predicted[:, None] - self._at(sigma)[0]) < 1e-9
+        same = np.abs(predicted[:, None] - self.at(sigma)[0]) < 1e-9
         return int((same.any(1) & (np.abs(predicted) < 27)).sum())  # near 0 and 1 no digits are left
 
     def scores(self, sigma: float, p_needed: Sequence[float] | None = None) -> NDArray[np.float64]:
@@ -85,12 +85,16 @@ class Calibration:
             sigma: a calibrated noise level; another one is a `ValueError`.
             p_needed: the probabilities that the radii to decide need; `None` to claim each image's own radius.
         """
-        predicted, allowed = self._at(sigma)
+        predicted, allowed = self.at(sigma)
         if p_needed is None:
             return np.sort(predicted - allowed)
         needed = _allowed(np.sort(p_needed), self.n, self.alpha)
-        proved = (needed < allowed[:, None]).sum(1)  # number of radii; the next one is the first that is too large
+        proved = self.proves(sigma, np.sort(p_needed)).sum(1)  # the next radius is the first that is too large
         return np.sort(predicted - np.append(needed, np.inf)[proved])
+
+    def proves(self, sigma: float, p_needed: ArrayLike) -> NDArray[np.bool_]:
+        """Whether Monte-Carlo proves the radii that need these probabilities, for the predicted class: `(images, radii)`."""
+        return _allowed(p_needed, self.n, self.alpha) < self.at(sigma)[1][:, None]
 
     def shift(self, sigma: float, delta: float, p_needed: Sequence[float] | None = None) -> float:
         """
@@ -111,11 +115,12 @@ class Calibration:
 
     def claim_rate(self, sigma: float, delta: float, p_needed: Sequence[float] | None = None) -> float:
         """The share of the calibration images that get a radius; arguments and errors as in [`shift`]."""
-        predicted, _ = self._at(sigma)
+        predicted, _ = self.at(sigma)
         least = _allowed(0.5 if p_needed is None else min(p_needed), self.n, self.alpha)
         return float((predicted - least > self.shift(sigma, delta, p_needed)).mean())
 
-    def _at(self, sigma: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def at(self, sigma: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """`predicted` and `allowed` of one noise level; another level than the calibrated ones is a `ValueError`."""
         # a quantile at one level says nothing about another
         level = next((level for level in self.predicted if math.isclose(level, sigma, rel_tol=1e-6)), None)
         if level is None:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 ABSTAIN = -1
 """The prediction of a certificate that claims nothing."""
 
-Guarantee = Literal["per_input", "marginal", "none"]
+Guarantee = Literal["per_input", "marginal", "selected", "none"]
 
 _NORM_EXPONENTS = {"l1": 1.0, "l2": 2.0, "linf": math.inf}
 
@@ -23,7 +23,8 @@ class Certificate:
         radius: no change of the image smaller than this changes the prediction. Measured in the norm `norm` of `[0, 1]`
             pixels at the resolution at which the noise was added. Full precision; 0 on abstention.
         guarantee: `per_input`: the claim is wrong with probability at most alpha over the draws, whatever the model.
-            `marginal`: over exchangeable calibration and test images, see `delta`. `none`: an estimate.
+            `marginal`: over exchangeable calibration and test images, see `delta`. `selected`: the same, but about the share
+            of wrong claims, see `false_claims`. `none`: an estimate.
         method, noise, norm: names of the rule that decided, of the smoothing distribution, and of the norm of the radius.
         sampling: `lattice`: noisy copies lie on a lattice, which tells the base classifier nothing of the picture's bits.
         sigma: standard deviation of the noise, in `[0, 1]` pixels.
@@ -42,7 +43,9 @@ class Certificate:
         denoiser: the denoiser in front of the classifier, if any; it is part of what is certified.
         delta: `marginal` only: the share of images, over calibration and test images, about which the claim may be wrong
             besides alpha: Monte-Carlo would prove a smaller radius or another prediction.
-        calibration: `marginal` only: the images used for calibration, in words.
+        calibration: `marginal` and `selected` only: the images used for calibration, in words.
+        false_claims: `selected` only: the largest expected share of wrong claims among those at a radius, over the images of
+            one call or run: Monte-Carlo would not prove this radius for the prediction.
     """
 
     prediction: int
@@ -66,6 +69,7 @@ class Certificate:
     denoiser: str | None = None
     delta: float | None = None
     calibration: str | None = None
+    false_claims: float | None = None
 
     @property
     def abstains(self) -> bool:

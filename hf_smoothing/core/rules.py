@@ -40,6 +40,7 @@ def make_rule(
     n0: int | None = None,
     n: int | None = None,
     delta: float | None = None,
+    false_claims: float | None = None,
     calibration: Calibration | None = None,
 ) -> Rule:
     """
@@ -49,14 +50,15 @@ def make_rule(
         method: `"two-stage"` (finds radii), `"sequential"` (decides radii), `"fixed"` (the usual protocol), `"surrogate"`
             (only asks a count head) or `"counts"` (only counts). By default `"sequential"` with radii, else `"two-stage"`.
         alpha: probability of a wrong certificate, in (0, 1); without meaning for `counts`, which claims nothing.
-        radius: one radius to decide; for `surrogate` with `delta` only.
+        radius: one radius to decide; for `surrogate` with `delta` or `false_claims` only.
         radii: several radii to decide, instead of `radius`.
         draws: mean number of draws per image to plan for, `two-stage` only.
         max_draws: the most draws per image. `fixed` makes as many, `counts` too, unless `n` is given.
         n0: selection draws, `fixed` only.
         n: draws that bound the probability (`fixed`), are counted (`counts`), or that the head stands for (`surrogate`).
         delta: the share of images about which a calibrated count head may be wrong, `surrogate` only.
-        calibration: the count head's; used only with `delta`, and then `n` is by default the calibration's.
+        false_claims: the share of wrong claims among those at a radius, `surrogate` only, see [`SurrogateRule`].
+        calibration: the count head's; used only with these two, and then `n` is by default the calibration's.
 
     Raises:
         ValueError: for an unknown method, a setting out of range, or one that the method does not take.
@@ -78,8 +80,8 @@ def make_rule(
         "draws": draws,
         "max_draws": max_draws,
     }
-    settings |= {"n0": n0, "n": n, "delta": delta}
-    settings |= {"calibration": None if delta is None else calibration}
+    settings |= {"n0": n0, "n": n, "delta": delta, "false_claims": false_claims}
+    settings |= {"calibration": None if delta is None and false_claims is None else calibration}
     settings = {name: value for name, value in settings.items() if value is not None}
     rule = RULES[method]
     for name, value in settings.items():

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence, Sized
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -23,6 +24,7 @@ from .rule_protocols import Rule
 from .rules import make_rule
 from .sampler import CountHead, FinishedImages, Sampler, in_order
 from .sequential_rule import SequentialRule
+from .surrogate_rule import SurrogateRule
 from .validation import check_count
 from .weights import weights_digest
 
@@ -167,7 +169,8 @@ class SmoothedClassifier:
                 `[0, 1]` or uint8, or, with an image processor, a path, an address or a PIL image. All of one shape.
             method: `"two-stage"` (how far does it hold? the default without radii), `"sequential"` (does it hold to these
                 radii? the default with them), `"fixed"` (the usual protocol), or `"surrogate"` (only ask the count head: an
-                estimate, or with `delta` and its calibration a claim about most images).
+                estimate, or with its calibration a claim: with `delta` about most images, with `false_claims` such that most
+                claims hold).
             seed: seed of the noise; by default one from the operating system. Alpha is a probability over a seed that is
                 chosen after model and images: a seed that they could know of reproduces results, and promises nothing
                 against whoever made them to fit it. The same seed gives an image the same noise, whatever other images
@@ -191,7 +194,7 @@ class SmoothedClassifier:
             if self.count_head is None:
                 raise ValueError("method='surrogate' takes a count head: pass count_head.")
             settings["calibration"] = self.calibration
-            if settings.get("delta") is not None:
+            if settings.get("delta") is not None or settings.get("false_claims") is not None:
                 self.check_calibration()
         return make_rule(method, **settings)
 
@@ -254,10 +257,17 @@ class SmoothedClassifier:
                 f"A {type(images).__name__} is no list of images: pass its column, such as dataset['image']."
             )
         pixels = (to_pixels(image, self.preprocessing) for image in images)
+        selects = isinstance(rule, SurrogateRule) and rule.false_claims is not None
         if isinstance(images, Iterator):
+            if selects:
+                raise ValueError("false_claims depends on all images: pass them as one list, not as an iterator.")
             return in_order(self.certify_stream(pixels, rule, seed=seed, progress=progress))
         # Convert all before the first draw: a broken image at the end must not waste the work before it
-        return list(in_order(self.certify_stream(list(pixels), rule, seed=seed, progress=progress)))
+        certificates = list(in_order(self.certify_stream(list(pixels), rule, seed=seed, progress=progress)))
+        if selects:
+            claims = rule.select(self.noise, [(estimate.prediction, estimate.p_lower) for estimate in certificates])
+            return [replace(estimate, **claim) for estimate, claim in zip(certificates, claims)]  # type: ignore[arg-type]
+        return certificates
 
     def certify_stream(
         self,

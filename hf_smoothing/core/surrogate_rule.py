@@ -1,5 +1,6 @@
 """The rule that draws nothing and relies on a count head."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,6 +19,7 @@ from .rule_protocols import (
     check_reach,
     probabilities_proving,
 )
+from .selection import count_selected_radii
 from .validation import check_count, check_radii, check_share
 
 
@@ -29,11 +31,13 @@ class SurrogateRule:
     Args:
         n: the number of draws that the prediction stands for.
         alpha: level of the bound that these draws would give.
-        delta: the share of images about which the claim may be wrong, in (0, 1), see [`Calibration`]. Without it the radius
-            is an estimate that guarantees nothing.
+        delta: the share of images about which the claim may be wrong, in (0, 1), see [`Calibration`]. Without it and
+            `false_claims` the radius is an estimate that guarantees nothing.
+        false_claims: the share of the claims at a radius that may be wrong, in (0, 1), see [`count_selected_radii`]. It
+            depends on the estimates of all images, so [`select`] makes the claims once they are there.
         calibration: of the head, with the same `n` and `alpha`.
-        radii: with `delta`, the radii to decide: the certificate carries the largest of them that can be claimed. A radius
-            of 0 asks for the prediction alone. Choose the radii before you see results.
+        radii: with `delta` or `false_claims`, the radii to decide: the certificate carries the largest of them that can be
+            claimed. A radius of 0 asks for the prediction alone. Choose the radii before you see results.
 
     Raises:
         ValueError: for a setting out of range, a calibration with other draws, or radii of an estimate.
@@ -46,9 +50,10 @@ class SurrogateRule:
     delta: float | None = None
     calibration: Calibration | None = None
     radii: tuple[float, ...] | None = None
+    false_claims: float | None = None
 
     method: ClassVar[str] = "surrogate"
-    takes: ClassVar[tuple[str, ...]] = ("alpha", "radius", "radii", "n", "delta", "calibration")
+    takes: ClassVar[tuple[str, ...]] = ("alpha", "radius", "radii", "n", "delta", "false_claims", "calibration")
     uses_clean_pass: ClassVar[bool] = False
     uses_count_head: ClassVar[bool] = True
     uses_base_classifier: ClassVar[bool] = False
@@ -57,18 +62,25 @@ class SurrogateRule:
     def __post_init__(self) -> None:
         check_count("n", self.n)
         check_share("alpha", self.alpha)
-        if self.delta is None:
+        if self.delta is None and self.false_claims is None:
             if self.radii is not None:
                 raise ValueError(
                     f"radii={self.radii} have no meaning for method 'surrogate' without delta, which estimates each "
-                    "image's radius: leave them out, or give delta."
+                    "image's radius: leave them out, or give delta or false_claims."
                 )
             return
         if self.radii is not None:
             check_radii(self.radii)
-        check_share("delta", self.delta)
+        if self.delta is not None and self.false_claims is not None:
+            raise ValueError("Give delta or false_claims, not both: they are different guarantees.")
+        if self.false_claims is not None and self.radii is None:
+            raise ValueError(
+                f"false_claims={self.false_claims:g} is a share of the claims at each radius: give radii."
+            )
+        name, share = ("delta", self.delta) if self.delta is not None else ("false_claims", self.false_claims)
+        check_share(name, share)
         if self.calibration is None:
-            raise ValueError(f"delta={self.delta:g} takes a calibrated count head: run hf-smoothing calibrate.")
+            raise ValueError(f"{name}={share:g} takes a calibrated count head: run hf-smoothing calibrate.")
         for name in ("n", "alpha"):
             value, calibrated = getattr(self, name), getattr(self.calibration, name)
             if value != calibrated:
@@ -82,11 +94,14 @@ class SurrogateRule:
 
     @property
     def guarantee(self) -> Guarantee:
+        """Of what it says of one image: with `false_claims` an estimate, until [`select`] has seen all of them."""
         return "none" if self.delta is None else "marginal"
 
     def check(self, noise: NoiseDistribution) -> None:
-        if self.delta is not None and self.calibration is not None:
-            self.calibration.shift(noise.sigma, self.delta)
+        if self.calibration is not None:
+            if self.delta is not None:
+                self.calibration.shift(noise.sigma, self.delta)
+            self.calibration.at(noise.sigma)
         for radius in self.radii or ():
             check_reach(self.n, self.alpha, noise, radius)
 
@@ -111,6 +126,37 @@ class SurrogateRule:
             claimed = int(self.calibration.count_claimed_radii(p_a, self.shift(noise), needed))
             return needed[claimed - 1] if claimed else None  # a radius of 0, if asked for, is a claim too
         return p_lower if noise.radius(p_lower) > 0 else None
+
+    def select(
+        self, noise: NoiseDistribution, estimates: Sequence[tuple[int, float]]
+    ) -> list[dict[str, int | float | str]]:
+        """
+        Make the claims, with `false_claims`.
+
+        Args:
+            noise: the smoothing distribution of the estimates.
+            estimates: prediction and `p_lower` of all images, as the rule estimates them.
+
+        Returns:
+            For each image, what its certificate says in place of the estimate.
+        """
+        assert self.calibration is not None
+        assert self.false_claims is not None
+        p_lower = np.array([0.0 if prediction == ABSTAIN else bound for prediction, bound in estimates])
+        needed = probabilities_proving(self.radii or (), noise)
+        selected = count_selected_radii(self.calibration, noise.sigma, p_lower, needed, self.false_claims)
+        shared = {
+            "guarantee": "selected",
+            "false_claims": self.false_claims,
+            "calibration": self.calibration.description,
+        }
+        claims: list[dict[str, int | float | str]] = []
+        for (prediction, _), number in zip(estimates, selected):
+            bound = needed[number - 1] if number else 0.0
+            radius = float(noise.radius(bound)) if number else 0.0
+            claim = {"prediction": prediction if number else ABSTAIN, "radius": radius}
+            claims.append({**shared, **claim, "p_lower": bound, "p_upper": 1 - bound})
+        return claims
 
     def start(self, noise: NoiseDistribution, num_rows: int, num_classes: int) -> "_SurrogateRuns":
         return _SurrogateRuns(self, noise, num_rows, num_classes)

@@ -137,6 +137,7 @@ def _summarize_result(result: Result, radii: Sequence[float], num_results: int) 
         "sigma": result.sigma,
         "sampling": result.sampling,
         "delta": result.delta,
+        "false_claims": result.false_claims,
         "calibration": sorted({calibration for calibration in result.column("calibration") if calibration}),
         "noise_resolution": result.noise_resolution,
         "denoiser": result.denoiser,
@@ -276,7 +277,7 @@ def _early_stops(entries: Sequence[Json]) -> list[Json]:
     stops: dict[str, Json] = {}
     for entry in entries:
         if decided := entry["decided_radii"]:
-            out_of_reach, calibrated = entry["radii_out_of_reach"], entry.get("delta") is not None
+            out_of_reach, calibrated = entry["radii_out_of_reach"], entry["guarantee"] in ("marginal", "selected")
             stop = {"decided": decided, "out_of_reach": out_of_reach, "calibrated": calibrated, "titles": []}
             stops.setdefault(str(stop), stop)["titles"].append(entry["title"])
     return list(stops.values())

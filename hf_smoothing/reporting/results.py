@@ -143,6 +143,10 @@ class Result:
         return self._only("delta")
 
     @cached_property
+    def false_claims(self) -> float | None:
+        return self._only("false_claims")
+
+    @cached_property
     def norm(self) -> str | None:
         return self._only("norm")
 
@@ -228,6 +232,7 @@ def name_of_figure(guarantee: str | None) -> str:
         None: " as claimed (guarantee unknown)",
         NO_CERTIFICATE: " (every image failed)",
         "marginal": " (marginal guarantee: holds for images on average)",
+        "selected": " (selected guarantee: most claims hold on average)",
     }
     return (
         "Estimated accuracy (not certified)"
@@ -244,7 +249,7 @@ def shared_guarantee_and_norm(results: Sequence[Result]) -> tuple[str | None, st
         ValueError: for results that differ in guarantee, alpha, norm, noise resolution or delta: they make no one figure.
     """
     certified = [result for result in results if result.guarantee != NO_CERTIFICATE] or list(results)
-    for name in ("guarantee", "alpha", "norm", "noise_resolution", "delta"):
+    for name in ("guarantee", "alpha", "norm", "noise_resolution", "delta", "false_claims"):
         values = {str(getattr(result, name) or "unknown") for result in certified}
         if len(values) > 1:
             each = "; ".join(f"{result.title}: {getattr(result, name) or 'unknown'}" for result in certified)

@@ -46,6 +46,7 @@ SCHEMA = pa.schema(
         "denoiser": pa.string(),
         "delta": pa.float64(),
         "calibration": pa.string(),
+        "false_claims": pa.float64(),
         "seconds": pa.float64(),  # of its process since the record before; images share batches: sums and means count
         "error": pa.string(),
     }

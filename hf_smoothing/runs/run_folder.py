@@ -194,20 +194,26 @@ class RunFolder:
         """How many records the shards hold, without a line that is being written."""
         return sum(shard.read_bytes().count(b"\n") for shard in shards_in(self.shards))
 
-    def finish(self, num_before: int, expected: int | None) -> RunSummary:
+    def finish(
+        self,
+        num_before: int,
+        expected: int | None,
+        select: Callable[[list[Record]], list[Record]] | None = None,
+    ) -> RunSummary:
         """
         Merge the records of all shards into the table, and write to `run.json` that the run is finished.
 
         Args:
             num_before: records that were there at the start.
             expected: records that there must be, if that is known. A `RuntimeError` says that some are missing.
+            select: changes records that depend on all others, before they enter the table.
         """
         rows = {(row["sigma"], row["index"]): row for row in read_shards(self.shards)}
         if expected not in (None, len(rows)):
             raise RuntimeError(
                 f"{len(rows)} records of {expected} are there: run the same command again to certify the rest."
             )
-        write_parquet(rows.values(), self.table)
+        write_parquet(rows.values() if select is None else select(list(rows.values())), self.table)
         errors = tuple((sigma, index, row["error"]) for (sigma, index), row in sorted(rows.items()) if row["error"])
         num_new = len(rows) - num_before
         run = self.read_run()

@@ -55,7 +55,7 @@ class RunSettings:
     )
     radii: list[float] | None = _option(
         "only decide whether each image reaches these radii; without them, find each image's radius (`surrogate`: needs "
-        "--delta, and claims the largest possible one of them)",
+        "--delta or --false-claims, and claims the largest possible one of them)",
         default=None,
     )
     method: str | None = _option(
@@ -93,6 +93,11 @@ class RunSettings:
     delta: float | None = _option(
         "share of images for which a calibrated count head may claim too much (`surrogate`; default: none, which makes "
         "its radii estimates)",
+        default=None,
+    )
+    false_claims: float | None = _option(
+        "share of the claims at a radius that may exceed what draws prove; a calibrated count head then claims these radii "
+        "only for images where it is sure enough (`surrogate`, with --radii)",
         default=None,
     )
     noise_resolution: str = _option(
@@ -161,14 +166,16 @@ class RunSettings:
     def _make_rule(self, radii: Sequence[float] | None) -> "Rule":
         from ..core.rules import make_rule
 
-        options = {name: getattr(self, name) for name in ("draws", "max_draws", "alpha", "n0", "n", "delta")}
+        names = ("draws", "max_draws", "alpha", "n0", "n", "delta", "false_claims")
+        options = {name: getattr(self, name) for name in names}
         return make_rule(self.method, radii=radii, calibration=self._calibration, **options)
 
     @cached_property
     def _calibration(self) -> "Calibration | None":
         from ..core.count_predictor import read_calibration
 
-        return read_calibration(self.count_head) if self.count_head and self.delta is not None else None
+        calibrated = self.delta is not None or self.false_claims is not None
+        return read_calibration(self.count_head) if self.count_head and calibrated else None
 
     def _can_show(self, radius: float, noise: "GaussianNoise") -> bool:
         try:

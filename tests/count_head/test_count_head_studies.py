@@ -14,6 +14,8 @@ from hf_smoothing.count_head.calibrate import (
 )
 from hf_smoothing.count_head.measured_counts import read_counts
 from hf_smoothing.hub.results_pages import render_results
+from hf_smoothing.reporting.report import render_notes, summarize
+from hf_smoothing.reporting.results import read_results
 from hf_smoothing.runs.dataset_run import RunSettings, certify_dataset
 from hf_smoothing.utils.processes import start_processes
 
@@ -108,6 +110,25 @@ def test_a_study_of_a_head(run, folder, tmp_path):
         shares = zip(row["proved_accuracy"], row["accuracy"])
         assert all(proved["share"] <= claimed["share"] for proved, claimed in shares)
     assert (tmp_path / "count-head.png").stat().st_size > 10_000
+
+
+def test_a_run_selects_claims_among_all_of_its_images(model, parquet, folder, tmp_path):
+    """However the run was interrupted: the claims are made from all records, at its end."""
+    head = str(folder / "head")
+    options = {"split": "test", "method": "surrogate", "count_head": head, "radii": [0.0, 0.25], "seed": 0}
+    settings = RunSettings(model, parquet, (0.5,), false_claims=0.3, **options)
+    certify_dataset(settings, tmp_path / "run", accelerator=start_processes())
+    finished = rows(tmp_path / "run")
+    assert {row["guarantee"] for row in finished} == {"selected"}
+    assert {row["false_claims"] for row in finished} == {0.3}
+    shard = next((tmp_path / "run" / "shards").glob("*.jsonl"))
+    lines = shard.read_text().splitlines(keepends=True)
+    shard.write_text("".join(lines[: len(lines) // 2]))  # as a killed run leaves it
+    certify_dataset(settings, tmp_path / "run", accelerator=start_processes())
+    assert [{**row, "seconds": 0} for row in rows(tmp_path / "run")] == [{**row, "seconds": 0} for row in finished]
+    report = summarize(read_results([tmp_path / "run"]))
+    assert report["guarantee"] == "selected"
+    assert "at most a share 0.3 of the claims at each radius exceeds" in render_notes(report)
 
 
 def test_heads_are_not_judged_on_their_training_images(folder):

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from .shares import exact_interval, most_wrong_certificates, share_of_sample
 
 ABSTAIN = -1
-GUARANTEES = ("per_input", "marginal", "none")
+GUARANTEES = ("per_input", "marginal", "selected", "none")
 DEFAULT_THRESHOLDS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 Column = Iterable[Any]
@@ -68,8 +68,8 @@ def certified_accuracy(
         references: the true classes, 0 or above.
         radii: certified radii, 0 or above and at full precision (float64); 0 on abstention, None where the image failed.
         thresholds: radii at which to count, 0 or above. Radius 0 counts every right prediction that does not abstain.
-        guarantees: `per_input`, `marginal` or `none` for each image, None where unknown. Different ones are refused: they do
-            not make one figure. With `none` the figures are estimates, not certified.
+        guarantees: `per_input`, `marginal`, `selected` or `none` for each image, None where unknown. Different ones are
+            refused: they do not make one figure. With `none` the figures are estimates, not certified.
         p_lower: lower bounds, in [0, 1], of the probability of the predicted class under noise.
         num_samples: forward passes spent on each image, 0 or above; None where unknown.
         alphas: largest probability that the certificate of each image is wrong, above 0 and below 1; None where unknown.
