@@ -75,3 +75,81 @@ def certify_dataset(
         images = open_images(requested, streaming)
     smoothed = load_classifier(requested, device or accelerator.device, batch_size)
     if settings.delta is not None or settings.false_claims is not None:
+        smoothed.check_calibration()
+    inputs = images.bind(smoothed.class_names or (), smoothed.preprocessing)
+
+    def start() -> RunState:
+        session = describe_session(accelerator, smoothed)
+        return folder.start(describe_run(settings, images, smoothed), session, partial(_find_shape, inputs))
+
+    state = on_main_first(accelerator, start)
+    expected = None if images.total is None else images.total * len(settings.sigmas)
+    recorder = Recorder(folder, state, settings, accelerator, expected)
+    try:
+        for sigma in settings.sigmas:
+            _certify(smoothed.with_noise(GaussianNoise(sigma)), inputs, state, recorder)
+        recorder.finish()
+    except KeyboardInterrupt as error:
+        recorder.queue.fail(error)
+        done = f"{folder.count_records()}{'' if expected is None else f' of {expected}'}"
+        raise KeyboardInterrupt(f"stopped; {done} are done; the same command resumes the run") from error
+    except BaseException as error:
+        recorder.queue.fail(error)  # so that the main process does not wait for this one
+        raise
+    finally:
+        recorder.close()
+    select = None if settings.false_claims is None else partial(_select_claims, settings)
+    return folder.finish(len(state.finished), expected, select) if accelerator.is_main_process else None
+
+
+def _find_shape(inputs: ModelInputs) -> tuple[int, ...] | None:
+    for _, read in inputs.images.rows():
+        with suppress(ValueError):
+            return tuple(inputs.pixels(read()).shape)
+    return None
+
+
+def _select_claims(settings: RunSettings, records: list[Record]) -> list[Record]:
+    """The records with claims in place of estimates: with `false_claims`, they depend on all images of a noise level."""
+    selected = [row for row in records if row["error"] is not None]
+    for sigma in settings.sigmas:
+        rule, _ = settings.rule(sigma)
+        assert isinstance(rule, SurrogateRule)
+        rows = [row for row in records if row["sigma"] == sigma and row["error"] is None]
+        claims = rule.select(GaussianNoise(sigma), [(row["prediction"], row["p_lower"]) for row in rows])
+        for row, claim in zip(rows, claims):
+            name = None if claim["prediction"] == ABSTAIN else row["prediction_name"]
+            selected.append({**row, **claim, "prediction_name": name})
+    return selected
+
+
+def _certify(smoothed: SmoothedClassifier, inputs: ModelInputs, state: RunState, recorder: Recorder) -> None:
+    """Certify the images that this process takes at the sigma of `smoothed`, and keep each record as soon as it is there."""
+    sigma, names, seed = smoothed.noise.sigma, smoothed.class_names or (), state.seed
+    rule, _ = recorder.settings.rule(sigma)
+    work = ((index, read) for index, read in inputs.images.rows() if (sigma, index) not in state.finished)
+    # where the base classifier resizes, after the noise, it takes all sizes
+    one_shape = inputs.preprocessing is None or inputs.preprocessing.resize is None
+    admitted: list[tuple[int, int]] = []
+
+    def read_pixels() -> Iterator[torch.Tensor]:
+        for index, read in recorder.queue.take(work, sigma):
+            row = read()
+            label = inputs.label(index, row)
+            try:
+                pixels = inputs.pixels(row)
+                if one_shape and state.image_shape not in (None, pixels.shape):
+                    shapes = f"{tuple(pixels.shape)} after the image processor, the first one {state.image_shape}"
+                    raise ValueError(f"The image has shape {shapes}.")
+            except ValueError as error:
+                recorder.keep(error_record(index, label, names, smoothed, rule, seed, str(error)))
+            except OSError as error:  # may be read another day: a record would count the image as wrong for good
+                raise OSError(
+                    f"Image {index} of the split: {error} Once it can be read, the same command resumes the run."
+                ) from error
+            else:
+                admitted.append((index, label))
+                yield pixels
+
+    for position, certificate in smoothed.certify_stream(read_pixels(), rule, seed=seed):
+        recorder.keep(record(*admitted[position], names, certificate))
