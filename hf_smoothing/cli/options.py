@@ -8,7 +8,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from ..runs.settings import ExecutionSettings, RunSettings
+from ..runs.settings import ExecutionSettings, NoiseLevel, RunSettings
 
 _FIELDS = {field.name: field for kind in (RunSettings, ExecutionSettings) for field in fields(kind)}
 
@@ -37,7 +37,10 @@ def with_run_options(function: Callable[[RunSettings, ExecutionSettings], None])
 def option(name: str) -> Any:
     """The option of a field of `RunSettings` or `ExecutionSettings`, for a parameter of a command."""
     metadata = _FIELDS[name].metadata
-    return typer.Option(*metadata.get("aliases", ()), help=f"{metadata['help'][0].upper()}{metadata['help'][1:]}.")
+    parser = NoiseLevel if name == "sigmas" else None
+    return typer.Option(
+        *metadata.get("aliases", ()), parser=parser, help=f"{metadata['help'][0].upper()}{metadata['help'][1:]}."
+    )
 
 
 Model = Annotated[str, option("model_name_or_path")]

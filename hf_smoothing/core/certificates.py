@@ -14,6 +14,37 @@ _NORM_EXPONENTS = {"l1": 1.0, "l2": 2.0, "linf": math.inf}
 
 
 @dataclass(frozen=True)
+class Routing:
+    """
+    How a router chose the noise level of a picture (`sigma="auto"`), and what its votes prove; the proof is in `routing.py`.
+
+    Attributes:
+        levels: the noise levels that it chooses from, ascending.
+        votes: votes for each of them; their median is the level, `sigma` of the certificate.
+        sigma: standard deviation of the router's own noise.
+        alpha, classifier_alpha: probabilities that the router's radius, or the classifier's, is too large. They add up to
+            the certificate's alpha.
+        kept: the levels that the certificate relies on. Within `radius`, the router chooses no other level.
+        radius: the router's radius; None where all levels are kept, so that the router does not matter.
+        classifier_radius: within it, the classifiers at all kept levels predict the class. The certificate's radius is the
+            smaller of the two.
+        num_samples: forward passes of the router.
+        level_num_samples: of the classifier at the chosen level, out of the certificate's at all levels.
+    """
+
+    levels: tuple[float, ...]
+    votes: tuple[int, ...]
+    sigma: float
+    alpha: float
+    classifier_alpha: float
+    kept: tuple[float, ...]
+    radius: float | None
+    classifier_radius: float
+    num_samples: int
+    level_num_samples: int
+
+
+@dataclass(frozen=True)
 class Certificate:
     """
     What was proved about one image.
@@ -46,6 +77,8 @@ class Certificate:
         calibration: `marginal` and `selected` only: the images used for calibration, in words.
         false_claims: `selected` only: the largest expected share of wrong claims among those at a radius, over the images of
             one call or run: Monte-Carlo would not prove this radius for the prediction.
+        routing: where a router chose the noise level: its votes. `sigma`, `counts`, `p_lower` and `p_upper` are those of the
+            chosen level; `num_samples` counts the classifier's passes at all levels, without the router's.
     """
 
     prediction: int
@@ -70,6 +103,7 @@ class Certificate:
     delta: float | None = None
     calibration: str | None = None
     false_claims: float | None = None
+    routing: Routing | None = None
 
     @property
     def abstains(self) -> bool:

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from PIL.Image import Image
@@ -17,7 +17,9 @@ from .certificates import Certificate
 from .count_predictor import CountPredictor
 from .denoisers import Denoiser
 from .lattice import choose_seed
-from .noise import SmoothingNoise
+from .level_certificates import LevelCertificates, certify_levels
+from .modeling_level_router import LevelRouter, load_router
+from .noise import GaussianNoise, SmoothingNoise
 from .preprocessing import NoiseResolution, Preprocessing, to_pixels
 from .progress_bar import ProgressBar
 from .rule_protocols import Rule
@@ -27,6 +29,9 @@ from .sequential_rule import SequentialRule
 from .surrogate_rule import SurrogateRule
 from .validation import check_count
 from .weights import weights_digest
+
+if TYPE_CHECKING:
+    from .routed_classifier import RoutedClassifier
 
 Images = Sequence[Any] | torch.Tensor
 
@@ -100,10 +105,11 @@ class SmoothedClassifier:
     def from_pretrained(
         cls,
         model_name_or_path: str | Path,
-        noise: SmoothingNoise,
+        noise: SmoothingNoise | Literal["auto"],
         *,
         device: torch.device | str | None = None,
         count_head: str | Path | None = None,
+        router: str | Path | None = None,
         batch_size: int = 128,
         autocast: torch.dtype | None = None,
         compile: bool = False,
@@ -114,9 +120,10 @@ class SmoothedClassifier:
         """
         Smooth any image classifier that `AutoModelForImageClassification` loads, from the Hub or a local folder.
 
-        `count_head` too is a name on the Hub or a folder; its calibration comes with it. The model is put on `device`, by
-        default the CPU. The other settings are those of [`SmoothedClassifier`]; further ones (`model_kwargs`) are passed on
-        to transformers' `from_pretrained`, with a `dtype` of `torch.float32` by default.
+        `count_head` too is a name on the Hub or a folder; its calibration comes with it. `noise="auto"` lets a router choose
+        the level of each picture, see [`with_router`]: `router`, by default the count head's, else the model's. The model is
+        put on `device`, by default the CPU. The other settings are those of [`SmoothedClassifier`]; further ones
+        (`model_kwargs`) are passed on to transformers' `from_pretrained`, with a `dtype` of `torch.float32` by default.
         """
         model_kwargs.setdefault("dtype", torch.float32)
         model = AutoModelForImageClassification.from_pretrained(model_name_or_path, **model_kwargs)
@@ -129,7 +136,11 @@ class SmoothedClassifier:
         shared: dict[str, Any] = {"class_names": names, "image_processor": processor}
         head = None if count_head is None else CountPredictor.from_pretrained(count_head, device=device, **shared)
         shared |= {"batch_size": batch_size, "autocast": autocast, "compile": compile, "denoiser": denoiser}
-        return cls(model, noise, count_head=head, noise_resolution=noise_resolution, **shared)
+        shared |= {"count_head": head, "noise_resolution": noise_resolution}
+        if noise == "auto":
+            smoothed = cls(model, GaussianNoise(1.0), **shared)  # the level does not matter
+            return smoothed.with_router(router or count_head or model_name_or_path, **hub_kwargs)
+        return cls(model, noise, **shared)
 
     def with_noise(self, noise: SmoothingNoise) -> "SmoothedClassifier":
         """
@@ -143,11 +154,33 @@ class SmoothedClassifier:
         smoothed.noise = noise
         return smoothed
 
+    def with_router(self, router: LevelRouter | str | Path, **hub_kwargs: Any) -> "RoutedClassifier":
+        """
+        One classifier for all noise levels of a router, which chooses the level of each picture (`sigma="auto"`).
+
+        Args:
+            router: a router, or the name or folder of one or of a count head that has one, see [`load_router`].
+            hub_kwargs: such as `revision`.
+
+        Raises:
+            ValueError: where there is no router; for a count head that does not know its levels.
+        """
+        from .routed_classifier import RoutedClassifier
+
+        loaded = router if isinstance(router, LevelRouter) else load_router(router, **hub_kwargs)
+        kind = type(self.noise)
+        at_level = [self.with_noise(kind(level)) for level in loaded.config.levels]
+        return RoutedClassifier(at_level, loaded.to(self.device), kind(loaded.config.noise_sigma))
+
     def _check_count_head(self, noise: SmoothingNoise) -> None:
         known = getattr(self.count_head, "noise", noise.name)
         if known != noise.name:
             raise ValueError(f"The count head knows {known} noise, not {noise.name}.")
 
+    @overload
+    def certify(
+        self, images: Images, method: str | None = ..., *, sigmas: Sequence[float], **settings: Any
+    ) -> list[LevelCertificates]: ...
     @overload
     def certify(self, images: Images, method: str | None = ..., **settings: Any) -> list[Certificate]: ...
     @overload
@@ -157,10 +190,11 @@ class SmoothedClassifier:
         images: Images | Iterator[Any],
         method: str | None = None,
         *,
+        sigmas: Sequence[float] | None = None,
         seed: int | None = None,
         progress: bool = False,
         **settings: Any,
-    ) -> list[Certificate] | Iterator[Certificate]:
+    ) -> list[Certificate] | Iterator[Certificate] | list[LevelCertificates]:
         """
         Certify images; results in their order.
 
@@ -171,6 +205,8 @@ class SmoothedClassifier:
                 radii? the default with them), `"fixed"` (the usual protocol), or `"surrogate"` (only ask the count head: an
                 estimate, or with its calibration a claim: with `delta` about most images, with `false_claims` such that most
                 claims hold).
+            sigmas: certify at these noise levels instead, with alpha split over them; returns [`LevelCertificates`], one per
+                image, which are about several classifiers.
             seed: seed of the noise; by default one from the operating system. Alpha is a probability over a seed that is
                 chosen after model and images: a seed that they could know of reproduces results, and promises nothing
                 against whoever made them to fit it. The same seed gives an image the same noise, whatever other images
@@ -186,6 +222,8 @@ class SmoothedClassifier:
             ValueError: for invalid settings or images that are not pixels, before the first draw; for logits that are not
                 finite.
         """
+        if sigmas is not None:
+            return certify_levels(self, images, sigmas, method, seed=seed, progress=progress, **settings)
         return self._certify_in_order(images, self.make_rule(method, **settings), seed, progress)
 
     def make_rule(self, method: str | None = None, **settings: Any) -> Rule:
@@ -242,9 +280,12 @@ class SmoothedClassifier:
 
         Takes images and returns a list or an iterator as [`certify`] does.
         """
-        certificates = self._certify_in_order(images, SequentialRule((0.0,), alpha, max_draws), seed, progress)
+        certificates = self._certify_in_order(images, self._rule_to_predict(alpha, max_draws), seed, progress)
         predictions = (certificate.prediction for certificate in certificates)
         return list(predictions) if isinstance(certificates, list) else predictions
+
+    def _rule_to_predict(self, alpha: float, max_draws: int) -> Rule:
+        return SequentialRule((0.0,), alpha, max_draws)
 
     def _certify_in_order(
         self, images: Images | Iterator[Any], rule: Rule, seed: int | None, progress: bool

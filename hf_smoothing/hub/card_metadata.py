@@ -5,6 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from ..reporting.rendering import format_number
 from ..reporting.report import Json, best_by_radius
 
 OPERATING_RADII = (0.0, 0.25, 0.5, 1.0)
@@ -67,7 +68,7 @@ def _eval_result(point: Json) -> EvalResult:
         dataset_name=settings["dataset_name"],
         dataset_split=settings["split"],
         metric_type="certified_accuracy",
-        metric_name=f"Certified accuracy at r = {point['radius']:g}, sigma = {point['sigma']:g}",
+        metric_name=f"Certified accuracy at r = {point['radius']:g}, sigma = {format_number(point['sigma'])}",
         metric_value=point["share"],
         metric_args=arguments,
     )

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ..core.certificates import format_radius
 from ..metrics.certified_accuracy import certified_accuracy, certified_accuracy_curve
+from ..runs.settings import AUTO
 from .results import Result, name_of_figure, shared_guarantee_and_norm
 
 
@@ -79,7 +80,8 @@ def _draw_ceiling(axes: Any, result: Result, color: str) -> None:
         )
 
 
-def _draw_envelope(axes: Any, results: Sequence[Result], label: str) -> None:
+def _draw_envelope(axes: Any, all_results: Sequence[Result], label: str) -> None:
+    results = [result for result in all_results if result.sigma != AUTO]
     curves = [_curve(result) for result in results]
     decided = sorted({radius for result in results for radius in result.decided_radii})
     if decided:

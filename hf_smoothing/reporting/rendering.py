@@ -12,8 +12,10 @@ from ..core.certificates import format_radius
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-def format_number(value: float | None, spec: str = "g", missing: str = "unknown") -> str:
-    """A number by a format specification, and what to show for None."""
+def format_number(value: float | str | None, spec: str = "g", missing: str = "unknown") -> str:
+    """A number by a format specification, and what to show for None. A word in its place, such as `auto`, stays."""
+    if isinstance(value, str):
+        return value
     return missing if value is None else format(value, spec)
 
 

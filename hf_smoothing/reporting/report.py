@@ -1,5 +1,6 @@
 """A report on finished runs: a summary ready for JSON, and from it alone the tables, the notes and the Markdown page."""
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -10,6 +11,7 @@ from rich.console import Console
 
 from ..core.certificates import format_radius
 from ..metrics.certified_accuracy import DEFAULT_THRESHOLDS, certified_accuracy, mark_out_of_reach
+from ..runs.settings import AUTO
 from ..utils.files import write_json
 from ..utils.provenance import command_line, package_versions
 from .estimates import complete
@@ -104,8 +106,8 @@ def summarize(results: Sequence[Result], radii: Sequence[float] | None = None, e
     Args:
         results: of one guarantee, alpha and norm.
         radii: where to count; by default those asked of the runs, or else 0, 0.25, ... 1.
-        envelope: add the best share over all results at each radius that is more than a floor for one of them. It is the
-            figure of no single model and sigma.
+        envelope: add the best share over all results without a router, at each radius that is more than a floor for one of
+            them. It is the figure of no single model and sigma.
 
     Raises:
         ValueError: for mixed guarantees, alphas or norms, bad values, an envelope over one result or over different images.
@@ -148,11 +150,31 @@ def _summarize_result(result: Result, radii: Sequence[float], num_results: int) 
         "alpha": result.alpha,  # of failed images too
         "median_counted_draws": median(counted) if counted else None,
         "mean_seconds": sum(seconds) / len(seconds) if seconds else None,
+        "router": _summarize_router(result),
         "made_by": {name: result.run[name] for name in ("command", "settings", "versions") if name in result.run},
     }
 
 
-def _summarize_envelope(results: Sequence[Result], entries: Sequence[Json]) -> Json:
+def _summarize_router(result: Result) -> Json | None:
+    """What a router chose and took: shares of levels, its own passes, the classifier's passes over those at the level."""
+    routed = [row for row in result.rows if row.get("routing") is not None and row.get("error") is None]
+    if not routed:
+        return None
+    chosen = Counter(row["sigma"] for row in routed)
+    at_level = sum(row["routing"]["level_num_samples"] for row in routed)
+    return {
+        "sigma": routed[0]["routing"]["sigma"],
+        "levels": [{"sigma": sigma, "share": chosen[sigma] / len(routed)} for sigma in routed[0]["routing"]["levels"]],
+        "several_kept": sum(len(row["routing"]["kept"]) > 1 for row in routed) / len(routed),
+        "mean_num_samples": sum(row["routing"]["num_samples"] for row in routed) / len(routed),
+        "draws_over_level": sum(row["num_samples"] for row in routed) / at_level,
+    }
+
+
+def _summarize_envelope(all_results: Sequence[Result], all_entries: Sequence[Json]) -> Json:
+    # a router's system is one classifier, which is compared with the envelope
+    results = [result for result in all_results if result.sigma != AUTO]
+    entries = [entry for entry in all_entries if entry["sigma"] != AUTO]
     if len(results) < 2:
         raise ValueError("An envelope takes two results or more; there is one.")
     first = {(row["index"], row["label"]) for row in results[0].rows}

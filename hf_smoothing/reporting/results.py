@@ -11,7 +11,10 @@ from typing import Any, Literal
 from ..core.certificates import ABSTAIN
 from ..core.noise import GaussianNoise
 from ..core.rules import RULES, make_rule
+from ..runs.records import in_order_of_levels, level_of
 from ..runs.run_folder import RunFolder
+from ..runs.settings import AUTO, NoiseLevel
+from .rendering import format_number
 from .research_logs import Row, read_log
 
 COLUMNS = ("index", "label", "prediction", "radius")
@@ -27,7 +30,7 @@ Standing = Literal["counted", "floor", "out of reach"]
 @dataclass(frozen=True)
 class Result:
     """
-    The certificates of one run at one noise level.
+    The certificates of one run at one noise level, or with a router that chooses the level of each image.
 
     Attributes:
         source: the folder or file.
@@ -76,7 +79,8 @@ class Result:
     def asked_radii(self) -> list[float]:
         """The radii of the settings that the budget can show at this noise level, ascending; empty without such radii."""
         by_sigma = self.settings.get("radii_decided", {})
-        return sorted(by_sigma.get(f"{self.sigma or 0:g}", self.settings.get("radii")) or [])
+        sigma = self.sigma if self.sigma == AUTO else f"{self.sigma or 0:g}"
+        return sorted(by_sigma.get(sigma, self.settings.get("radii")) or [])
 
     @property
     def decided_radii(self) -> list[float]:
@@ -99,7 +103,8 @@ class Result:
         unknown = self.sigma is None or self.delta is not None or self.settings.get("method") not in RULES
         if unknown or "alpha" not in settings:
             return None
-        return make_rule(self.settings["method"], **settings).largest_radius(GaussianNoise(self.sigma or 0.0))
+        sigma = max(self.settings["router_levels"]) if self.sigma == AUTO else self.sigma
+        return make_rule(self.settings["method"], **settings).largest_radius(GaussianNoise(sigma))
 
     def standing(self, radius: float) -> Standing:
         """
@@ -116,8 +121,9 @@ class Result:
         return "out of reach" if any(beyond <= radius for beyond in self.radii_out_of_reach) else "floor"
 
     @cached_property
-    def sigma(self) -> float | None:
-        return self._only("sigma")
+    def sigma(self) -> NoiseLevel:
+        """The noise level; `"auto"` with a router, None where unknown."""
+        return AUTO if any(level_of(row) == AUTO for row in self.rows) else self._only("sigma")
 
     @cached_property
     def alpha(self) -> float | None:
@@ -157,7 +163,7 @@ class Result:
     @property
     def title(self) -> str:
         """Name and noise level; the name alone where the level is unknown."""
-        return self.name if self.sigma is None else f"{self.name}, sigma = {self.sigma:g}"
+        return self.name if self.sigma is None else f"{self.name}, sigma = {format_number(self.sigma)}"
 
     def class_names(self) -> list[str]:
         """Class names, as far as the records have them; an index where they do not."""
@@ -216,13 +222,13 @@ def _read_run(source: Path, name: str) -> list[Result]:
         problem = f"lacks the columns {missing}" if rows else "has no rows"
         raise ValueError(f"{folder.table} {problem}: it holds no certificates.")
     run = folder.read_run()
-    sigmas = sorted({row["sigma"] for row in rows if row.get("sigma") is not None})
-    if not sigmas:
+    levels = {level_of(row): None for row in sorted(rows, key=in_order_of_levels) if level_of(row) is not None}
+    if not levels:
         return [Result(source, name, rows, run)]
     # an image that failed before any noise was added counts once at every noise level
-    everywhere = list({row["index"]: row for row in rows if row.get("sigma") is None}.values())
+    everywhere = list({row["index"]: row for row in rows if level_of(row) is None}.values())
     return [
-        Result(source, name, [row for row in rows if row.get("sigma") == sigma] + everywhere, run) for sigma in sigmas
+        Result(source, name, [row for row in rows if level_of(row) == level] + everywhere, run) for level in levels
     ]
 
 

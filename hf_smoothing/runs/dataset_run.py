@@ -20,11 +20,11 @@ from ..core.smoothing import SmoothedClassifier
 from ..core.surrogate_rule import SurrogateRule
 from ..data.labelled_images import ModelInputs
 from ..utils.processes import on_main_first
-from .identity import describe_run, describe_session, load_classifier, open_images
+from .identity import at_level, describe_run, describe_session, load_classifier, open_images
 from .recorder import Recorder
 from .records import Record, error_record, record
 from .run_folder import RunFolder, RunState, RunSummary
-from .settings import RunSettings
+from .settings import AUTO, NoiseLevel, RunSettings
 
 
 def certify_dataset(
@@ -78,16 +78,19 @@ def certify_dataset(
         smoothed.check_calibration()
     inputs = images.bind(smoothed.class_names or (), smoothed.preprocessing)
 
+    classifiers = {level: at_level(smoothed, level, requested) for level in settings.sigmas}
+
     def start() -> RunState:
         session = describe_session(accelerator, smoothed)
-        return folder.start(describe_run(settings, images, smoothed), session, partial(_find_shape, inputs))
+        description = describe_run(settings, images, smoothed, classifiers.get(AUTO))
+        return folder.start(description, session, partial(_find_shape, inputs))
 
     state = on_main_first(accelerator, start)
     expected = None if images.total is None else images.total * len(settings.sigmas)
     recorder = Recorder(folder, state, settings, accelerator, expected)
     try:
-        for sigma in settings.sigmas:
-            _certify(smoothed.with_noise(GaussianNoise(sigma)), inputs, state, recorder)
+        for level, classifier in classifiers.items():
+            _certify(classifier, level, inputs, state, recorder)
         recorder.finish()
     except KeyboardInterrupt as error:
         recorder.queue.fail(error)
@@ -112,7 +115,7 @@ def _find_shape(inputs: ModelInputs) -> tuple[int, ...] | None:
 def _select_claims(settings: RunSettings, records: list[Record]) -> list[Record]:
     """The records with claims in place of estimates: with `false_claims`, they depend on all images of a noise level."""
     selected = [row for row in records if row["error"] is not None]
-    for sigma in settings.sigmas:
+    for sigma in settings.levels:
         rule, _ = settings.rule(sigma)
         assert isinstance(rule, SurrogateRule)
         rows = [row for row in records if row["sigma"] == sigma and row["error"] is None]
@@ -123,17 +126,19 @@ def _select_claims(settings: RunSettings, records: list[Record]) -> list[Record]
     return selected
 
 
-def _certify(smoothed: SmoothedClassifier, inputs: ModelInputs, state: RunState, recorder: Recorder) -> None:
-    """Certify the images that this process takes at the sigma of `smoothed`, and keep each record as soon as it is there."""
-    sigma, names, seed = smoothed.noise.sigma, smoothed.class_names or (), state.seed
-    rule, _ = recorder.settings.rule(sigma)
-    work = ((index, read) for index, read in inputs.images.rows() if (sigma, index) not in state.finished)
+def _certify(
+    smoothed: SmoothedClassifier, level: NoiseLevel, inputs: ModelInputs, state: RunState, recorder: Recorder
+) -> None:
+    """Certify the images that this process takes at one level, and keep each record as soon as it is there."""
+    names, seed = smoothed.class_names or (), state.seed
+    rule, _ = recorder.settings.rule(level)
+    work = ((index, read) for index, read in inputs.images.rows() if (level, index) not in state.finished)
     # where the base classifier resizes, after the noise, it takes all sizes
     one_shape = inputs.preprocessing is None or inputs.preprocessing.resize is None
     admitted: list[tuple[int, int]] = []
 
     def read_pixels() -> Iterator[torch.Tensor]:
-        for index, read in recorder.queue.take(work, sigma):
+        for index, read in recorder.queue.take(work, level):
             row = read()
             label = inputs.label(index, row)
             try:

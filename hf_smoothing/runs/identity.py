@@ -9,13 +9,14 @@ from accelerate import Accelerator
 
 from ..core.count_predictor import CountPredictor
 from ..core.noise import GaussianNoise
+from ..core.routed_classifier import RoutedClassifier
 from ..core.smoothing import SmoothedClassifier
 from ..core.surrogate_rule import SurrogateRule
 from ..core.weights import loading, weights_digest
 from ..data.labelled_images import LabelledImages
 from ..utils.provenance import command_line, package_versions
 from .records import Record
-from .settings import RunSettings
+from .settings import AUTO, NoiseLevel, RunSettings
 
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 """Types of the forward passes by name, as `SmoothedClassifier` takes them: float32 weights, with autocast or without."""
@@ -40,12 +41,23 @@ def load_classifier(settings: Record, device: torch.device | str, batch_size: in
     """The smoothed classifier of a run, at its first noise level. Raises a `ValueError` where it cannot be loaded."""
     names = ("count_head", "noise_resolution", "denoiser", "revision", "attn_implementation")
     options = {option: settings[option] for option in names if settings.get(option) is not None}
-    name, noise = settings["model_name_or_path"], GaussianNoise(settings["sigmas"][0])
+    name = settings["model_name_or_path"]
+    noise = GaussianNoise(next((sigma for sigma in settings["sigmas"] if sigma != AUTO), 1.0))
     autocast = DTYPES[settings["dtype"]]
     with loading(name):
         return SmoothedClassifier.from_pretrained(
             name, noise, batch_size=batch_size, device=device, autocast=autocast, **options
         )
+
+
+def at_level(smoothed: SmoothedClassifier, level: NoiseLevel, settings: Record) -> SmoothedClassifier:
+    """The classifier of a run at one of its noise levels. Raises a `ValueError` for `"auto"` where there is no router."""
+    if level != AUTO:
+        return smoothed.with_noise(GaussianNoise(level))
+    names = [settings.get(name) for name in ("router", "count_head", "model_name_or_path")]
+    router = next(name for name in names if name is not None)
+    revision = settings.get("revision") if router == settings["model_name_or_path"] else None
+    return smoothed.with_router(router, **({} if revision is None else {"revision": revision}))
 
 
 def describe_classifier(smoothed: SmoothedClassifier) -> Record:
@@ -62,8 +74,18 @@ def describe_classifier(smoothed: SmoothedClassifier) -> Record:
     }
 
 
-def describe_run(settings: RunSettings, images: LabelledImages, smoothed: SmoothedClassifier) -> Record:
-    """What must be the same for a run to be resumed, as plain values. Processes, batch size and device may change."""
+def describe_run(
+    settings: RunSettings, images: LabelledImages, smoothed: SmoothedClassifier, routed: RoutedClassifier | None = None
+) -> Record:
+    """
+    What must be the same for a run to be resumed, as plain values. Processes, batch size and device may change.
+
+    Args:
+        settings: of the run.
+        images: that it certifies.
+        smoothed: the classifier.
+        routed: the classifier with its router, if sigma is `"auto"`.
+    """
     model: Any = smoothed.base_classifier.classifier
     head = smoothed.count_head
     return {
@@ -75,8 +97,22 @@ def describe_run(settings: RunSettings, images: LabelledImages, smoothed: Smooth
         "model_commit": getattr(model.config, "_commit_hash", None),
         **describe_classifier(smoothed),
         "count_head_weights": weights_digest(head.model) if isinstance(head, CountPredictor) else None,
+        **describe_router(routed),
         "calibration": _describe_calibration(settings, smoothed),
-        "radii_decided": {f"{sigma:g}": settings.rule(sigma)[1] for sigma in settings.sigmas},
+        "radii_decided": {f"{sigma:g}": settings.rule(sigma)[1] for sigma in settings.levels},
+    }
+
+
+def describe_router(routed: SmoothedClassifier | None) -> Record:
+    """What defines the function of a router; empty where there is none."""
+    if not isinstance(routed, RoutedClassifier):
+        return {}
+    router: Any = routed.router.base_classifier.classifier
+    return {
+        "router_levels": list(routed.levels),
+        "router_sigma": routed.router.noise.sigma,
+        "router_draws": routed.router_draws,
+        "router_weights": weights_digest(router),
     }
 
 
@@ -95,7 +131,7 @@ def describe_session(accelerator: Accelerator, smoothed: SmoothedClassifier) -> 
 
 def _describe_calibration(settings: RunSettings, smoothed: SmoothedClassifier) -> Record | None:
     calibration, shifts = smoothed.calibration, dict[str, float]()
-    for sigma in settings.sigmas:
+    for sigma in settings.levels:
         rule, _ = settings.rule(sigma)
         if isinstance(rule, SurrogateRule) and rule.delta is not None:
             shifts[f"{sigma:g}"] = rule.shift(GaussianNoise(sigma))

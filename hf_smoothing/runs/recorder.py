@@ -6,9 +6,9 @@ from collections import Counter
 from accelerate import Accelerator
 
 from ..core.progress_bar import open_bar
-from .records import Record, is_right
+from .records import Record, is_right, level_of
 from .run_folder import RunFolder, RunState
-from .settings import RunSettings
+from .settings import NoiseLevel, RunSettings
 from .work_queue import REFRESH_SECONDS, WorkQueue
 
 _WORDS = {"counts": ("counting", None), "surrogate": ("estimating", "claimed")}
@@ -48,8 +48,8 @@ class Recorder:
         now = time.monotonic()
         row["seconds"], self.last = now - self.last, now
         self.writer.write(row)
-        self.queue.count(row["sigma"], is_right(row, self.settings.smallest_radius), row["num_samples"])
-        self._show(row["sigma"])
+        self.queue.count(level_of(row), is_right(row, self.settings.smallest_radius), row["num_samples"])
+        self._show(level_of(row))
 
     def finish(self) -> None:
         """Say that this process has no work left; the main process waits for the others."""
@@ -63,7 +63,7 @@ class Recorder:
         self.bar.close()
         self.writer.close()
 
-    def _show(self, sigma: float, at_once: bool = False) -> None:
+    def _show(self, sigma: NoiseLevel, at_once: bool = False) -> None:
         """Show the progress of all processes and the accuracy at `sigma`; unless `at_once`, only now and then."""
         now = time.monotonic()
         if not self.is_main_process or (now - self.shown < REFRESH_SECONDS and not at_once):
@@ -73,7 +73,7 @@ class Recorder:
         text = f"{self.queue.total('draws') / (now - self.started):.0f} draws/s"
         if self.participle:
             right = self.right_before[sigma] + self.queue.total(f"right {sigma}")
-            at = f"at radius {self.settings.smallest_radius:g} (sigma {sigma:g})"
+            at = f"at radius {self.settings.smallest_radius:g} (sigma {sigma})"
             text += f", {right / max(done[sigma], 1):.1%} {self.participle} {at}"
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update(sum(done.values()) - self.bar.n)

@@ -13,9 +13,11 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
 from ..core.certificates import Certificate
+from ..core.routed_classifier import RoutedClassifier
 from ..core.rule_protocols import Rule
 from ..core.smoothing import SmoothedClassifier
 from ..utils.files import put_in_place
+from .settings import AUTO, NoiseLevel
 
 Record = dict[str, Any]
 
@@ -47,6 +49,20 @@ SCHEMA = pa.schema(
         "delta": pa.float64(),
         "calibration": pa.string(),
         "false_claims": pa.float64(),
+        "routing": pa.struct(  # only where a router chose sigma: see `Routing`
+            {
+                "levels": pa.list_(pa.float64()),
+                "votes": pa.list_(pa.int64()),
+                "sigma": pa.float64(),
+                "alpha": pa.float64(),
+                "classifier_alpha": pa.float64(),
+                "kept": pa.list_(pa.float64()),
+                "radius": pa.float64(),
+                "classifier_radius": pa.float64(),
+                "num_samples": pa.int64(),
+                "level_num_samples": pa.int64(),
+            }
+        ),
         "seconds": pa.float64(),  # of its process since the record before; images share batches: sums and means count
         "error": pa.string(),
     }
@@ -60,17 +76,30 @@ def record(index: int, label: int, names: Sequence[str], certificate: Certificat
     return {**_image_record(index, label, names), **certificate.to_dict(), "prediction_name": prediction_name}
 
 
+def level_of(row: Record) -> NoiseLevel:
+    """The noise level that was asked for: `"auto"` where a router chose that of the record."""
+    return row.get("sigma") if row.get("routing") is None else AUTO
+
+
+def in_order_of_levels(row: Record) -> tuple[bool, float, int]:
+    """The place of a record in a table: by the level asked for, `"auto"` last, then by index."""
+    level = level_of(row)
+    return level == AUTO, 0.0 if level in (None, AUTO) else level, row["index"]
+
+
 def error_record(
     index: int, label: int, names: Sequence[str], smoothed: SmoothedClassifier, rule: Rule, seed: int, error: str
 ) -> Record:
     """
     The record of an image that could not be certified, and counts as wrong. It has no draws (`num_samples` is 0), and null
-    for everything that draws would tell.
+    for everything that draws would tell, which is the noise level too where a router chooses it.
     """
+    routing = {"levels": list(smoothed.levels)} if isinstance(smoothed, RoutedClassifier) else None
     return {
         **_image_record(index, label, names),
         "method": rule.method,
-        "sigma": smoothed.noise.sigma,
+        "sigma": smoothed.noise.sigma if routing is None else None,
+        "routing": routing,
         "alpha": rule.alpha,
         "num_samples": 0,
         "seed": seed,
@@ -177,8 +206,8 @@ def is_right(row: Record, radius: float) -> bool:
 
 
 def write_parquet(records: Iterable[Record], path: Path) -> None:
-    """Write records, by sigma and index, to a file that is either complete or not there."""
-    rows = sorted(records, key=lambda row: (row["sigma"], row["index"]))
+    """Write records, by level and index, to a file that is either complete or not there."""
+    rows = sorted(records, key=in_order_of_levels)
     part = path.with_name(f".{path.name}.part")
     pq.write_table(pa.Table.from_pylist(rows, SCHEMA), part)
     put_in_place(part, path)

@@ -18,20 +18,31 @@ from accelerate.utils import gather_object
 from ..core.lattice import choose_seed
 from ..utils.files import read_json, write_json
 from ..utils.processes import on_main_first
-from .records import Record, ShardWriter, is_right, read_shards, repair, shards_in, write_parquet
+from .records import (
+    Record,
+    ShardWriter,
+    in_order_of_levels,
+    is_right,
+    level_of,
+    read_shards,
+    repair,
+    shards_in,
+    write_parquet,
+)
+from .settings import NoiseLevel
 
-Pair = tuple[float, int]
-"""What a record is about: sigma, and the index of the image in its split."""
+Pair = tuple[NoiseLevel, int]
+"""What a record is about: the noise level asked for, and the index of the image in its split."""
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """How a run ended; as text, what a user wants to read. An error is the sigma, the index and what is wrong."""
+    """How a run ended; as text, what a user wants to read. An error is the noise level, the index and what is wrong."""
 
     path: Path
     num_records: int
     num_new: int
-    errors: tuple[tuple[float, int, str], ...]
+    errors: tuple[tuple[NoiseLevel, int, str], ...]
 
     def __str__(self) -> str:
         text = f"{self.num_records} {'record' if self.num_records == 1 else 'records'} in {self.path}"
@@ -178,7 +189,7 @@ class RunFolder:
         for shard in shards_in(self.shards):
             repair(shard)
         radius = min(settings["radii"] or (0.0,))
-        finished = {(row["sigma"], row["index"]): is_right(row, radius) for row in read_shards(self.shards)}
+        finished = {(level_of(row), row["index"]): is_right(row, radius) for row in read_shards(self.shards)}
         for interrupted in run["sessions"][-1:]:
             interrupted.setdefault("num_new", max(len(finished) - interrupted["num_before"], 0))
         run["sessions"].append({**session, "num_before": len(finished)})
@@ -208,13 +219,14 @@ class RunFolder:
             expected: records that there must be, if that is known. A `RuntimeError` says that some are missing.
             select: changes records that depend on all others, before they enter the table.
         """
-        rows = {(row["sigma"], row["index"]): row for row in read_shards(self.shards)}
+        rows = {(level_of(row), row["index"]): row for row in read_shards(self.shards)}
         if expected not in (None, len(rows)):
             raise RuntimeError(
                 f"{len(rows)} records of {expected} are there: run the same command again to certify the rest."
             )
         write_parquet(rows.values() if select is None else select(list(rows.values())), self.table)
-        errors = tuple((sigma, index, row["error"]) for (sigma, index), row in sorted(rows.items()) if row["error"])
+        in_order = sorted(rows.values(), key=in_order_of_levels)
+        errors = tuple((level_of(row), row["index"], row["error"]) for row in in_order if row["error"])
         num_new = len(rows) - num_before
         run = self.read_run()
         run["sessions"][-1]["num_new"] = num_new

@@ -15,6 +15,20 @@ if TYPE_CHECKING:  # imported where they are used, so that the command line show
     from ..core.preprocessing import NoiseResolution
     from ..core.rule_protocols import Rule
 
+    NoiseLevel = Any  # a float, or AUTO
+
+
+AUTO = "auto"
+"""In place of a noise level: a router chooses that of each image."""
+
+if not TYPE_CHECKING:
+
+    class NoiseLevel:
+        """What the command lines read a noise level with: a float, or `"auto"`."""
+
+        def __new__(cls, text: str | float) -> float | str:
+            return AUTO if text == AUTO else float(text)
+
 
 def _option(help: str, *aliases: str, **default: Any) -> Any:
     metadata = {"help": help, "aliases": list(aliases)} if aliases else {"help": help}
@@ -36,7 +50,11 @@ class RunSettings:
     dataset_name: str = _option(
         "dataset: a name on the Hub, a local folder (also of image files), or a Parquet file", "--dataset"
     )
-    sigmas: list[float] = _option("noise levels: standard deviations, for pixels in [0, 1]", "--sigma")
+    sigmas: list[NoiseLevel] = _option(
+        "noise levels: standard deviations, for pixels in [0, 1]; `auto`: a router chooses the level of each image, and the "
+        "certificates cover its choice too",
+        "--sigma",
+    )
     dataset_config_name: str | None = _option("configuration of the dataset (default: its only one)", default=None)
     split: str = _option("split of the dataset", default="test")
     revision: str | None = _option("revision of the model: a branch, tag or commit (default: main)", default=None)
@@ -90,6 +108,10 @@ class RunSettings:
         "`surrogate`",
         default=None,
     )
+    router: str | None = _option(
+        "router for `--sigma auto`: a folder or a name on the Hub (default: the count head's, else the model's)",
+        default=None,
+    )
     delta: float | None = _option(
         "share of images for which a calibrated count head may claim too much (`surrogate`; default: none, which makes "
         "its radii estimates)",
@@ -132,13 +154,23 @@ class RunSettings:
             raise ValueError(
                 f"count_head={self.count_head!r} has no meaning for method {self.method!r}: leave it out."
             )
+        object.__setattr__(self, "sigmas", [NoiseLevel(sigma) for sigma in self.sigmas])
+        if AUTO in self.sigmas and (self.method not in ("two-stage", "fixed") or self.radii is not None):
+            raise ValueError("sigma='auto' finds radii: use method two-stage or fixed, and leave radii out.")
+        if self.router is not None and AUTO not in self.sigmas:
+            raise ValueError(f"router={self.router!r} has no meaning without sigma='auto': leave it out.")
         if not self.sigmas or len(set(self.sigmas)) < len(self.sigmas):
             raise ValueError(f"sigmas={self.sigmas} must be one or more different noise levels.")
         if self.seed is not None and not 0 <= self.seed < 2**63:  # records hold it as a 64-bit number
             raise ValueError(f"seed={self.seed} must be 0 or above, and below 2**63.")
         reachable = {radius for sigma in self.sigmas for radius in self.rule(sigma)[1] or ()}
         if unreachable := sorted(set(self.radii or ()) - reachable):
-            self._make_rule(tuple(unreachable)).check(GaussianNoise(max(self.sigmas)))  # says how many draws it takes
+            self._make_rule(tuple(unreachable)).check(GaussianNoise(max(self.levels)))  # says how many draws it takes
+
+    @property
+    def levels(self) -> list[float]:
+        """The noise levels that were given as numbers."""
+        return [sigma for sigma in self.sigmas if sigma != AUTO]
 
     @property
     def smallest_radius(self) -> float:
@@ -150,14 +182,15 @@ class RunSettings:
         """Where noise is added, as the engine takes it."""
         return parse_noise_resolution(str(self.noise_resolution))
 
-    def rule(self, sigma: float) -> "tuple[Rule, tuple[float, ...] | None]":
+    def rule(self, sigma: NoiseLevel) -> "tuple[Rule, tuple[float, ...] | None]":
         """
         The rule at one sigma, and the radii that it decides: those that `max_draws` can show there. With several sigmas the
         larger radii are for the larger sigmas; deciding them at a smaller one would be an error.
         """
         from ..core.noise import GaussianNoise
 
-        noise, radii = GaussianNoise(sigma), self.radii
+        # a router's levels are not known here, and without radii, draws that suffice at one level do so at all
+        noise, radii = GaussianNoise(1.0 if sigma == AUTO else sigma), self.radii
         reachable = None if radii is None else tuple(radius for radius in radii if self._can_show(radius, noise))
         rule = self._make_rule(reachable or radii)
         rule.check(noise)

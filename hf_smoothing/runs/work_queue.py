@@ -10,6 +10,8 @@ from accelerate import Accelerator
 from torch import distributed
 from torch.distributed.distributed_c10d import _get_default_store
 
+from .settings import NoiseLevel
+
 Item = TypeVar("Item")
 REFRESH_SECONDS = 0.5
 """Seconds between two looks at the progress of the other processes."""
@@ -33,7 +35,7 @@ class WorkQueue:
         self.unsent: Counter[str] = Counter()
         self.sent = time.monotonic()
 
-    def take(self, work: Iterable[Item], sigma: float) -> Iterator[Item]:
+    def take(self, work: Iterable[Item], sigma: NoiseLevel) -> Iterator[Item]:
         """
         Take items of the work at one sigma, one at a time, until none is left.
 
@@ -46,7 +48,7 @@ class WorkQueue:
                 yield item
                 turn = self.store.add(f"turn {sigma}", 1) - 1
 
-    def count(self, sigma: float, right: bool, draws: int) -> None:
+    def count(self, sigma: NoiseLevel, right: bool, draws: int) -> None:
         """Count a certified image. Counts are shared at most every [`REFRESH_SECONDS`]."""
         self.unsent.update({f"images {sigma}": 1, f"right {sigma}": int(right), "draws": draws})
         if time.monotonic() - self.sent > REFRESH_SECONDS:

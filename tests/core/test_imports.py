@@ -14,7 +14,7 @@ KNOWN_TO_A_PUBLISHED_MODEL = {
     "huggingface_hub", "numpy", "PIL", "safetensors", "scipy", "timm", "torch", "torchvision", "tqdm", "transformers",
 }  # fmt: skip
 WITHOUT_TORCH = (
-    "bets", "bounds", "calibration", "certificates", "count_rule", "fixed_rule", "rule_protocols", "rules",
+    "bets", "bounds", "calibration", "certificates", "count_rule", "fixed_rule", "routing", "rule_protocols", "rules",
     "sequential_rule", "surrogate_rule", "two_stage_plan", "two_stage_rule", "validation",
 )  # fmt: skip
 

@@ -1,0 +1,1 @@
+../../hf_smoothing/core/modeling_level_router.py
