@@ -75,7 +75,10 @@ def describe_classifier(smoothed: SmoothedClassifier) -> Record:
 
 
 def describe_run(
-    settings: RunSettings, images: LabelledImages, smoothed: SmoothedClassifier, routed: RoutedClassifier | None = None
+    settings: RunSettings,
+    images: LabelledImages,
+    smoothed: SmoothedClassifier,
+    routed: SmoothedClassifier | None = None,
 ) -> Record:
     """
     What must be the same for a run to be resumed, as plain values. Processes, batch size and device may change.
