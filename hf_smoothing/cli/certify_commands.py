@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..runs.settings import ExecutionSettings, RunSettings
+from ..runs.settings import ExecutionSettings, NoiseLevel, RunSettings
 from . import options
 from ._errors import command
 
@@ -23,9 +23,12 @@ def certify(
     images: Annotated[list[str], typer.Argument(help="Pictures: paths or http(s) addresses.")],
     model: options.Model,
     sigma: Annotated[
-        list[float] | None,
+        list[NoiseLevel] | None,
         typer.Option(
-            help="Standard deviation of the noise, for pixels in `[0, 1]`, or several of them: alpha holds for each alone.",
+            parser=NoiseLevel,
+            metavar="FLOAT|auto",
+            help="Standard deviation of the noise, for pixels in `[0, 1]`, or several of them: alpha holds for each alone. "
+            "`auto`: a router chooses the level of each picture, and the certificates cover its choice.",
             show_default="0.25",
         ),
     ] = None,
@@ -47,6 +50,7 @@ def certify(
     ] = None,
     draws: Annotated[int | None, options.option("draws")] = None,
     count_head: options.CountHead = None,
+    router: Annotated[str | None, options.option("router")] = None,
     delta: options.Delta = None,
     noise_resolution: options.NoiseResolution = "input",
     denoiser: options.Denoiser = None,
@@ -72,30 +76,32 @@ def certify(
     from ..core.sampler import in_order
     from ..core.smoothing import SmoothedClassifier
     from ..core.weights import loading
+    from ..runs.identity import at_level
     from ..runs.time_estimate import announce_time, measure_seconds_per_draw
 
     levels = sigma or [0.25]
     chosen = {"alpha": alpha, "draws": draws, "max_draws": max_draws, "method": method, "seed": seed}
     chosen |= {"radii": None if radius is None else [radius], "count_head": count_head, "delta": delta}
-    chosen |= {"noise_resolution": noise_resolution, "denoiser": denoiser}
+    chosen |= {"noise_resolution": noise_resolution, "denoiser": denoiser, "router": router}
     settings = RunSettings(model, "pictures", levels, **chosen)  # type: ignore[arg-type]  # checks them before it loads
     rules = [settings.rule(level)[0] for level in levels]
     pictures = [load_image(name) for name in images]
     options = {"noise_resolution": settings.resolution, "denoiser": denoiser, "count_head": count_head}
     with loading(model):
         smoothed = SmoothedClassifier.from_pretrained(
-            model, GaussianNoise(levels[0]), batch_size=batch_size, device=device, **options
+            model, GaussianNoise((settings.levels or [1.0])[0]), batch_size=batch_size, device=device, **options
         )
     if delta is not None:
         smoothed.check_calibration()
+    classifiers = [at_level(smoothed, level, asdict(settings)) for level in levels]
     pixels = [to_pixels(picture, smoothed.preprocessing) for picture in pictures]
     notice = announce_time(rules[0], measure_seconds_per_draw(smoothed, pixels[0]), len(levels) * len(pixels))
     if notice is not None:
         typer.echo(notice, err=True)
     shown = notice is not None or sys.stderr.isatty()
     results, names = [], smoothed.class_names or ()
-    for level, rule in zip(levels, rules):
-        stream = smoothed.with_noise(GaussianNoise(level)).certify_stream(pixels, rule, seed=seed, progress=shown)
+    for classifier, rule in zip(classifiers, rules):
+        stream = classifier.certify_stream(pixels, rule, seed=seed, progress=shown)
         for name, certificate in zip(images, in_order(stream)):
             label = None if certificate.abstains else names[certificate.prediction]
             results.append({"image": name, "label": label, **certificate.to_dict()})
@@ -139,7 +145,7 @@ def _print_certificates(results: list[dict[str, Any]], radius: float | None, noi
     rows = [
         {
             "image": result["image"],
-            "sigma": f"{result['sigma']:g}",
+            "sigma": f"{result['sigma']:g}{' (auto)' if result['routing'] else ''}",
             "prediction": result["label"] or "(abstains)",
             "radius": format_radius(result["radius"]),
             "passes": result["num_samples"],

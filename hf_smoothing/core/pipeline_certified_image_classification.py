@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -12,14 +12,16 @@ from transformers import Pipeline
 from .certificates import Certificate
 from .count_predictor import CountPredictor
 from .denoisers import Denoiser
+from .level_certificates import LevelCertificates, certify_levels
+from .modeling_level_router import LevelRouter, load_router
 from .noise import GaussianNoise
 from .preprocessing import NoiseResolution, to_pixels
 from .sampler import in_order
 from .smoothing import SmoothedClassifier
 
-CLASSIFIER_SETTINGS = ("sigma", "count_head", "noise_resolution", "denoiser")
+CLASSIFIER_SETTINGS = ("sigma", "count_head", "router", "noise_resolution", "denoiser")
 CERTIFY_SETTINGS = (
-    "seed", "progress", "method", "alpha", "radius", "radii", "draws", "max_draws", "n0", "n", "delta",
+    "sigmas", "seed", "progress", "method", "alpha", "radius", "radii", "draws", "max_draws", "n0", "n", "delta",
 )  # fmt: skip
 
 
@@ -29,7 +31,10 @@ class CertifiedImageClassificationPipeline(Pipeline):
 
     All settings can be given at construction and at each call; the call's take precedence:
 
-    - `sigma`: standard deviation of the Gaussian noise, in `[0, 1]` pixels. There is no default.
+    - `sigma`: standard deviation of the Gaussian noise, in `[0, 1]` pixels. There is no default. With `"auto"` a router
+      chooses it for each picture, and the certificate covers the choice: `routing` says how.
+    - `sigmas`: several noise levels instead, with alpha split over them. Each result has a certificate for each, `best_of`
+      with the largest radius of each class, and a `statement` in words: it is about several classifiers, not about one.
     - `alpha` (0.001): probability that a certificate is wrong.
     - `radius` or `radii`: decide these radii and stop as soon as they are decided. Without them the radius is found.
       `"surrogate"` with `delta` claims the largest of them that it can.
@@ -37,6 +42,7 @@ class CertifiedImageClassificationPipeline(Pipeline):
       `"surrogate"` draws nothing and returns the count head's estimate.
     - `draws`: mean draws per image to find radii. `max_draws`: the most per image. `n0`, `n`, `delta`: see [`make_rule`].
     - `count_head`: a count head on the Hub or in a local folder. It guides the draws.
+    - `router`: for `sigma="auto"`, on the Hub or in a local folder; by default the count head's, else the model's.
     - `noise_resolution` (`"input"`), `denoiser`, `batch_size` (128): see [`SmoothedClassifier`].
     - `seed`: by default one from the operating system, see [`SmoothedClassifier.certify`]. The same seed gives an image the
       same noise, and so the same certificate, whatever the batch size.
@@ -61,6 +67,7 @@ class CertifiedImageClassificationPipeline(Pipeline):
     def __init__(self, *args: Any, batch_size: int = 128, **kwargs: Any):
         super().__init__(*args, batch_size=batch_size, **kwargs)
         self._count_heads: dict[str, CountPredictor] = {}
+        self._routers: dict[str, LevelRouter] = {}
         self._classifiers: dict[tuple[Any, ...], SmoothedClassifier] = {}
         if (head := self._preprocess_params.get("count_head")) is not None:
             self._load_count_head(str(head))
@@ -70,7 +77,7 @@ class CertifiedImageClassificationPipeline(Pipeline):
             if name not in CLASSIFIER_SETTINGS + CERTIFY_SETTINGS:
                 known = ", ".join((*CLASSIFIER_SETTINGS, *CERTIFY_SETTINGS, "batch_size"))
                 raise TypeError(f"{name!r} is no setting of this pipeline; it takes {known}.")
-        if "sigma" in settings:  # an invalid sigma at construction is an error at construction
+        if settings.get("sigma", "auto") != "auto":  # an invalid sigma at construction is an error at construction
             GaussianNoise(settings["sigma"])
         of_classifier = {name: value for name, value in settings.items() if name in CLASSIFIER_SETTINGS}
         return of_classifier, {name: value for name, value in settings.items() if name in CERTIFY_SETTINGS}, {}
@@ -98,7 +105,8 @@ class CertifiedImageClassificationPipeline(Pipeline):
         postprocess_params: dict[str, Any],
     ) -> Iterator[dict[str, Any]]:
         """Replaces batches of images, as transformers makes them, by batches of draws of several images."""
-        smoothed = self._smooth(batch_size, **preprocess_params)
+        sigmas = forward_params.get("sigmas")
+        smoothed = self._smooth(batch_size, **preprocess_params | ({"sigma": sigmas[0]} if sigmas else {}))
         images = (self.preprocess(image, smoothed=smoothed) for image in inputs)
         certificates = self.forward(images, inputs=inputs, smoothed=smoothed, **forward_params)
         return (self.postprocess(certificate, **postprocess_params) for certificate in certificates)
@@ -106,20 +114,22 @@ class CertifiedImageClassificationPipeline(Pipeline):
     def _smooth(
         self,
         batch_size: int,
-        sigma: float | None = None,
+        sigma: float | Literal["auto"] | None = None,
         count_head: str | Path | None = None,
+        router: str | Path | None = None,
         noise_resolution: NoiseResolution = "input",
         denoiser: Denoiser | str | None = None,
     ) -> SmoothedClassifier:
         """The model under noise. Its weights and image processor are checked once for all calls and noise levels."""
         if sigma is None:
             raise ValueError("sigma is missing: pass the noise level in [0, 1] pixels, such as sigma=0.25.")
+        noise = GaussianNoise(1.0 if sigma == "auto" else sigma)
         head = None if count_head is None else self._load_count_head(str(count_head))
         key = (batch_size, id(head), noise_resolution, denoiser if isinstance(denoiser, str) else id(denoiser))
         if key not in self._classifiers:
             self._classifiers[key] = SmoothedClassifier(
                 self.model,
-                GaussianNoise(sigma),
+                noise,
                 batch_size=batch_size,
                 device=self.device,
                 image_processor=self.image_processor,
@@ -127,7 +137,12 @@ class CertifiedImageClassificationPipeline(Pipeline):
                 denoiser=denoiser,
                 count_head=head,
             )
-        return self._classifiers[key].with_noise(GaussianNoise(sigma))
+        if sigma == "auto":
+            name = str(router or count_head or self.model.name_or_path)
+            if name not in self._routers:
+                self._routers[name] = load_router(name)
+            return self._classifiers[key].with_router(self._routers[name])
+        return self._classifiers[key].with_noise(noise)
 
     def preprocess(self, input_: Any, smoothed: SmoothedClassifier) -> torch.Tensor:
         return to_pixels(input_, smoothed.preprocessing)
@@ -138,10 +153,14 @@ class CertifiedImageClassificationPipeline(Pipeline):
         inputs: Iterable[Any],
         smoothed: SmoothedClassifier,
         method: str | None = None,
+        sigmas: Sequence[float] | None = None,
         seed: int | None = None,
         progress: bool = False,
         **rule_settings: Any,
-    ) -> Iterator[Certificate]:
+    ) -> Iterator[Certificate | LevelCertificates]:
+        if sigmas is not None:
+            shared = {"seed": seed, "progress": progress, **rule_settings}
+            return iter(certify_levels(smoothed, list(images), sigmas, method, **shared))
         rule = smoothed.make_rule(method, **rule_settings)
         rule.check(smoothed.noise)
         if isinstance(inputs, list):
@@ -157,7 +176,14 @@ class CertifiedImageClassificationPipeline(Pipeline):
             )
         return self._count_heads[name]
 
-    def postprocess(self, certificate: Certificate) -> dict[str, Any]:
+    def postprocess(self, certificate: Certificate | LevelCertificates) -> dict[str, Any]:
         """The certificate as a dict, with the name of the class first."""
+        if isinstance(certificate, LevelCertificates):
+            best_of = {
+                self.model.config.id2label[prediction]: {"radius": best.radius, "sigma": best.sigma}
+                for prediction, best in certificate.best_of.items()
+            }
+            at_levels = [self.postprocess(one_level) for one_level in certificate.certificates]
+            return {**certificate.to_dict(), "best_of": best_of, "certificates": at_levels}
         label = None if certificate.abstains else self.model.config.id2label[certificate.prediction]
         return {"label": label, **certificate.to_dict()}
