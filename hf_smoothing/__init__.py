@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .core.smoothing import SmoothedClassifier
     from .core.two_stage_rule import TwoStageRule
     from .data.demo_images import load_demo_images
+    from .diagnostics.model_check import check_model
     from .metrics.certified_accuracy import CertifiedAccuracy
     from .training.from_timm import from_timm
     from .training.noise_mixture import NoiseMixture
@@ -50,6 +51,7 @@ _NAMES = {
     "core.two_stage_rule": ("TwoStageRule",),
     "core.smoothing": ("SmoothedClassifier",),
     "data.demo_images": ("load_demo_images",),
+    "diagnostics.model_check": ("check_model",),
     "metrics.certified_accuracy": ("CertifiedAccuracy",),
     "training.from_timm": ("from_timm",),
     "training.noise_mixture": ("NoiseMixture",),

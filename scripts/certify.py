@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["hf-smoothing"]
+#
+# [tool.uv.sources]
+# hf-smoothing = { path = ".." }
+# ///
 """Certify the images of a dataset on all available devices, or resume a run that was interrupted.
 
     accelerate launch scripts/certify.py --model_name_or_path user/repo --dataset_name uoft-cs/cifar10 --every 20 \\
@@ -6,7 +13,7 @@
 On CPUs, start several processes with `torchrun --nproc_per_node 2 -- scripts/certify.py ...`: `accelerate launch --cpu`
 starts only one. The `--` keeps torchrun from reading `--n` as its own option.
 The script writes OUTPUT_DIR/certificates.parquet (one row per image and sigma) and OUTPUT_DIR/run.json. The same command
-resumes a run.
+resumes a run. In a clone, `uv run scripts/certify.py ...` installs what it needs in an environment of its own.
 """
 
 from dataclasses import asdict

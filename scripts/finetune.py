@@ -24,6 +24,7 @@ from hf_smoothing.training.classifier_training import train_classifier
 from hf_smoothing.training.evaluation import EvaluationSettings
 from hf_smoothing.training.pretrained_classifiers import find_head, load_for_finetuning
 from hf_smoothing.training.training_images import ImageSettings, find_class_names
+from hf_smoothing.training.training_log import describe_training
 from hf_smoothing.training.training_loop import TrainingSettings
 from hf_smoothing.utils.argument_parser import argument_parser
 from hf_smoothing.utils.errors import exit_on_error
@@ -62,7 +63,7 @@ def main() -> None:
             find_head(model).requires_grad_(True)
         if not isinstance(model, MixedNoiseViTForImageClassification):
             settings.layer_decay = 1.0  # the order of their layers is unknown
-        train_classifier(
+        results = train_classifier(
             model, images, image_settings, settings, evaluation, accelerator, base.model_name_or_path, processor
         )
         if accelerator.is_main_process:
@@ -72,6 +73,7 @@ def main() -> None:
                 dataset=image_settings.dataset_name,
                 base_model=base.model_name_or_path,
             )
+        accelerator.print(describe_training(results, settings.output_dir))
         hub.publish(settings.output_dir, accelerator)
     accelerator.end_training()
 

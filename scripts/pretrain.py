@@ -23,6 +23,7 @@ from hf_smoothing.hub.push import HubSettings
 from hf_smoothing.training.classifier_training import train_classifier
 from hf_smoothing.training.evaluation import EvaluationSettings
 from hf_smoothing.training.training_images import ImageSettings, find_class_names
+from hf_smoothing.training.training_log import describe_training
 from hf_smoothing.training.training_loop import TrainingSettings
 from hf_smoothing.utils.argument_parser import argument_parser
 from hf_smoothing.utils.errors import exit_on_error
@@ -91,7 +92,7 @@ def main() -> None:
             label2id={name: index for index, name in enumerate(class_names)},
         )
         model = MixedNoiseViTForImageClassification(config)
-        train_classifier(model, images, image_settings, settings, evaluation, accelerator)
+        results = train_classifier(model, images, image_settings, settings, evaluation, accelerator)
         if accelerator.is_main_process:
             create_card(
                 Path(settings.output_dir),
@@ -99,6 +100,7 @@ def main() -> None:
                 dataset=image_settings.dataset_name,
                 finetune_first=True,
             )
+        accelerator.print(describe_training(results, settings.output_dir))
         hub.publish(settings.output_dir, accelerator)
     accelerator.end_training()
 

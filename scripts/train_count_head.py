@@ -20,6 +20,7 @@ from hf_smoothing.count_head.measured_counts import read_counts
 from hf_smoothing.count_head.training import CountHeadSettings, build_count_model, train_count_head
 from hf_smoothing.hub.model_cards import create_card
 from hf_smoothing.hub.push import HubSettings
+from hf_smoothing.training.training_log import describe_training
 from hf_smoothing.training.training_loop import TrainingSettings
 from hf_smoothing.utils.argument_parser import argument_parser
 from hf_smoothing.utils.errors import exit_on_error
@@ -42,7 +43,7 @@ def main() -> None:
         counts = read_counts(Path(data.counts))
         torch.manual_seed(settings.seed)
         model = build_count_model(head, counts)
-        train_count_head(model, counts, head, settings, accelerator)
+        results = train_count_head(model, counts, head, settings, accelerator)
         if accelerator.is_main_process:
             create_card(
                 Path(settings.output_dir),
@@ -51,6 +52,7 @@ def main() -> None:
                 base_model=head.model_name_or_path,
                 sources=["[Accelerated Smoothing](https://arxiv.org/abs/2402.07498)"],
             )
+        accelerator.print(describe_training(results, settings.output_dir))
         hub.publish(settings.output_dir, accelerator)
     accelerator.end_training()
 

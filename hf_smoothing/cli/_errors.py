@@ -10,6 +10,7 @@ from rich.text import Text
 from typer.core import TyperCommand
 
 from .. import register
+from ..runs.settings import AUTO
 from ..utils.errors import INTERRUPTED, USER_ERRORS
 from ..utils.progress import hide_loading_bars
 
@@ -69,7 +70,7 @@ class _Command(TyperCommand):
         lists = {flag for option in self.params if getattr(option, "multiple", False) for flag in option.opts}
         flag, has_value = None, True
         for word in args:
-            if flag is not None and _is_number(word):
+            if flag is not None and (_is_number(word) or word == AUTO):
                 yield from (flag, word)
                 has_value = True
                 continue

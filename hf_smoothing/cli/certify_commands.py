@@ -77,7 +77,7 @@ def certify(
     from ..core.smoothing import SmoothedClassifier
     from ..core.weights import loading
     from ..runs.identity import at_level
-    from ..runs.time_estimate import announce_time, measure_seconds_per_draw
+    from ..runs.time_estimate import announce_time
 
     levels = sigma or [0.25]
     chosen = {"alpha": alpha, "draws": draws, "max_draws": max_draws, "method": method, "seed": seed}
@@ -95,10 +95,8 @@ def certify(
         smoothed.check_calibration()
     classifiers = [at_level(smoothed, level, asdict(settings)) for level in levels]
     pixels = [to_pixels(picture, smoothed.preprocessing) for picture in pictures]
-    notice = announce_time(rules[0], measure_seconds_per_draw(smoothed, pixels[0]), len(levels) * len(pixels))
-    if notice is not None:
-        typer.echo(notice, err=True)
-    shown = notice is not None or sys.stderr.isatty()
+    takes_long = announce_time(rules[0], smoothed, pixels[0], len(levels) * len(pixels))
+    shown = takes_long or sys.stderr.isatty()
     results, names = [], smoothed.class_names or ()
     for classifier, rule in zip(classifiers, rules):
         stream = classifier.certify_stream(pixels, rule, seed=seed, progress=shown)

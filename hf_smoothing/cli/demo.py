@@ -10,7 +10,7 @@ from transformers import AutoConfig
 from ..core.certificates import format_radius
 from ..data.demo_images import DEMO_IMAGES, load_demo_images
 from ..metrics.certified_accuracy import certified_accuracy
-from ..reporting.examples import picture_of_certificates
+from ..reporting.examples import picture_of_certificates, picture_of_changes
 from ..reporting.plots import require_matplotlib
 from ..reporting.rendering import format_interval, format_percent
 from ..reporting.tables import print_table
@@ -22,6 +22,9 @@ from ..utils.files import write_json
 from ..utils.processes import start_processes
 
 DEMO_RADII = [0.0, 0.25, 0.5]
+
+DEMO_PICTURE, SHOWN_CHANGES = 6, [0.25, 0.5, 1.0, 2.0]
+"""The picture that shows what radii mean, and its changes."""
 
 SHOWN_ROWS = 40  # of the printed table
 
@@ -66,7 +69,12 @@ def run_demo(settings: RunSettings, output_dir: Path, batch_size: int) -> None:
     pictures = load_demo_images()
     for file, at_most in (("certificates.png", None), ("certificates-few.png", 30)):
         picture_of_certificates(lambda index: pictures[index]["image"], rows, title, output_dir / file, at_most)
-    figures = certified_accuracy(predictions, labels, radii, DEMO_RADII, guarantees=guarantees, alphas=alphas)
+    picture_of_changes(pictures[DEMO_PICTURE]["image"], SHOWN_CHANGES, output_dir / "changes.png")
+    _, decided = settings.rule(settings.sigmas[0])
+    reach = max(decided or DEMO_RADII)
+    figures = certified_accuracy(
+        predictions, labels, radii, DEMO_RADII, guarantees=guarantees, alphas=alphas, reach=reach
+    )
     results = {
         **{name: run[name] for name in ("settings", "command", "versions", "sessions", "num_records")},
         **{name: figures[name] for name in ("guarantee", "certified_accuracy", "expected_wrong", "most_wrong")},
@@ -96,7 +104,9 @@ def _print_demo(results: dict[str, Any], rows: list[Record], output_dir: Path) -
     print_table(console, title, table)
     console.print(f"Certified accuracy over all {len(rows)} pictures, abstentions counted as wrong [95 % interval]:")
     for row in results["certified_accuracy"]:
-        share = f"{format_percent(row['share'])} [{format_interval(row['interval_95'])}]"
+        share = "out of reach: the draws cannot prove it"
+        if not row["out_of_reach"]:
+            share = f"{format_percent(row['share'])} [{format_interval(row['interval_95'])}]"
         console.print(f"  r = {row['radius']:<5g} {share}", markup=False, highlight=False)
     steered = "" if results["settings"]["count_head"] is None else " with the help of a count head"
     seconds = "" if results["seconds"] is None else f", {results['seconds']:.0f} s in all"

@@ -1,7 +1,7 @@
 """The command `hf-smoothing push`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,6 +18,9 @@ def push(
     revision: Annotated[
         str | None, typer.Option(help="Branch to push to (default: main). It is created if it does not exist.")
     ] = None,
+    allow_unfinished: Annotated[
+        bool, typer.Option("--allow-unfinished", help="Publish a model although its training was cut short.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List the files that would be uploaded, with their sizes in bytes.")
     ] = False,
@@ -35,9 +38,10 @@ def push(
     from ..hub.push import push as push_folder
 
     if not dry_run:
-        typer.echo(f"Published: {push_folder(folder, repo_id, private=private, revision=revision)}")
+        options: dict[str, Any] = {"private": private, "revision": revision, "allow_unfinished": allow_unfinished}
+        typer.echo(f"Published: {push_folder(folder, repo_id, **options)}")
         return
-    plan = plan_push(folder, repo_id)
+    plan = plan_push(folder, repo_id, allow_unfinished=allow_unfinished)
     for path, size in plan.sizes.items():
         typer.echo(f"{size:>14,}  {path}")
     typer.echo(f"{sum(plan.sizes.values()):>14,}  bytes in total for the {plan.repo_type} repository {repo_id}")

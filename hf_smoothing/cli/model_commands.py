@@ -1,13 +1,20 @@
 """The commands that examine models: `calibrate`, `check` and `audit`."""
 
+import re
+import sys
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from ._errors import command
 from .options import Alpha, BatchSize, Denoiser, NoiseResolution
+
+if TYPE_CHECKING:  # heavy: not for help
+    from ..diagnostics.model_check import ModelCheck
 
 app = typer.Typer()
 
@@ -46,40 +53,85 @@ def calibrate(
 
 @command(app)
 def check(
-    model: Annotated[str, typer.Argument(help="Image classifier: a name on the Hub or a local folder.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Image classifier: a name on the Hub, a local folder, or `module:function` (a Python callable from [0, 1] "
+            "pixels to logits, in the current folder or installed)."
+        ),
+    ],
     dataset: Annotated[
         str | None,
         typer.Option(help="Labelled pictures to use. Without it: the 200 CIFAR-10 images in the package."),
     ] = None,
     split: Annotated[str, typer.Option(help="Split of the dataset.")] = "test",
+    sigma: Annotated[
+        float | None,
+        typer.Option(help="Noise level that you want to certify at, for pixels in `[0, 1]` (default: 0.12 to 1)."),
+    ] = None,
+    radii: Annotated[
+        list[float] | None, typer.Option(help="Radii that you want to prove (default: none in particular).")
+    ] = None,
     n: Annotated[int, typer.Option(help="Draws per image, from which the largest possible radius follows.")] = 100_000,
     alpha: Alpha = 0.001,
+    images: Annotated[int, typer.Option(help="Number of pictures to look at.")] = 40,
+    image_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Height and width of the pictures that a Python callable takes (default: those of the pictures)."
+        ),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="Where to compute, such as `cuda` (default: the CPU).")] = None,
     batch_size: BatchSize = 64,
     noise_resolution: NoiseResolution = "input",
     denoiser: Denoiser = None,
 ) -> None:
     """
-    Check whether randomized smoothing suits a model: its normalization layers, its predictions under noise, and the largest
-    radius that `n` draws can certify.
+    Check whether randomized smoothing suits a model: its predictions under noise, the largest radius that `n` draws can
+    certify, and the causes of small or impossible certificates, each with its fix.
 
-    Example: `hf-smoothing check microsoft/resnet-18`
+    Examples: `hf-smoothing check microsoft/resnet-18 --sigma 0.25 --radii 0.5`, `hf-smoothing check my_model:classify`
     """
-    from ..core.certificates import format_radius
     from ..core.noise import GaussianNoise
     from ..core.smoothing import SmoothedClassifier
     from ..core.validation import parse_noise_resolution
     from ..core.weights import loading
     from ..data.labelled_images import LabelledImages
     from ..diagnostics.model_check import check_model
+
+    options: dict[str, Any] = {"device": device, "batch_size": batch_size, "denoiser": denoiser}
+    noise = GaussianNoise(0.25)
+    if re.fullmatch(r"[\w.]+:[\w.]+", model) and not Path(model).exists():
+        smoothed = SmoothedClassifier(_import_callable(model), noise, **options)
+    else:
+        options["noise_resolution"] = parse_noise_resolution(noise_resolution)
+        with loading(model):
+            smoothed = SmoothedClassifier.from_pretrained(model, noise, **options)
+    data = None if dataset is None else LabelledImages(dataset, split=split)
+    settings: dict[str, Any] = {"image_size": image_size, "sigma": sigma, "radii": radii or (), "count": images}
+    _print_check(check_model(smoothed, data, n=n, alpha=alpha, **settings), n)
+
+
+def _import_callable(name: str) -> Callable[..., Any]:
+    """The callable `module:function`. Raises a `ValueError` where there is none."""
+    module_name, _, path = name.partition(":")
+    sys.path.insert(0, str(Path.cwd()))  # as `python -m` does
+    try:
+        value: Any = import_module(module_name)
+        for attribute in path.split("."):
+            value = getattr(value, attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"The callable {name!r} cannot be imported: {error}.") from error
+    if not callable(value):
+        raise ValueError(f"{name!r} is a {type(value).__name__}, and no callable from pixels to logits.")
+    return value
+
+
+def _print_check(result: "ModelCheck", n: int) -> None:
+    from ..core.certificates import format_radius
     from ..reporting.tables import print_table
 
-    resolution = parse_noise_resolution(noise_resolution)
-    options: dict[str, Any] = {"device": device, "noise_resolution": resolution, "denoiser": denoiser}
-    with loading(model):
-        smoothed = SmoothedClassifier.from_pretrained(model, GaussianNoise(0.25), batch_size=batch_size, **options)
-    images = None if dataset is None else LabelledImages(dataset, split=split)
-    result = check_model(smoothed, images, n=n, alpha=alpha)
+    console = Console()
     rows = [
         {
             "sigma": f"{level['sigma']:g}",
@@ -89,12 +141,16 @@ def check(
         }
         for level in result.levels
     ]
-    console = Console()
-    norms = ", ".join(f"{count} {kind}" for kind, count in result.norm_layers.items()) or "none"
-    print_table(console, f"Noisy copies of {result.images} pictures", rows)
-    console.print(f"Normalization layers: {norms}.", highlight=False)
-    for advice in result.advice():
-        console.print(advice, highlight=False)
+    if rows:
+        print_table(console, f"Noisy copies of {result.images} pictures", rows)
+    if result.norm_layers:
+        norms = ", ".join(f"{count} {kind}" for kind, count in result.norm_layers.items())
+        console.print(f"Normalization layers: {norms}.", highlight=False)
+    for number, fault in enumerate(result.all_faults, 1):
+        console.print(f"{number}. {fault.cause}", highlight=False, markup=False)
+        console.print(f"   Fix: {fault.fix}", highlight=False, markup=False)
+    if verdict := result.verdict():
+        console.print(verdict, highlight=False)
 
 
 @command(app)

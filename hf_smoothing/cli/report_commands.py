@@ -95,16 +95,27 @@ def card(
     check: Annotated[
         bool, typer.Option("--check", help="Change nothing; fail if a card differs from its results files.")
     ] = False,
+    add_run: Annotated[
+        Path | None,
+        typer.Option(help="Add the results of this finished run to the card of one model (default: none)."),
+    ] = None,
 ) -> None:
     """
     Write model cards from `card.yaml` (words) and results files (figures): `README.md` and pages of results.
 
-    Example: `hf-smoothing card my-model`
+    `--add-run` copies a run of `certify-dataset` to `results` of the model, writes its report, and shows it in the card.
+
+    Example: `hf-smoothing card my-model --add-run runs/cifar10`
     """
+    from ..hub.card_runs import add_run as add_run_to_card
     from ..hub.model_cards import check_card, write_card
 
+    if add_run is not None and (check or len(models) > 1):
+        raise ValueError("add_run adds to the card of one model: name one, without --check.")
     problems = []
     for folder in models:
+        for path in [] if add_run is None else add_run_to_card(folder, add_run):
+            typer.echo(f"Wrote {path}.")
         if check:
             problems += check_card(folder)
         for path in [] if check else write_card(folder):

@@ -11,7 +11,7 @@ from torch import nn
 from .denoisers import DENOISERS, Denoiser, check_denoiser
 from .preprocessing import Preprocessing
 from .row_independence import check_rows
-from .weights import check_weights, weights_digest
+from .weights import check_is_classifier, check_weights, weights_digest
 
 Classifier = Callable[[torch.Tensor], Any]
 
@@ -38,6 +38,7 @@ class BaseClassifier:
         self.dtype = torch.float32
         if isinstance(classifier, nn.Module):
             classifier.eval()
+            check_is_classifier(classifier)
             check_weights(classifier)
             parameter = next((weights for weights in classifier.parameters() if weights.is_floating_point()), None)
             if parameter is not None:

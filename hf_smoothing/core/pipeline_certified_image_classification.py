@@ -18,6 +18,7 @@ from .noise import GaussianNoise
 from .preprocessing import NoiseResolution, to_pixels
 from .sampler import in_order
 from .smoothing import SmoothedClassifier
+from .weights import check_is_classifier
 
 CLASSIFIER_SETTINGS = ("sigma", "count_head", "router", "noise_resolution", "denoiser")
 CERTIFY_SETTINGS = (
@@ -66,6 +67,7 @@ class CertifiedImageClassificationPipeline(Pipeline):
 
     def __init__(self, *args: Any, batch_size: int = 128, **kwargs: Any):
         super().__init__(*args, batch_size=batch_size, **kwargs)
+        check_is_classifier(self.model)
         self._count_heads: dict[str, CountPredictor] = {}
         self._routers: dict[str, LevelRouter] = {}
         self._classifiers: dict[tuple[Any, ...], SmoothedClassifier] = {}

@@ -29,13 +29,20 @@ class _Lines(std_tqdm):
     """A bar that writes lines below each other: returning to the start of one would make a log one endless line."""
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        self._shown = self.n
         self.fp.write(f"{str(self).strip() if msg is None else msg}\n")
         self.fp.flush()
         return True
 
+    def clear(self, *args: Any, **options: Any) -> None:
+        """A line that is written stays."""
+
+    def refresh(self, nolock: bool = False, lock_args: Any = None) -> bool | None:
+        return None if nolock else super().refresh(nolock, lock_args)  # `tqdm.write` restores a bar without a lock
+
     def close(self) -> None:
         if not self.disable:
-            if self.leave:
+            if self.leave and getattr(self, "_shown", None) != self.n:
                 self.display()
             self.disable = True
             self._decr_instances(self)

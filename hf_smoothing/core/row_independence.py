@@ -29,6 +29,14 @@ As a part of the largest absolute value. At another place, a row may be added up
 """
 
 
+class DependentRowsError(ValueError):
+    """The rows of a batch depend on each other."""
+
+
+class RandomLogitsError(ValueError):
+    """The same batch gets other logits at each pass."""
+
+
 def check_rows(
     classify: Classify, modules: Mapping[str, nn.Module], pixels: torch.Tensor, sigma: float
 ) -> torch.Tensor:
@@ -46,8 +54,10 @@ def check_rows(
         Logits `(4, classes)` of noisy copies of the image.
 
     Raises:
-        ValueError: where rows depend on each other, or one batch gets different logits at each pass. The message names the
-            first layer that is responsible, where it can; for logits that are not finite.
+        DependentRowsError: where rows depend on each other.
+        RandomLogitsError: where one batch gets different logits at each pass. The messages name the first layer that is
+            responsible, where they can.
+        ValueError: for logits that are not finite.
     """
     first, second = _make_batches(pixels, sigma)
     logits = classify(first)
@@ -57,7 +67,7 @@ def check_rows(
         return logits
     if not _agree(logits, classify(first), _SAME_PLACES):
         layer = _find_layer(classify, modules, first, first, _SAME_PLACES)
-        raise ValueError(
+        raise RandomLogitsError(
             f"The base classifier{_blame(layer)} gives the same batch other logits at each pass: no seed could reproduce a "
             "certificate. Switch its randomness off (such as dropout outside evaluation mode), or fix its seed."
         )
@@ -65,7 +75,7 @@ def check_rows(
     fix = "Compute each row from its own image alone"
     if layer is not None and _has_no_statistics(layer[1]):
         fix = "Train it with running statistics (track_running_stats=True), or use LayerNorm or GroupNorm instead"
-    raise ValueError(
+    raise DependentRowsError(
         f"The base classifier{_blame(layer)} gives an image other logits in another batch: its rows depend on each other, "
         f"so draws are not independent, and no certificate would hold. {fix}."
     )

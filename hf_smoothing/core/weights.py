@@ -42,6 +42,17 @@ def check_loaded_weights(model: str, info: Mapping[str, Any], reinitialized: tup
         )
 
 
+def check_is_classifier(model: Any) -> None:
+    """Raise a `ValueError` for a count head: it loads as a classifier, but its class scores are no answers."""
+    config = getattr(model, "config", None)
+    if "MixedNoiseViTForCountPrediction" in (getattr(config, "architectures", None) or ()):
+        name = getattr(config, "_name_or_path", "")
+        raise ValueError(
+            f"The model {name!r} is a count head, which predicts how often noisy copies get each class, and no classifier: "
+            "pass it as count_head, beside the classifier that it was trained for."
+        )
+
+
 def check_weights(module: nn.Module) -> None:
     """Raise a `ValueError` that names the first weights that are not finite."""
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):

@@ -1,6 +1,7 @@
 """Auditing a run: attacking its certificates. No change smaller than a certified radius may change the prediction."""
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,8 +16,10 @@ from ..core.progress_bar import open_bar
 from ..core.smoothing import SmoothedClassifier
 from ..core.validation import check_count
 from ..data.labelled_images import ModelInputs
+from ..reporting.rendering import format_count
 from ..runs.identity import describe_classifier, load_classifier, open_images
 from ..runs.run_folder import RunFolder
+from ..runs.time_estimate import SHORT_SECONDS, format_seconds, measure_seconds_per_draw
 from ..utils.files import write_json
 from ..utils.provenance import command_line, package_versions
 from .attacks import AttackSettings, Attempt, Success, attack
@@ -57,17 +60,18 @@ class AuditSummary:
     def __str__(self) -> str:
         figures = self.summarize()
         text = (
-            "{certificates} certificates attacked with {gradient_steps:,} gradient steps and {candidates:,} candidates: "
-            "{violations} violations. At alpha = {alpha:g}, at most {wrong:.2g} certificates are wrong on average."
+            f"{format_count(len(self.rows), 'certificate')} attacked with "
+            f"{format_count(figures['gradient_steps'], 'gradient step')} and "
+            f"{format_count(figures['candidates'], 'candidate')}: {format_count(figures['violations'], 'violation')}. "
+            f"At alpha = {self.alpha:g}, at most {len(self.rows) * self.alpha:.2g} of them are wrong on average."
         )
         if figures["changed_beyond"]:
             text += (
-                " Beyond the radius, {changed_beyond} of {certificates} predictions changed, at "
-                "{median_norm_over_radius:.2f} times the radius in the median and {least_norm_over_radius:.2f} times at "
-                "least."
+                f" Beyond the radius, the answer changed for {figures['changed_beyond']} of {len(self.rows)}, at "
+                f"{figures['median_norm_over_radius']:.2f} times the radius in the median and "
+                f"{figures['least_norm_over_radius']:.2f} times at least."
             )
-        text += " Details are in {path}."
-        return text.format(**figures, alpha=self.alpha, wrong=len(self.rows) * self.alpha, path=self.path)
+        return f"{text} Details are in {self.path}."
 
 
 def audit(
@@ -110,6 +114,7 @@ def audit(
     rows = _start(output_dir, audit_settings)
     finished = {(row["sigma"], row["index"]) for row in rows}
     neighbours = _read_neighbours(records, inputs, settings.seed)
+    _announce_time(smoothed, inputs[sample[0]["index"]][0], settings, len(sample) - len(finished))
     with (output_dir / "audit.jsonl").open("a") as lines:
         for record in open_bar(sample, "attacking"):
             if (record["sigma"], record["index"]) in finished:
@@ -132,6 +137,20 @@ def audit(
     summary = AuditSummary(output_dir, rows, run["alpha"])
     _write_results(summary, audit_settings)
     return summary
+
+
+def _announce_time(smoothed: SmoothedClassifier, pixels: torch.Tensor, settings: AttackSettings, images: int) -> None:
+    """Print how long an audit will take, if it takes long."""
+    passes = 6 * settings.steps * settings.draws  # a gradient costs about three, and its candidates as many
+    seconds = images * passes * measure_seconds_per_draw(smoothed, pixels)
+    if seconds > SHORT_SECONDS:
+        certificates = format_count(images, "certificate")
+        print(
+            f"This takes about {format_seconds(seconds)}: the equivalent of {passes:,} forward passes for each of "
+            f"{certificates}. `--images` and `--steps` make it shorter.",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _sample_certificates(

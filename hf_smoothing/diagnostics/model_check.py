@@ -1,27 +1,41 @@
-"""Is a model worth smoothing? A quick check of a model, before anything is certified."""
+"""Is a model worth smoothing? A quick check of a model, before anything is certified, that names the causes of trouble."""
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from scipy import stats
 from torch import nn
+from torchvision.transforms.v2.functional import pil_to_tensor
 
+from ..core.base_classifier import Classifier
 from ..core.bounds import clopper_pearson_lower
 from ..core.noise import GaussianNoise
 from ..core.preprocessing import to_pixels
 from ..core.smoothing import SmoothedClassifier
 from ..data.class_matching import match_classes
 from ..data.demo_images import load_demo_images
-from ..data.labelled_images import LabelledImages
+from ..data.labelled_images import LabelledImages, Row
+from .model_faults import (
+    Fault,
+    compute_logits,
+    find_budget_faults,
+    find_fatal_fault,
+    find_input_fault,
+    find_resize_fault,
+)
 
 SIGMAS = (0.0, 0.12, 0.25, 0.5, 1.0)
 
 _MIN_SHARE_KEPT = 0.75
 """A model that keeps a smaller share of its predictions, or of its accuracy, has little to certify at that noise level."""
+
+_EXPLAIN_PREDICTIONS = {"normalization", "normalized twice", "0 to 255", "channel order"}
+"""Faults that explain wrong or unstable predictions."""
 
 
 @dataclass(frozen=True)
@@ -32,53 +46,89 @@ class ModelCheck:
     Attributes:
         norm_layers: number of normalization layers of each kind.
         batch_statistics: the kinds that normalize by statistics of training batches.
-        levels: a dict per noise level: `sigma`; `same_answer`, the share of noisy copies with the prediction of the clean
-            image; `accuracy`, the share that is right, or `None` where the labels are unknown; and `largest_radius`, the
-            largest radius that the draws can certify.
+        faults: what was found besides the predictions, see [`all_faults`].
+        levels: a dict per noise level, none where the model cannot be certified at all: `sigma`; `same_answer`, the share of
+            noisy copies with the prediction of the clean image; `accuracy`, the share that is right, or `None` where
+            labels are unknown; and `largest_radius`, the largest radius that the draws can certify.
         images, answers, classes: number of images, of different predictions without noise, and of the model's classes.
+        sigma: the noise level that was asked about.
     """
 
-    norm_layers: dict[str, int]
-    batch_statistics: list[str]
-    levels: list[dict[str, Any]]
-    images: int
-    answers: int
-    classes: int
+    norm_layers: dict[str, int] = field(default_factory=dict)
+    batch_statistics: list[str] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
+    levels: list[dict[str, Any]] = field(default_factory=list)
+    images: int = 0
+    answers: int = 0
+    classes: int = 0
+    sigma: float | None = None
+
+    @property
+    def all_faults(self) -> list[Fault]:
+        """The faults that were found, and then what the accuracies and kept predictions tell, if nothing explains them."""
+        explained = {fault.kind for fault in self.faults} & _EXPLAIN_PREDICTIONS
+        judged = None if explained or not self.levels else self._judge_predictions()
+        return [*self.faults, *([] if judged is None else [judged])]
 
     def advice(self) -> list[str]:
-        """The verdict, and what to do about it."""
-        advice = []
-        if self.batch_statistics:
-            advice.append(
-                f"It normalizes by batch statistics ({', '.join(self.batch_statistics)}). Statistics of clean images are "
-                "wrong for noisy ones, and robustness learned at one noise level does not carry over to others (arXiv "
-                "2312.09020). Prefer a model with LayerNorm or GroupNorm."
-            )
-        return [*advice, self._verdict(self.levels[0]["accuracy"] if self.levels[0]["sigma"] == 0 else None)]
+        """Causes with their fixes, and the verdict."""
+        verdict = self.verdict()
+        return [*map(str, self.all_faults), *([] if verdict is None else [verdict])]
 
-    def _verdict(self, accuracy: float | None) -> str:
-        """Whether the model is worth smoothing, given its accuracy on clean images."""
-        if self.answers == 1 and self.images > 1:
-            return "It predicts one class for all images, so stable predictions mean nothing: is it trained?"
-        if accuracy is not None and self._may_be_guessing(accuracy):
-            return (
-                f"It is right about {accuracy:.0%} of {self.images} clean images, which guessing could be too, so stable "
-                "predictions mean nothing. Is it trained, and for these classes?"
-            )
-        noisy = [level for level in self.levels if level["sigma"] > 0]
-        robust_sigmas = [
+    def verdict(self) -> str | None:
+        """Up to where it is worth smoothing; None where a fault says that it is not."""
+        if {fault.kind for fault in self.all_faults} & (
+            _EXPLAIN_PREDICTIONS | {"guesses", "noise"}
+        ) or not self.levels:
+            return None
+        return f"It keeps its predictions up to sigma {max(self._robust_sigmas()):g}: worth smoothing there."
+
+    @property
+    def _clean_accuracy(self) -> float | None:
+        return self.levels[0]["accuracy"] if self.levels[0]["sigma"] == 0 else None
+
+    def _robust_sigmas(self) -> list[float]:
+        accuracy = self._clean_accuracy
+        return [
             level["sigma"]
-            for level in noisy
-            if level["same_answer"] >= _MIN_SHARE_KEPT
+            for level in self.levels
+            if level["sigma"] > 0
+            and level["same_answer"] >= _MIN_SHARE_KEPT
             and (accuracy is None or level["accuracy"] >= _MIN_SHARE_KEPT * accuracy)
         ]
-        if robust_sigmas:
-            return f"It keeps its predictions up to sigma {max(robust_sigmas):g}: worth smoothing there."
-        lowest = noisy[0]
+
+    def _judge_predictions(self) -> Fault | None:
+        """The fault of a model that guesses, or loses its predictions under noise."""
+        accuracy = self._clean_accuracy
+        if self.answers == 1 and self.images > 1:
+            return Fault(
+                "guesses",
+                "It predicts one class for all images, so stable predictions mean nothing: is it trained?",
+                "Load trained weights, and check that the classes are those of the images.",
+            )
+        if accuracy is not None and self._may_be_guessing(accuracy):
+            return Fault(
+                "guesses",
+                f"It is right about {accuracy:.0%} of {self.images} clean images, which guessing could be too, so stable "
+                "predictions mean nothing.",
+                "Is it trained, and for these classes in this order?",
+            )
+        robust, asked = self._robust_sigmas(), self.sigma
+        if asked is not None and asked not in robust and (lower := [level for level in robust if level < asked]):
+            return Fault(
+                "units of sigma",
+                f"It loses its predictions at sigma {asked:g}, and keeps them at {max(lower):g}: is that in other units?",
+                "Give sigma for pixels in [0, 1]: half of that for [-1, 1]; that for normalized pixels times their std.",
+            )
+        if robust:
+            return None
+        lowest = next(level for level in self.levels if level["sigma"] > 0)
         correct = "" if lowest["accuracy"] is None else f" and is right about {lowest['accuracy']:.0%}"
-        return (
+        return Fault(
+            "noise",
             f"Not worth smoothing as it is: at sigma {lowest['sigma']:g} it keeps {lowest['same_answer']:.0%} of its "
-            f"predictions{correct}. Finetune it on noisy images (scripts/finetune.py --sigmas), or use a denoiser."
+            f"predictions{correct}.",
+            "Finetune it on noisy images (scripts/finetune.py --sigmas), or use a denoiser.",
         )
 
     def _may_be_guessing(self, accuracy: float) -> bool:
@@ -88,22 +138,31 @@ class ModelCheck:
 
 
 def check_model(
-    smoothed: SmoothedClassifier,
+    model: SmoothedClassifier | Classifier,
     images: LabelledImages | None = None,
     *,
+    class_names: Sequence[str] | None = None,
+    image_size: int | None = None,
+    sigma: float | None = None,
+    radii: Sequence[float] = (),
     sigmas: Sequence[float] = SIGMAS,
-    count: int = 20,
+    count: int = 40,
     draws: int = 4,
     n: int = 100_000,
     alpha: float = 0.001,
 ) -> ModelCheck:
     """
-    Check the normalization layers of a model, and its predictions under noise.
+    Check whether randomized smoothing suits a model, and name the causes of small or impossible certificates.
 
     Args:
-        smoothed: from `SmoothedClassifier.from_pretrained`, at any noise level.
+        model: a [`SmoothedClassifier`], or any callable from pixels `(batch, channels, height, width)` in `[0, 1]` to logits
+            `(batch, classes)`.
         images: labelled images; by default those that ship with the package, whose labels count if the model has their
-            classes.
+            classes. The labels of a callable without `class_names` are the numbers of its classes.
+        class_names: the classes of a callable, in the order of its logits.
+        image_size: height and width of the images that a callable takes; by default that of the images.
+        sigma: the noise level that you want to certify at, in `[0, 1]` pixels; it is checked too.
+        radii: the radii that you want to prove.
         sigmas: noise levels, in units of `[0, 1]` pixels; 0 is the clean image.
         count: number of images.
         draws: noisy copies per image and noise level.
@@ -111,25 +170,52 @@ def check_model(
         alpha: probability of a wrong certificate, for the largest radius.
 
     Raises:
-        ValueError: for images whose classes the model lacks.
+        ValueError: for images whose classes the model lacks, and settings out of range.
     """
+    smoothed = model if isinstance(model, SmoothedClassifier) else _smooth(model, class_names)
     module = smoothed.base_classifier.classifier
     layers = [layer for layer in (module.modules() if isinstance(module, nn.Module) else ()) if _is_norm(layer)]
-    kinds = Counter(type(layer).__name__ for layer in layers)
-    batch_statistics = {type(layer).__name__ for layer in layers if _uses_batch_statistics(layer)}
-    pixels, labels = _read_images(smoothed, images, count)
-    logits = _compute_clean_logits(smoothed, pixels)
-    levels = [_check_level(smoothed, pixels, logits, labels, sigma, draws) for sigma in sorted(sigmas)]
+    result = ModelCheck(
+        norm_layers=dict(Counter(type(layer).__name__ for layer in layers)),
+        batch_statistics=sorted({type(layer).__name__ for layer in layers if _uses_batch_statistics(layer)}),
+        sigma=sigma,
+        faults=find_budget_faults(n, alpha, sigma or max(sigmas), radii),
+    )
+    if result.batch_statistics:
+        result.faults.append(_blame_batch_statistics(result.batch_statistics))
+    pictures, labels = _read_images(smoothed, images, count)
+    pixels = [_to_pixels(picture, smoothed, image_size) for picture in pictures]
+    if fatal := find_fatal_fault(smoothed, pixels):
+        return replace(result, faults=[*result.faults, fatal], images=len(pixels))
+    logits = compute_logits(smoothed, pixels)
+    if any(label is not None and label >= logits.shape[1] for label in labels):
+        labels = [None] * len(labels)
+    for fault in (find_resize_fault(smoothed, pictures, pixels), find_input_fault(smoothed, pixels, labels, logits)):
+        result.faults.extend([] if fault is None else [fault])
+    asked = [] if sigma is None else [sigma, sigma / 2, sigma / 4]
+    levels = [_check_level(smoothed, pixels, logits, labels, level, draws) for level in sorted({*sigmas, *asked})]
     p_lower = float(clopper_pearson_lower(n, n, alpha))
     for level in levels:
         level["largest_radius"] = GaussianNoise(level["sigma"]).radius(p_lower) if level["sigma"] > 0 else 0.0
-    return ModelCheck(
-        dict(kinds),
-        sorted(batch_statistics),
-        levels,
+    return replace(
+        result,
+        levels=levels,
         images=len(pixels),
         answers=len(set(logits.argmax(1).tolist())),
         classes=logits.shape[1],
+    )
+
+
+def _smooth(classifier: Classifier, class_names: Sequence[str] | None) -> SmoothedClassifier:
+    return SmoothedClassifier(classifier, GaussianNoise(0.25), batch_size=32, class_names=class_names)
+
+
+def _blame_batch_statistics(kinds: Sequence[str]) -> Fault:
+    return Fault(
+        "batch statistics",
+        f"It normalizes by batch statistics ({', '.join(kinds)}). Statistics of clean images are wrong for noisy ones, and "
+        "robustness learned at one noise level does not carry over to others (arXiv 2312.09020).",
+        "Prefer a model with LayerNorm or GroupNorm.",
     )
 
 
@@ -149,34 +235,38 @@ def _uses_batch_statistics(layer: nn.Module) -> bool:
 
 def _read_images(
     smoothed: SmoothedClassifier, images: LabelledImages | None, count: int
-) -> tuple[list[torch.Tensor], list[int | None]]:
-    """Pixels of some random images and their classes, `None` where the model lacks them."""
+) -> tuple[list[Image.Image], list[int | None]]:
+    """Some random pictures and their classes, `None` where the model lacks them."""
     class_names = list(smoothed.class_names or ())
     if images is not None:
-        inputs = images.bind(class_names, smoothed.preprocessing)
         readers = list(images.rows())
         sample = [readers[position] for position in np.random.default_rng(0).permutation(len(readers))[:count]]
         rows = [(index, read()) for index, read in sample]
-        return [inputs.pixels(row) for _, row in rows], [inputs.label(index, row) for index, row in rows]
+        names = class_names or images.class_names or _number_classes(images, rows)
+        inputs = images.bind(names, smoothed.preprocessing)
+        return [images.picture(row) for _, row in rows], [inputs.label(index, row) for index, row in rows]
     demo = load_demo_images()
-    has_names = not all(name.startswith("LABEL_") for name in class_names)
+    has_names = class_names and not all(name.startswith("LABEL_") for name in class_names)
     try:
         to_class = match_classes(demo.features["label"].names, class_names) if has_names else None
     except ValueError:
         to_class = None
     sample = demo.select(np.random.default_rng(0).permutation(len(demo))[:count])
-    pixels = [to_pixels(picture, smoothed.preprocessing) for picture in sample["image"]]
-    return pixels, [None if to_class is None else to_class(label) for label in sample["label"]]
+    return list(sample["image"]), [None if to_class is None else to_class(label) for label in sample["label"]]
 
 
-@torch.inference_mode()
-def _compute_clean_logits(smoothed: SmoothedClassifier, pixels: list[torch.Tensor]) -> np.ndarray:
-    groups = [image[None].to(smoothed.device) for image in pixels]  # images may differ in size
-    size = smoothed.batch_size
-    logits = [
-        smoothed.base_classifier(groups[first : first + size], 0.0).float() for first in range(0, len(groups), size)
-    ]
-    return torch.cat(logits).cpu().numpy()
+def _number_classes(images: LabelledImages, rows: Sequence[tuple[int, Row]]) -> list[str]:
+    """Names of classes that are numbers; more than there are do no harm."""
+    return [str(number) for number in range(1 + max(int(row[images.label_column]) for _, row in rows))]
+
+
+def _to_pixels(picture: Image.Image, smoothed: SmoothedClassifier, image_size: int | None) -> torch.Tensor:
+    if smoothed.preprocessing is not None:
+        return to_pixels(picture, smoothed.preprocessing)
+    picture = picture.convert("RGB")
+    if image_size is not None and picture.size != (image_size, image_size):
+        picture = picture.resize((image_size, image_size), Image.Resampling.BICUBIC)
+    return to_pixels(pil_to_tensor(picture))
 
 
 def _check_level(

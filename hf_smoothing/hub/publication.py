@@ -60,6 +60,12 @@ class Publication:
     left_out: list[str]
     facts: Json
 
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether it is a model whose training was cut short: trained here, without the results that its end writes."""
+        began = (self.folder / "training_log.jsonl").is_file() or any(self.folder.glob("step_*/settings.json"))
+        return self.kind == "model" and began and not (self.folder / "results" / "training.json").is_file()
+
     def stage(self, target: Path) -> None:
         """
         Lay out the repository: links to the files of the folder, and what is added to them. A model gets the code that loads

@@ -16,7 +16,7 @@ from transformers.hf_argparser import HfArg
 
 from ..utils.processes import on_main_first
 from .errors import HubError, translate_hub_errors
-from .publication import publication_of
+from .publication import Publication, publication_of
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class UploadPlan:
     skipped: list[str]
 
 
-def plan_push(folder: str | Path, repo_id: str) -> UploadPlan:
+def plan_push(folder: str | Path, repo_id: str, *, allow_unfinished: bool = False) -> UploadPlan:
     """
     List what [`push`] would upload, without a token and without a request to the Hub.
 
@@ -43,7 +43,7 @@ def plan_push(folder: str | Path, repo_id: str) -> UploadPlan:
         ValueError: see [`push`].
     """
     validate_repo_id(repo_id)
-    publication = publication_of(folder)
+    publication = _check(publication_of(folder), allow_unfinished)
     with TemporaryDirectory() as stage:
         publication.stage(Path(stage))
         files = sorted(file for file in Path(stage).rglob("*") if file.is_file())
@@ -52,7 +52,14 @@ def plan_push(folder: str | Path, repo_id: str) -> UploadPlan:
     return UploadPlan(publication.kind, sizes, [name for name in publication.left_out if name not in sizes])
 
 
-def push(folder: str | Path, repo_id: str, *, private: bool = False, revision: str | None = None) -> str:
+def push(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    allow_unfinished: bool = False,
+) -> str:
     """
     Publish a model, a count head or a finished run.
 
@@ -64,15 +71,16 @@ def push(folder: str | Path, repo_id: str, *, private: bool = False, revision: s
         repo_id: `user/name`, or `name` for a repository of the token's user. It is created if it does not exist.
         private: create the repository as a private one.
         revision: the branch to push to. It is created if it does not exist.
+        allow_unfinished: publish a model although its training was cut short.
 
     Returns:
         The URL of the commit.
 
     Raises:
-        ValueError: if the folder is none of these or is not complete, or if `repo_id` is malformed.
+        ValueError: if the folder is none of these, incomplete, or holds a training cut short, or if `repo_id` is malformed.
         HubError: if there is no token, if the token may not write, or if the Hub or the connection fails.
     """
-    publication = publication_of(folder)
+    publication = _check(publication_of(folder), allow_unfinished)
     name = create_repository(repo_id, publication.kind, private)
     api = HfApi()
     with TemporaryDirectory() as stage, translate_hub_errors(f"{name} cannot be pushed"):
@@ -90,6 +98,22 @@ def push(folder: str | Path, repo_id: str, *, private: bool = False, revision: s
                 commit_message=f"Publish with hf-smoothing {version('hf-smoothing')}",
             )
     return commit.commit_url
+
+
+def _check(publication: Publication, allow_unfinished: bool) -> Publication:
+    """Refuse a model whose training was cut short, unless that is allowed; warn of one without a card."""
+    folder = publication.folder
+    if publication.is_unfinished and not allow_unfinished:
+        raise ValueError(
+            f"The training in {folder} was cut short: there is no results/training.json. Resume it "
+            "(--resume_from_checkpoint latest), or publish what there is with --allow-unfinished."
+        )
+    if publication.kind == "model" and "README.md" not in publication.files:
+        warnings.warn(
+            f"{folder} has no card (README.md): nobody will know what the model is. `hf-smoothing card` writes one.",
+            stacklevel=3,
+        )
+    return publication
 
 
 def create_repository(repo_id: str, repo_type: str, private: bool = False) -> str:

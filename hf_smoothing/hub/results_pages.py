@@ -93,7 +93,10 @@ def training_data(results: Json) -> Json:
     while "continues" in stages[0]:
         stages.insert(0, stages[0]["continues"])
     names = [f"{number}. {Path(stage['command'].split()[0]).stem}" for number, stage in enumerate(stages, 1)]
-    table = {name: [_format_setting(stage["settings"].get(name)) for stage in stages] for name in _differing(stages)}
+    table = {
+        name: [_format_setting(_effective_settings(stage).get(name)) for stage in stages]
+        for name in _differing(stages)
+    }
     table |= {
         "steps": [f"{stage['steps']:,}" for stage in stages],
         "images seen": [f"{stage['images_seen']:,}" for stage in stages],
@@ -123,9 +126,15 @@ _MEASURES = {
 
 
 def _differing(stages: Sequence[Json]) -> list[str]:
-    settings = [stage["settings"] for stage in stages]
+    settings = [_effective_settings(stage) for stage in stages]
     names = dict.fromkeys(name for values in settings for name in values if name not in _BOOKKEEPING)
     return [name for name in names if any(values.get(name) != settings[0].get(name) for values in settings)]
+
+
+def _effective_settings(stage: Json) -> Json:
+    """The settings of a training, without the number of epochs where a number of steps took its place."""
+    settings = stage["settings"]
+    return {**settings, "num_train_epochs": None} if settings.get("max_train_steps") else settings
 
 
 def _format_setting(value: Any) -> str:

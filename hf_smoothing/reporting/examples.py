@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from ..core.certificates import ABSTAIN, format_radius
@@ -60,6 +61,44 @@ def picture_of_certificates(
         axis.set_title(text, fontsize=7.5, color=color, pad=2)
     figure.suptitle(title, fontsize=9)
     figure.savefig(path, dpi=130)
+
+
+def picture_of_changes(picture: Image.Image, norms: Sequence[float], path: str | Path) -> None:
+    """
+    Draw a picture beside copies with a change of each l2 norm, in `[0, 1]` pixels. Needs matplotlib.
+
+    In one row the changes are spread over the picture at random, in another they turn pixels in its middle to black or white.
+
+    Args:
+        picture: RGB.
+        norms: the sizes of the changes.
+        path: where to write; the ending names the format (`.png`, `.svg`).
+    """
+    from matplotlib.figure import Figure
+
+    pixels = np.asarray(picture, np.float64) / 255
+    noise = np.random.default_rng(0).standard_normal(pixels.shape)
+    figure = Figure(figsize=(1.5 * (1 + len(norms)), 3.4), layout="constrained")
+    for number, row in enumerate(figure.subplots(2, 1 + len(norms))):
+        for axis, norm in zip(row, [0.0, *norms]):
+            change = noise if number == 0 else _change_middle(pixels, norm)
+            axis.imshow(np.clip(pixels + norm * change / np.linalg.norm(change), 0, 1))
+            axis.axis("off")
+            axis.set_title("original" if norm == 0 else f"{('spread', 'middle')[number]}, r = {norm:g}", fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def _change_middle(pixels: NDArray[np.float64], norm: float) -> NDArray[np.float64]:
+    """A change towards black or white, whichever is farther, of the smallest middle square that can hold this norm."""
+    change = np.zeros_like(pixels)
+    farther = np.where(pixels > 0.5, -pixels, 1 - pixels)
+    middle = np.array(pixels.shape[:2]) // 2
+    for side in range(1, min(pixels.shape[:2]) + 1):
+        top, left = middle - side // 2
+        change[top : top + side, left : left + side] = farther[top : top + side, left : left + side]
+        if np.linalg.norm(change) >= norm:
+            break
+    return change
 
 
 def load_pictures(

@@ -25,6 +25,7 @@ from .recorder import Recorder
 from .records import Record, error_record, record
 from .run_folder import RunFolder, RunState, RunSummary
 from .settings import AUTO, NoiseLevel, RunSettings
+from .time_estimate import announce_time
 
 
 def certify_dataset(
@@ -87,6 +88,9 @@ def certify_dataset(
 
     state = on_main_first(accelerator, start)
     expected = None if images.total is None else images.total * len(settings.sigmas)
+    if accelerator.is_main_process and expected is not None and (pixels := _find_pixels(inputs)) is not None:
+        rule, _ = settings.rule(settings.sigmas[0])
+        announce_time(rule, smoothed, pixels, expected - len(state.finished), accelerator.num_processes)
     recorder = Recorder(folder, state, settings, accelerator, expected)
     try:
         for level, classifier in classifiers.items():
@@ -105,11 +109,17 @@ def certify_dataset(
     return folder.finish(len(state.finished), expected, select) if accelerator.is_main_process else None
 
 
-def _find_shape(inputs: ModelInputs) -> tuple[int, ...] | None:
+def _find_pixels(inputs: ModelInputs) -> torch.Tensor | None:
+    """The first image that can be read."""
     for _, read in inputs.images.rows():
         with suppress(ValueError):
-            return tuple(inputs.pixels(read()).shape)
+            return inputs.pixels(read())
     return None
+
+
+def _find_shape(inputs: ModelInputs) -> tuple[int, ...] | None:
+    pixels = _find_pixels(inputs)
+    return None if pixels is None else tuple(pixels.shape)
 
 
 def _select_claims(settings: RunSettings, records: list[Record]) -> list[Record]:

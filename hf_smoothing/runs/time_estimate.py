@@ -1,5 +1,6 @@
 """How long a certification will take, told before it starts."""
 
+import sys
 import time
 
 import torch
@@ -11,40 +12,63 @@ from ..core.two_stage_rule import TwoStageRule
 SHORT_SECONDS = 20.0
 """Work that takes less is not announced."""
 
+_FEW_DRAWS = 10_000
+"""For fewer draws, the speed is not even measured."""
+
+_CPU_BATCH = 16
+"""On a CPU, a small batch shows the speed of a large one."""
+
 
 @torch.inference_mode()
 def measure_seconds_per_draw(smoothed: SmoothedClassifier, pixels: torch.Tensor) -> float:
-    """Seconds per forward pass of a noisy copy of `pixels` `(channels, height, width)`, from two batches of draws."""
-    batch = [pixels.to(smoothed.device).expand(smoothed.batch_size, *pixels.shape)]
-    sigma = smoothed.noise.sigma
-    smoothed.base_classifier(batch, sigma).cpu()  # the first pass is slower
+    """Seconds per forward pass of a noisy copy of `pixels` `(channels, height, width)`, from two batches."""
+    size = min(smoothed.batch_size, _CPU_BATCH) if smoothed.device.type == "cpu" else smoothed.batch_size
+    batch = [pixels.to(smoothed.device).expand(size, *pixels.shape)]
+    smoothed.base_classifier(batch, smoothed.noise.sigma).cpu()  # the first pass is slower
     started = time.perf_counter()
-    smoothed.base_classifier(batch, sigma).cpu()
-    return (time.perf_counter() - started) / smoothed.batch_size
+    smoothed.base_classifier(batch, smoothed.noise.sigma).cpu()
+    return (time.perf_counter() - started) / size
 
 
-def announce_time(rule: Rule, seconds_per_draw: float, images: int, processes: int = 1) -> str | None:
+def announce_time(
+    rule: Rule, smoothed: SmoothedClassifier, pixels: torch.Tensor, images: int, processes: int = 1
+) -> bool:
     """
-    What to tell the user before long work, or None before work of less than [`SHORT_SECONDS`].
+    Print to standard error how long work will take, if it takes long; return whether it does.
 
     Args:
         rule: the sampling rule.
-        seconds_per_draw: of one process.
+        smoothed: the classifier.
+        pixels: an image, to measure the speed with.
         images: how many; at several noise levels, each level counts.
         processes: that share the work.
     """
-    draws, at_most = rule.budget, "at most "
-    if rule.method in ("fixed", "counts"):
-        at_most = ""
-    elif isinstance(rule, TwoStageRule):
-        draws, at_most = rule.draws, ""
-    if not rule.uses_base_classifier or (seconds := images * draws * seconds_per_draw / processes) < SHORT_SECONDS:
+    if not rule.uses_base_classifier or images * _count_draws(rule)[0] < _FEW_DRAWS:
+        return False
+    notice = describe_time(rule, measure_seconds_per_draw(smoothed, pixels), images, processes)
+    if notice is not None:
+        print(notice, file=sys.stderr, flush=True)
+    return notice is not None
+
+
+def describe_time(rule: Rule, seconds_per_draw: float, images: int, processes: int = 1) -> str | None:
+    """What [`announce_time`] prints, given the speed of one process; None for work of less than [`SHORT_SECONDS`]."""
+    draws, at_most = _count_draws(rule)
+    seconds = images * draws * seconds_per_draw / processes
+    if seconds < SHORT_SECONDS:
         return None
     pictures = "1 image" if images == 1 else f"{images:,} images"
     return (
         f"This takes {at_most}about {format_seconds(seconds)}: {at_most}{draws:,} draws for each of {pictures}, "
         f"{processes / seconds_per_draw:,.0f} draws per second."
     )
+
+
+def _count_draws(rule: Rule) -> tuple[int, str]:
+    """The draws per image, and `at most ` where they are the largest number."""
+    if isinstance(rule, TwoStageRule):
+        return rule.draws, ""
+    return rule.budget, "" if rule.method in ("fixed", "counts") else "at most "
 
 
 def format_seconds(seconds: float) -> str:

@@ -64,7 +64,26 @@ def find_checkpoint(output_dir: Path, requested: str | None, fixed_settings: dic
         The checkpoint's folder; `None` where a new training starts.
 
     Raises:
-        ValueError: for a folder that holds a training already, a missing checkpoint, or one with other settings.
+        ValueError: as [`locate_checkpoint`]; for a checkpoint with other settings.
+    """
+    checkpoint = locate_checkpoint(output_dir, requested)
+    if checkpoint is None:
+        return None
+    saved_settings = json.loads((checkpoint / "settings.json").read_text())
+    if differences := _list_differences(saved_settings, fixed_settings):
+        raise ValueError(
+            f"{checkpoint} belongs to a training with other settings ({'; '.join(differences)}): use the same settings, or "
+            "start a new training."
+        )
+    return checkpoint
+
+
+def locate_checkpoint(output_dir: Path, requested: str | None) -> Path | None:
+    """
+    The checkpoint to resume from, as [`find_checkpoint`], whatever its settings: for a check before anything is loaded.
+
+    Raises:
+        ValueError: for a folder that holds a training already, or a missing checkpoint.
     """
     checkpoints = _list_checkpoints(output_dir)
     if requested is None:
@@ -78,18 +97,11 @@ def find_checkpoint(output_dir: Path, requested: str | None, fixed_settings: dic
             if (output_dir / "results" / "training.json").exists():
                 raise ValueError(f"{output_dir} holds a finished model and no checkpoint: choose another folder.")
             return None
-        checkpoint = checkpoints[-1]
-    else:
-        checkpoint = Path(requested)
-        if not (checkpoint / "settings.json").is_file():
-            existing = ", ".join(map(str, checkpoints)) or "none"
-            raise ValueError(f"There is no checkpoint at {requested!r}; {output_dir} has: {existing}.")
-    saved_settings = json.loads((checkpoint / "settings.json").read_text())
-    if differences := _list_differences(saved_settings, fixed_settings):
-        raise ValueError(
-            f"{checkpoint} belongs to a training with other settings ({'; '.join(differences)}): use the same settings, or "
-            "start a new training."
-        )
+        return checkpoints[-1]
+    checkpoint = Path(requested)
+    if not (checkpoint / "settings.json").is_file():
+        existing = ", ".join(map(str, checkpoints)) or "none"
+        raise ValueError(f"There is no checkpoint at {requested!r}; {output_dir} has: {existing}.")
     return checkpoint
 
 

@@ -13,6 +13,7 @@ from transformers.hf_argparser import HfArg
 from ..core.preprocessing import Preprocessing
 from ..core.validation import check_count
 from .training_images import ImageSettings
+from .training_log import MAJORITY_ACCURACY
 
 
 @dataclass
@@ -104,7 +105,7 @@ def create_evaluation(
                 classify, pixels, sigma, draws=evaluation.eval_draws, seed=accelerator.process_index
             )
             correct = accelerator.reduce((predictions == labels).sum(), "sum")
-            accuracies[f"majority_accuracy_sigma_{sigma:g}"] = float(correct) / len(examples)
+            accuracies[f"{MAJORITY_ACCURACY}{sigma:g}"] = float(correct) / len(examples)
         return accuracies
 
     return evaluate

@@ -10,6 +10,30 @@ from torch import nn
 
 from .checkpoints import TrainerState
 
+MAJORITY_ACCURACY = "majority_accuracy_sigma_"
+"""Beginning of the names of accuracies; the noise level follows."""
+
+
+def describe_figures(figures: dict[str, float]) -> str:
+    """The figures of an evaluation in one line: accuracies as percentages."""
+    levels = {name.removeprefix(MAJORITY_ACCURACY): value for name, value in figures.items()}
+    if not all(name.startswith(MAJORITY_ACCURACY) for name in figures):
+        return ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+    return "accuracy " + ", ".join(f"{value:.1%} at sigma {sigma}" for sigma, value in levels.items())
+
+
+def describe_training(results: dict[str, Any], output_dir: str) -> str:
+    """What a user wants to read after a training, from its results as in `results/training.json`."""
+    text = f"Trained {results['steps']:,} steps in {results['seconds']:.0f} s; loss {results['final_loss']:.3f}"
+    if results["evaluation"]:
+        text += f"; {describe_figures(results['evaluation'])}"
+        if "eval_draws" in results["settings"]:
+            settings = results["settings"]
+            text += f" (majority of {settings['eval_draws']} noisy copies, split {settings['eval_split']!r})"
+    elif "eval_split" in results["settings"]:
+        text += "; --eval_split would tell its accuracy"
+    return f"{text}.\nWrote the model, its card and results/training.json to {output_dir}."
+
 
 class TrainingLog:
     """Lines of `training_log.jsonl`, and the losses that are not logged yet. Both are part of a checkpoint."""
@@ -27,7 +51,10 @@ class TrainingLog:
         tracked = {
             key: value if isinstance(value, (int, float, str)) else str(value) for key, value in settings.items()
         }
-        self.accelerator.init_trackers("hf-smoothing", tracked)
+        # without a name, trackers invent one; a resumed training continues its curves
+        name = self.path.parent.absolute().name
+        names = {"trackio": {"name": name, "resume": "allow"}, "wandb": {"name": name}}
+        self.accelerator.init_trackers("hf-smoothing", tracked, init_kwargs=names)
 
     def state_dict(self) -> dict[str, Any]:
         return {"losses": self.losses, "rows": self.rows}

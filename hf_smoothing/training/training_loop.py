@@ -25,11 +25,11 @@ from ..core.progress_bar import open_bar
 from ..core.validation import check_count
 from ..utils.processes import start_processes
 from .batches import Batch, Batches
-from .checkpoints import TrainerState, find_checkpoint, save_checkpoint
+from .checkpoints import LATEST, TrainerState, find_checkpoint, locate_checkpoint, save_checkpoint
 from .muon import MuonAdamW
 from .parameter_groups import group_parameters
 from .seeds import seed_everything
-from .training_log import TrainingLog
+from .training_log import TrainingLog, describe_figures
 
 _MAY_CHANGE = frozenset(
     ("output_dir", "num_train_epochs", "max_train_steps", "checkpointing_steps", "resume_from_checkpoint", "report_to")
@@ -96,7 +96,8 @@ class TrainingSettings:
                 raise ValueError(f"{name}={getattr(self, name)} must be {allowed}.")
 
     def create_accelerator(self) -> Accelerator:
-        """Connect to the processes that were launched."""
+        """Connect to the processes that were launched. Raises a `ValueError` as [`locate_checkpoint`]."""
+        locate_checkpoint(Path(self.output_dir), self.resume_from_checkpoint)
         return start_processes(
             mixed_precision=self.mixed_precision,
             dynamo_backend="inductor" if self.torch_compile else None,
@@ -192,13 +193,17 @@ class TrainingLoop:
         Raises:
             ValueError: for a stream with fewer images than one update takes.
             FloatingPointError: if loss or weights are no longer finite.
+            KeyboardInterrupt: on the user's, with a message that says how to resume.
         """
         main, total, done = self.accelerator.is_main_process, self.num_steps, self.state.step
         with open_bar(desc="training", total=total, initial=done, unit="step", disable=not main) as progress_bar:
             self.started = time.monotonic() - self.state.seconds
-            while self.state.step < self.num_steps:
-                self._train_epoch(progress_bar)
-                self._finish_epoch()
+            try:
+                while self.state.step < self.num_steps:
+                    self._train_epoch(progress_bar)
+                    self._finish_epoch(progress_bar)
+            except KeyboardInterrupt as error:
+                raise KeyboardInterrupt(self._describe_stop()) from error
         batches_per_step = self.settings.gradient_accumulation_steps * self.accelerator.num_processes
         return {
             "steps": self.num_steps,
@@ -211,6 +216,15 @@ class TrainingLoop:
             "num_threads": torch.get_num_threads(),
             "parameters": sum(parameter.numel() for parameter in self.unwrapped_model.parameters()),
         }
+
+    def _describe_stop(self) -> str:
+        stopped = f"stopped at step {self.state.step} of {self.num_steps}"
+        if not self.last_saved_step:
+            return f"{stopped}; there is no checkpoint yet, so the same command starts again"
+        return (
+            f"{stopped}; the last checkpoint is of step {self.last_saved_step}: the same command with "
+            f"`--resume_from_checkpoint {LATEST}` resumes from it"
+        )
 
     def _train_epoch(self, progress_bar: Any) -> None:
         """The updates of the current epoch, from the current batch on."""
@@ -252,13 +266,16 @@ class TrainingLoop:
         if self.ema is not None:
             self.ema.update(self.unwrapped_model, self.state.step)
 
-    def _finish_epoch(self) -> None:
+    def _finish_epoch(self, progress_bar: Any) -> None:
         """Evaluate and save the model, and save a checkpoint where one is due."""
         state = self.state
         self.log.check_finite(state, self.final_model)
         if self.evaluate is not None:
             self.final_model.eval()
-            self.log.write(state, "evaluation", self.evaluate(self.final_model))
+            figures = self.evaluate(self.final_model)
+            self.log.write(state, "evaluation", figures)
+            if self.accelerator.is_main_process:
+                progress_bar.write(f"epoch {state.epoch + 1}: {describe_figures(figures)}")
         if self.accelerator.is_main_process:
             for saved in (self.final_model, self.processor):
                 if saved is not None:

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from hf_smoothing import FixedRule, SequentialRule, TwoStageRule
 from hf_smoothing.cli.app import app
-from hf_smoothing.runs.time_estimate import announce_time, format_seconds
+from hf_smoothing.runs.time_estimate import describe_time, format_seconds
 
 COMMANDS = get_command(app).commands
 
@@ -115,9 +115,9 @@ def test_nothing_says_that_weights_are_loading(processes, picture, tiny_model_di
     ],
 )
 def test_long_work_says_how_long_before_it_starts(rule, said):
-    notice = announce_time(rule, 0.002, images=1)
+    notice = describe_time(rule, 0.002, images=1)
     assert notice is None if said is None else notice.startswith(said)
-    assert announce_time(rule, 1e-9, images=1) is None
+    assert describe_time(rule, 1e-9, images=1) is None
 
 
 def test_times_are_rounded():
@@ -135,6 +135,7 @@ def test_certify_fixed_says_how_long_it_takes(picture, tiny_model_dir, processes
     assert b"5,000,000 draws for each of 1 image" in shown
     assert process.poll() is None
     process.kill()
+    assert process.poll(30) is not None
 
 
 def test_a_device_can_be_chosen(picture, tiny_model_dir):

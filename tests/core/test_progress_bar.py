@@ -57,6 +57,11 @@ def test_a_log_gets_lines_now_and_then(capfd, monkeypatch):
         assert shown.count("\n") >= lines
         assert shown.splitlines()[-1].startswith("counting: 100%")
     assert shown.count("\n") == 1
+    with open_bar(total=2, desc="counting") as bar:
+        bar.write("a line", file=sys.stderr)
+        bar.update(2)
+        bar.refresh()
+    assert capfd.readouterr().err.splitlines()[0] == "a line"
     with open_bar(range(4), leave=False) as bar:
         next(iter(bar))
     assert capfd.readouterr().err == ""

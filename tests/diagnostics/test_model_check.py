@@ -35,6 +35,7 @@ def test_the_shipped_model_is_worth_smoothing():
     assert noisy["largest_radius"] == pytest.approx(
         GaussianNoise(0.25).radius(clopper_pearson_lower(100_000, 100_000, 0.001))
     )
+    assert found.all_faults == []  # a doctor that finds something in everybody is none
     assert "worth smoothing there" in " ".join(found.advice())
 
 
@@ -73,6 +74,12 @@ def test_norms_of_timm_have_an_activation_inside():
         isinstance(layer, torch.nn.BatchNorm2d) for layer in network.modules()
     )
     assert smoothed.noise.sigma == 0.25
+
+
+def test_asked_levels_are_checked_too():
+    smoothed = SmoothedClassifier.from_pretrained(SHIPPED_MODEL, GaussianNoise(0.25), batch_size=32)
+    found = check_model(smoothed, sigmas=(0.0,), sigma=0.4, count=4, draws=1)
+    assert [level["sigma"] for level in found.levels] == [0, 0.1, 0.2, 0.4]
 
 
 def test_a_model_that_is_not_there():

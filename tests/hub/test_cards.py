@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import yaml
+from helpers.finished_runs import write_run
 from helpers.paths import ROOT
 from huggingface_hub import ModelCard
 from typer.testing import CliRunner
@@ -227,3 +228,58 @@ def test_a_trained_model_gets_a_first_card(folder):
 def test_a_folder_without_words(folder):
     (folder / "card.yaml").unlink()
     assert "has no card.yaml" in " ".join(call(folder).stderr.split())
+
+
+def write_run_of(folder, run, dataset="somewhere/signs", **options):
+    """A finished run of the model in `folder`."""
+    write_run(run, model=f"somewhere/{folder.name}", **options)
+    content = json.loads((run / "run.json").read_text())
+    content["settings"] |= {"dataset_name": dataset, "split": "test", "every": 1, "n": None, "max_draws": 500}
+    content["settings"] |= {"dtype": "float32", "method": "fixed"}
+    (run / "run.json").write_text(json.dumps(content))
+    return run
+
+
+def test_a_run_is_added_to_a_card_without_writing_yaml(folder, tmp_path):
+    done = call(folder, "--add-run", write_run_of(folder, tmp_path / "on-signs"))
+    assert done.exit_code == 0, done.output
+    assert "| signs | 0.25 |" in body(folder)
+    assert "(results/on-signs/report/report.md)" in body(folder)
+    assert (folder / "results" / "on-signs" / "certificates.parquet").is_file()
+    assert call("--check", folder).exit_code == 0
+    # what lies in the folder already is not copied, nor named twice
+    words = (folder / "card.yaml").read_text()
+    assert call(folder, "--add-run", folder / "results" / "on-signs").exit_code == 0
+    assert (folder / "card.yaml").read_text() == words
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"model": "somewhere/other"}, "certified the model 'somewhere/other', not 'my-model'"),
+        ({"alpha": 0.01}, "do not make one table"),
+    ],
+)
+def test_a_run_that_does_not_belong_to_a_card_leaves_it_as_it_is(folder, tmp_path, options, said):
+    before = (folder / "card.yaml").read_text()
+    if "model" in options:
+        run = write_run(tmp_path / "on-signs", **options)
+    else:
+        run = write_run_of(folder, tmp_path / "on-signs", **options)
+    done = call(folder, "--add-run", run)
+    assert done.exit_code == 2
+    assert said in " ".join(done.stderr.split())
+    assert (folder / "card.yaml").read_text() == before
+    assert "one model" in call(folder, folder, "--add-run", run).stderr
+
+
+def test_a_number_of_steps_hides_that_of_epochs(folder):
+    """The epochs say nothing where the number of steps was given."""
+    path = folder / "results" / "training.json"
+    training = json.loads(path.read_text())
+    earlier = {**training, "settings": {"seed": 1, "num_train_epochs": 3, "max_train_steps": None}}
+    training["settings"] = {"seed": 0, "num_train_epochs": 10, "max_train_steps": 500}
+    path.write_text(json.dumps({**training, "continues": earlier}))
+    assert call(folder).exit_code == 0
+    assert "| num_train_epochs | 3 | - |" in body(folder)
+    assert "| max_train_steps | - | 500 |" in body(folder)

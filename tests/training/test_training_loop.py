@@ -112,7 +112,7 @@ def test_an_interrupted_training_ends_with_the_same_weights(settings, tmp_path, 
         return loss_with_noise(model, pixels, labels)
 
     interrupted = replace(settings, output_dir=str(tmp_path / "interrupted"), resume_from_checkpoint="latest")
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match=r"stopped at step \d+ of .*--resume_from_checkpoint latest"):
         run(interrupted, loss=failing_loss, evaluate=evaluate)
     for state in Path(interrupted.output_dir).glob("step_*/random_states_*"):  # steps are seeded by their number alone
         state.unlink()
