@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from tqdm.auto import notebook_tqdm, std_tqdm, tqdm
+from tqdm.auto import notebook_tqdm, std_tqdm, tqdm  # type: ignore[attr-defined]  # the stubs lack them
 
 from .certificates import format_radius
 
@@ -41,7 +41,7 @@ class _Lines(std_tqdm):
         return None if nolock else super().refresh(nolock, lock_args)  # `tqdm.write` restores a bar without a lock
 
     def close(self) -> None:
-        if not self.disable:
+        if not self.disable:  # type: ignore[has-type]
             if self.leave and getattr(self, "_shown", None) != self.n:
                 self.display()
             self.disable = True

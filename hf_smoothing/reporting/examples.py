@@ -67,7 +67,7 @@ def picture_of_changes(picture: Image.Image, norms: Sequence[float], path: str |
     """
     Draw a picture beside copies with a change of each l2 norm, in `[0, 1]` pixels. Needs matplotlib.
 
-    In one row the changes are spread over the picture at random, in another they turn pixels in its middle to black or white.
+    In one row the changes are spread over the picture at random, in another they turn pixels of its middle black or white.
 
     Args:
         picture: RGB.

@@ -119,7 +119,7 @@ class RunSettings:
     )
     false_claims: float | None = _option(
         "share of the claims at a radius that may exceed what draws prove; a calibrated count head then claims these radii "
-        "only for images where it is sure enough (`surrogate`, with --radii)",
+        "only for images where it is sure enough (`surrogate`, with --radii; default: none)",
         default=None,
     )
     noise_resolution: str = _option(
