@@ -12,7 +12,7 @@ help: ## show the targets
 .venv/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[plot,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[plot,space,dev]'
 	touch $@
 
 demo: .venv/installed ## certify 200 real test images with the model that ships

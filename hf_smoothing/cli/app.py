@@ -2,7 +2,7 @@
 
 import typer
 
-from . import certify_commands, hub_commands, model_commands, report_commands
+from . import certify_commands, hub_commands, model_commands, page_commands, report_commands
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -12,5 +12,5 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Certified robustness for image classifiers, by randomized smoothing.",
 )
-for group in (certify_commands, report_commands, model_commands, hub_commands):
+for group in (certify_commands, report_commands, model_commands, hub_commands, page_commands):
     app.add_typer(group.app)

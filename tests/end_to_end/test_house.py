@@ -25,7 +25,8 @@ ALLOWED |= {
     "count_head": UPPER,
     "diagnostics": UPPER,
     "hub": UPPER | {"count_head"},
-    "cli": UPPER | {"count_head", "diagnostics", "hub"},
+    "space": UPPER | {"count_head", "diagnostics", "hub"},
+    "cli": UPPER | {"count_head", "diagnostics", "hub", "space"},
 }
 """Folders of the package, and the folders from which their files may import."""
 

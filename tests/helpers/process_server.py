@@ -165,7 +165,7 @@ def _import_everything() -> None:
     import hf_smoothing
 
     for module in pkgutil.walk_packages(hf_smoothing.__path__, "hf_smoothing."):
-        if not module.name.endswith("certified_accuracy.app"):  # a Space's, which needs gradio
+        if not module.name.endswith(("certified_accuracy.app", "space.app", "space.page")):  # these need gradio
             importlib.import_module(module.name)
     for name in ("accelerate", "datasets", "matplotlib.pyplot", "timm", "torch._dynamo", "transformers.pipelines"):
         importlib.import_module(name)
