@@ -298,17 +298,17 @@ class SmoothedClassifier:
                 f"A {type(images).__name__} is no list of images: pass its column, such as dataset['image']."
             )
         pixels = (to_pixels(image, self.preprocessing) for image in images)
-        selects = isinstance(rule, SurrogateRule) and rule.false_claims is not None
+        selection = rule if isinstance(rule, SurrogateRule) and rule.false_claims is not None else None
         if isinstance(images, Iterator):
-            if selects:
+            if selection is not None:
                 raise ValueError("false_claims depends on all images: pass them as one list, not as an iterator.")
             return in_order(self.certify_stream(pixels, rule, seed=seed, progress=progress))
         # Convert all before the first draw: a broken image at the end must not waste the work before it
         certificates = list(in_order(self.certify_stream(list(pixels), rule, seed=seed, progress=progress)))
-        if selects:
-            claims = rule.select(self.noise, [(estimate.prediction, estimate.p_lower) for estimate in certificates])
-            return [replace(estimate, **claim) for estimate, claim in zip(certificates, claims)]  # type: ignore[arg-type]
-        return certificates
+        if selection is None:
+            return certificates
+        claims = selection.select(self.noise, [(estimate.prediction, estimate.p_lower) for estimate in certificates])
+        return [replace(estimate, **claim) for estimate, claim in zip(certificates, claims)]
 
     def certify_stream(
         self,

@@ -77,7 +77,8 @@ class SurrogateRule:
             raise ValueError(
                 f"false_claims={self.false_claims:g} is a share of the claims at each radius: give radii."
             )
-        name, share = ("delta", self.delta) if self.delta is not None else ("false_claims", self.false_claims)
+        name, share = ("false_claims", self.false_claims) if self.delta is None else ("delta", self.delta)
+        assert share is not None
         check_share(name, share)
         if self.calibration is None:
             raise ValueError(f"{name}={share:g} takes a calibrated count head: run hf-smoothing calibrate.")
@@ -129,7 +130,7 @@ class SurrogateRule:
 
     def select(
         self, noise: NoiseDistribution, estimates: Sequence[tuple[int, float]]
-    ) -> list[dict[str, int | float | str]]:
+    ) -> list[dict[str, Any]]:
         """
         Make the claims, with `false_claims`.
 
@@ -150,7 +151,7 @@ class SurrogateRule:
             "false_claims": self.false_claims,
             "calibration": self.calibration.description,
         }
-        claims: list[dict[str, int | float | str]] = []
+        claims: list[dict[str, Any]] = []
         for (prediction, _), number in zip(estimates, selected):
             bound = needed[number - 1] if number else 0.0
             radius = float(noise.radius(bound)) if number else 0.0

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
@@ -57,7 +58,7 @@ def group_parameters(
     return [{"muon": False, **group, "lr": learning_rate * group.pop("lr_scale")} for group in groups]
 
 
-def _part_matrices(groups: list[dict[str, Any]], first: nn.Parameter, lr_scale: float) -> list[dict[str, Any]]:
+def _part_matrices(groups: list[dict[str, Any]], first: torch.Tensor, lr_scale: float) -> list[dict[str, Any]]:
     """Part the matrices of each group from its other parameters, for Muon."""
     parted = []
     for group in groups:
