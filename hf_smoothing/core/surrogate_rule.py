@@ -128,9 +128,7 @@ class SurrogateRule:
             return needed[claimed - 1] if claimed else None  # a radius of 0, if asked for, is a claim too
         return p_lower if noise.radius(p_lower) > 0 else None
 
-    def select(
-        self, noise: NoiseDistribution, estimates: Sequence[tuple[int, float]]
-    ) -> list[dict[str, Any]]:
+    def select(self, noise: NoiseDistribution, estimates: Sequence[tuple[int, float]]) -> list[dict[str, Any]]:
         """
         Make the claims, with `false_claims`.
 
