@@ -5,13 +5,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..runs.settings import ExecutionSettings, NoiseLevel, RunSettings
 from . import options
 from ._errors import command
+
+if TYPE_CHECKING:
+    from ..core.certificates import Certificate
 
 app = typer.Typer()
 
@@ -97,19 +100,22 @@ def certify(
     pixels = [to_pixels(picture, smoothed.preprocessing) for picture in pictures]
     takes_long = announce_time(rules[0], smoothed, pixels[0], len(levels) * len(pixels))
     shown = takes_long or sys.stderr.isatty()
-    results, names = [], smoothed.class_names or ()
+    results = []
     for classifier, rule in zip(classifiers, rules):
         stream = classifier.certify_stream(pixels, rule, seed=seed, progress=shown)
-        for name, certificate in zip(images, in_order(stream)):
-            label = None if certificate.abstains else names[certificate.prediction]
-            results.append({"image": name, "label": label, **certificate.to_dict()})
+        results += [_to_result(*pair, smoothed.class_names or ()) for pair in zip(images, in_order(stream))]
     if json_lines:
         for result in results:
             print(json.dumps(result))
     elif method == "counts":
-        _print_counts(results, names)
+        _print_counts(results, smoothed.class_names or ())
     else:
         _print_certificates(results, radius, noise_resolution)
+
+
+def _to_result(image: str, certificate: "Certificate", names: Sequence[str]) -> dict[str, Any]:
+    label = None if certificate.abstains else names[certificate.prediction]
+    return {"image": image, "label": label, **certificate.to_dict()}
 
 
 def _print_counts(results: list[dict[str, Any]], names: Sequence[str]) -> None:
