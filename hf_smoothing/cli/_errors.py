@@ -25,7 +25,7 @@ def command(app: typer.Typer) -> Callable[[Command], Command]:
 _UNBROKEN = "\N{NON-BREAKING HYPHEN}"
 
 
-class _Formatter(typer.Context.formatter_class):  # type: ignore[misc,name-defined]
+class _Formatter(typer.Context.formatter_class):  # type: ignore[misc,name-defined,valid-type]
     """Help that does not break lines within names of options."""
 
     def write_text(self, text: str) -> None:

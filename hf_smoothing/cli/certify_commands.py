@@ -83,13 +83,13 @@ def certify(
     from ..runs.time_estimate import announce_time
 
     levels = sigma or [0.25]
-    chosen = {"alpha": alpha, "draws": draws, "max_draws": max_draws, "method": method, "seed": seed}
+    chosen: dict[str, Any] = {"alpha": alpha, "draws": draws, "max_draws": max_draws, "method": method, "seed": seed}
     chosen |= {"radii": None if radius is None else [radius], "count_head": count_head, "delta": delta}
     chosen |= {"noise_resolution": noise_resolution, "denoiser": denoiser, "router": router}
-    settings = RunSettings(model, "pictures", levels, **chosen)  # type: ignore[arg-type]  # checks them before it loads
+    settings = RunSettings(model, "pictures", levels, **chosen)  # checks them before it loads
     rules = [settings.rule(level)[0] for level in levels]
     pictures = [load_image(name) for name in images]
-    options = {"noise_resolution": settings.resolution, "denoiser": denoiser, "count_head": count_head}
+    options: dict[str, Any] = {"noise_resolution": settings.resolution, "denoiser": denoiser, "count_head": count_head}
     with loading(model):
         smoothed = SmoothedClassifier.from_pretrained(
             model, GaussianNoise((settings.levels or [1.0])[0]), batch_size=batch_size, device=device, **options

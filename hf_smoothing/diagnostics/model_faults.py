@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -107,6 +108,10 @@ def find_input_fault(
     return faults[least] if least < _MIN_EVIDENCE else None
 
 
+def _normalize(image: torch.Tensor, center: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return (image - center) / scale
+
+
 def _other_inputs(smoothed: SmoothedClassifier) -> list[tuple[Fault, Callable[[torch.Tensor], torch.Tensor]]]:
     """What a classifier may expect in place of `[0, 1]` pixels."""
     inside = "Do that inside the classifier, after the noise: sigma and radii are in [0, 1] pixels."
@@ -117,7 +122,7 @@ def _other_inputs(smoothed: SmoothedClassifier) -> list[tuple[Fault, Callable[[t
     for name, (mean, std) in _NORMALIZATIONS.items():
         center, scale = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
         missing = Fault("normalization", f"It expects normalized pixels ({name})", inside)
-        inputs.append((missing, lambda image, center=center, scale=scale: (image - center) / scale))
+        inputs.append((missing, partial(_normalize, center=center, scale=scale)))
     preprocessing = smoothed.preprocessing
     if preprocessing is not None and preprocessing.mean is not None and preprocessing.std is not None:
         center, scale = (torch.tensor(values).view(-1, 1, 1) for values in (preprocessing.mean, preprocessing.std))

@@ -59,7 +59,7 @@ class Result:
         names = {"p_lower": "p_lower", "num_samples": "num_samples", "guarantees": "guarantee", "alphas": "alpha"}
         return {name: column for name, column in names.items() if self.has(column)}
 
-    def metric_columns(self) -> dict[str, list[Any]]:
+    def metric_columns(self) -> dict[str, Any]:
         """The columns of `certified_accuracy`."""
         names = {"predictions": "prediction", "references": "label", "radii": "radius", **self.optional_columns()}
         return {name: self.column(column) for name, column in names.items()}
