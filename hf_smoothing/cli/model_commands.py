@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from ..runs.settings import NoiseLevel
 from ._errors import command
 from .options import Alpha, BatchSize, Denoiser, NoiseResolution
 
@@ -161,7 +162,12 @@ def audit(
     ] = None,
     images: Annotated[int, typer.Option(help="Certificates to attack at each noise level.")] = 100,
     sigma: Annotated[
-        list[float] | None, typer.Option(help="Attack only these noise levels of the run (default: all).")
+        list[NoiseLevel] | None,
+        typer.Option(
+            parser=NoiseLevel,
+            metavar="FLOAT|auto",
+            help="Attack only these noise levels of the run (default: all). `auto`: the router's choice and the class.",
+        ),
     ] = None,
     steps: Annotated[int, typer.Option(help="Gradient steps per image.")] = 1000,
     draws: Annotated[int, typer.Option(help="Noisy copies per gradient step.")] = 8,
@@ -194,7 +200,7 @@ def audit(
     summary = audit(run, folder, settings, images=images, sigmas=sigma or (), device=device, batch_size=batch_size)
     for row in summary.violations:
         typer.echo(
-            f"VIOLATED: image {row['index']} at sigma {row['sigma']:g}: certified {row['radius']:.4f}, changed at "
+            f"VIOLATED: image {row['index']} at sigma {row['sigma']}: certified {row['radius']:.4f}, changed at "
             f"{row['violation']['norm']:.4f} ({row['violation']['attack']}); see {folder / 'violations'}.",
             err=True,
         )

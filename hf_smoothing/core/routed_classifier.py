@@ -74,6 +74,11 @@ class RoutedClassifier(SmoothedClassifier):
         """The classifier at one noise level, without the router."""
         return self.at_level[-1].with_noise(noise)
 
+    def choose_level(self, pixels: torch.Tensor, seed: int) -> int:
+        """The median level of the votes for an image `(channels, height, width)`, as an index: an estimate of its level."""
+        stream = self.router.certify_stream([pixels.cpu()], VoteRule(self.router_draws), seed=seed)
+        return int(median_levels(np.array([certificate.counts for _, certificate in stream]))[0])
+
     def _rule_to_predict(self, alpha: float, max_draws: int) -> Rule:
         return TwoStageRule(alpha=alpha, max_draws=max_draws)
 

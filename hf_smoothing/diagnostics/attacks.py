@@ -2,6 +2,9 @@
 
 An attack looks for a change of an image after which the smoothed classifier predicts another class. What it finds is a
 candidate. Fresh draws, independent of the search, then judge whether the candidate is a success.
+
+Where a router chooses the noise level, the attack moves the level and the class: it also climbs the router's loss, alone,
+and together with the classifier's loss at each other level.
 """
 
 import math
@@ -13,12 +16,16 @@ import torch
 from ..core.certificates import ABSTAIN
 from ..core.lattice import round_to_lattice
 from ..core.noise import GaussianNoise
+from ..core.routed_classifier import RoutedClassifier
 from ..core.sequential_rule import SequentialRule
 from ..core.smoothing import SmoothedClassifier
 from ..core.validation import check_count, check_share
 
 STEP_SIZES = (0.05, 0.2, 1.0)
 """Step sizes of the gradient attack, as parts of the largest allowed norm."""
+
+Goal = list[tuple[SmoothedClassifier, int]]
+"""Smoothed classifiers and the answer that each should leave: a class, or the level of a router."""
 
 Screening = tuple[tuple[int, float], ...]
 """Pairs: a number of draws, and the largest share of the certified class in them for a candidate to pass."""
@@ -203,33 +210,65 @@ def _find_directions(target: _Target, others: torch.Tensor | None) -> Iterator[t
         yield "nearest other class", differences[differences.flatten(1).norm(dim=1).argmin()], 0
     for _ in range(settings.directions):
         yield "random direction", _draw_normal(pixels, generator), 0
-    runs = [(size, start) for start in range(settings.restarts) for size in STEP_SIZES]
-    for number, (size, start) in enumerate(runs):
+    runs = [
+        (goal, size, start)
+        for start in range(settings.restarts)
+        for size in STEP_SIZES
+        for goal in _find_goals(target)
+    ]
+    for number, ((aim, goal), size, start) in enumerate(runs):
         steps = settings.steps // len(runs) + (number < settings.steps % len(runs))
         # half of the steps search within the radius, half beyond it, where directions are easier to find
         for max_norm, num_steps in ((_INSIDE * radius, steps - steps // 2), (settings.reach * radius, steps // 2)):
             if num_steps:
-                direction = _ascend_gradient(target, max_norm, size, num_steps, generator, start > 0)
-                yield f"gradient, step {size:g} of the norm, start {start}", direction, num_steps
+                direction = _ascend_gradient(target, goal, max_norm, size, num_steps, generator, start > 0)
+                yield f"gradient{aim}, step {size:g} of the norm, start {start}", direction, num_steps
+
+
+def _find_goals(target: _Target) -> list[tuple[str, Goal]]:
+    """What gradients can climb, each with a note for the name of the attack."""
+    routed = target.smoothed
+    if not isinstance(routed, RoutedClassifier):
+        return [("", [(routed, target.prediction)])]
+    level = routed.choose_level(target.pixels, target.settings.seed)
+    leave_level = (routed.router, level)
+    goals: list[tuple[str, Goal]] = [
+        (" of the class", [(routed.at_level[level], target.prediction)]),
+        (" of the level", [leave_level]),
+    ]
+    for other, smoothed in enumerate(routed.at_level):
+        if other != level:
+            aim = f" of the level, and of the class at sigma {routed.levels[other]:g}"
+            goals.append((aim, [leave_level, (smoothed, target.prediction)]))
+    return goals
 
 
 def _ascend_gradient(
-    target: _Target, max_norm: float, size: float, steps: int, generator: torch.Generator, random_start: bool
+    target: _Target,
+    goal: Goal,
+    max_norm: float,
+    size: float,
+    steps: int,
+    generator: torch.Generator,
+    random_start: bool,
 ) -> torch.Tensor:
-    """Projected gradient ascent on the loss of `prediction` under noise (arXiv 1906.04584)."""
-    smoothed, pixels, sigma = target.smoothed, target.pixels, target.smoothed.noise.sigma
+    """Projected gradient ascent on the loss of an answer under noise (arXiv 1906.04584); of several, on their sum."""
+    pixels = target.pixels
     change, momentum = torch.zeros_like(pixels), torch.zeros_like(pixels)
     if random_start:
         change = _draw_normal(pixels, generator)
         change *= max_norm / change.norm()
     for step in range(steps):
         change = change.detach().requires_grad_()
-        noise = torch.randn((target.settings.draws, *pixels.shape), generator=generator, device=pixels.device)
-        logits = smoothed.base_classifier([round_to_lattice(pixels + change + sigma * noise)], sigma)
-        # the share of draws that predict the class has no gradient; the mean probability has
-        loss = -logits.log_softmax(1)[:, target.prediction].logsumexp(0)
-        (gradient,) = torch.autograd.grad(loss, change)
-        momentum = 0.9 * momentum + gradient / gradient.norm().clamp(min=1e-12)
+        momentum = 0.9 * momentum
+        for smoothed, answer in goal:
+            sigma = smoothed.noise.sigma
+            noise = torch.randn((target.settings.draws, *pixels.shape), generator=generator, device=pixels.device)
+            logits = smoothed.base_classifier([round_to_lattice(pixels + change + sigma * noise)], sigma)
+            # the share of draws that give the answer has no gradient; the mean probability has
+            loss = -logits.log_softmax(1)[:, answer].logsumexp(0)
+            (gradient,) = torch.autograd.grad(loss, change)
+            momentum = momentum + gradient / gradient.norm().clamp(min=1e-12)
         length = size * max_norm * (1 - step / steps)
         change = change.detach() + length * momentum / momentum.norm().clamp(min=1e-12)
         change = _clip_change(pixels, change * min(1.0, max_norm / float(change.norm().clamp(min=1e-12))))
@@ -248,11 +287,14 @@ def _draw_normal(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tens
 @torch.inference_mode()
 def _passes_screening(target: _Target, change: torch.Tensor, seed: int, screening: Screening) -> bool:
     """Whether a few draws leave it possible that the prediction has changed, so that judging is worth its draws."""
-    pixels, sigma = target.pixels + change, target.smoothed.noise.sigma
+    pixels, smoothed = target.pixels + change, target.smoothed
+    if isinstance(smoothed, RoutedClassifier):
+        smoothed = smoothed.at_level[smoothed.choose_level(pixels, seed)]
+    sigma = smoothed.noise.sigma
     generator = torch.Generator(pixels.device).manual_seed(seed)
     for draws, share in screening:
         noise = torch.randn((draws, *pixels.shape), generator=generator, device=pixels.device)
-        predictions = target.smoothed.base_classifier([round_to_lattice(pixels + sigma * noise)], sigma).argmax(1)
+        predictions = smoothed.base_classifier([round_to_lattice(pixels + sigma * noise)], sigma).argmax(1)
         if float((predictions == target.prediction).float().mean()) > share:
             return False
     return True

@@ -11,14 +11,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..core.noise import GaussianNoise
 from ..core.progress_bar import open_bar
 from ..core.smoothing import SmoothedClassifier
 from ..core.validation import check_count
 from ..data.labelled_images import ModelInputs
-from ..reporting.rendering import format_count
-from ..runs.identity import describe_classifier, load_classifier, open_images
+from ..reporting.rendering import format_count, format_number
+from ..runs.identity import at_level, describe_classifier, describe_router, load_classifier, open_images
+from ..runs.records import level_of
 from ..runs.run_folder import RunFolder
+from ..runs.settings import AUTO, NoiseLevel
 from ..runs.time_estimate import SHORT_SECONDS, format_seconds, measure_seconds_per_draw
 from ..utils.files import write_json
 from ..utils.provenance import command_line, package_versions
@@ -42,7 +43,7 @@ class AuditSummary:
     def violations(self) -> list[Row]:
         return [row for row in self.rows if row["violation"] is not None]
 
-    def summarize(self, sigma: float | None = None) -> Row:
+    def summarize(self, sigma: NoiseLevel = None) -> Row:
         """Figures of the certificates at one noise level, or of all."""
         rows = [row for row in self.rows if sigma in (None, row["sigma"])]
         ratios = _relative_norms(rows)
@@ -80,7 +81,7 @@ def audit(
     settings: AttackSettings,
     *,
     images: int = 100,
-    sigmas: Sequence[float] = (),
+    sigmas: Sequence[NoiseLevel] = (),
     device: str = "cpu",
     batch_size: int = 128,
 ) -> AuditSummary:
@@ -113,11 +114,13 @@ def audit(
     }
     rows = _start(output_dir, audit_settings)
     finished = {(row["sigma"], row["index"]) for row in rows}
+    classifiers = {level: at_level(smoothed, level, run) for level in dict.fromkeys(map(level_of, sample))}
+    _check_router(run, classifiers.get(AUTO))
     neighbours = _read_neighbours(records, inputs, settings.seed)
     _announce_time(smoothed, inputs[sample[0]["index"]][0], settings, len(sample) - len(finished))
     with (output_dir / "audit.jsonl").open("a") as lines:
         for record in open_bar(sample, "attacking"):
-            if (record["sigma"], record["index"]) in finished:
+            if (level_of(record), record["index"]) in finished:
                 continue
             pixels, _ = inputs[record["index"]]
             others = [
@@ -125,13 +128,14 @@ def audit(
                 for index, label, neighbour in neighbours
                 if label != record["prediction"] and index != record["index"]
             ]
-            target = smoothed.with_noise(GaussianNoise(record["sigma"]))
+            target = classifiers[level_of(record)]
             neighbour_pixels = torch.stack(others) if others else None
             attempt = attack(target, pixels, record["prediction"], record["radius"], settings, neighbour_pixels)
             if attempt.violation is not None:
                 all_settings = {"run": run, "attack": asdict(settings)}
                 _save_violation(output_dir, record, pixels, attempt.violation, all_settings)
-            rows.append({name: record[name] for name in ("index", "sigma", "prediction", "radius")} | _to_row(attempt))
+            certificate = {"sigma": level_of(record)} | {name: record[name] for name in ("prediction", "radius")}
+            rows.append({"index": record["index"]} | certificate | _to_row(attempt))
             lines.write(json.dumps(rows[-1]) + "\n")
             lines.flush()
     summary = AuditSummary(output_dir, rows, run["alpha"])
@@ -154,7 +158,7 @@ def _announce_time(smoothed: SmoothedClassifier, pixels: torch.Tensor, settings:
 
 
 def _sample_certificates(
-    run_dir: Path, run: Row, records: list[Row], images: int, sigmas: Sequence[float], seed: int
+    run_dir: Path, run: Row, records: list[Row], images: int, sigmas: Sequence[NoiseLevel], seed: int
 ) -> list[Row]:
     """A random choice of certificates at each noise level, in order of their index."""
     certified = [record for record in records if record["prediction"] >= 0 and record["radius"] > 0]
@@ -162,10 +166,10 @@ def _sample_certificates(
         names = ", ".join(guarantees)
         raise ValueError(f"{run_dir} holds certificates of guarantee {names}: only per_input can be broken.")
     if unknown := set(sigmas) - set(run["sigmas"]):
-        raise ValueError(f"{run_dir} holds nothing at sigma {', '.join(f'{sigma:g}' for sigma in sorted(unknown))}.")
+        raise ValueError(f"{run_dir} holds nothing at sigma {', '.join(sorted(map(format_number, unknown)))}.")
     sample = []
     for sigma in sigmas or run["sigmas"]:
-        candidates = [record for record in certified if record["sigma"] == sigma]
+        candidates = [record for record in certified if level_of(record) == sigma]
         order = np.random.default_rng(seed).permutation(len(candidates))[:images]
         sample += [candidates[position] for position in sorted(order)]
     if not sample:
@@ -196,6 +200,13 @@ def _load_classifier(run: Row, device: str, batch_size: int) -> SmoothedClassifi
     return smoothed
 
 
+def _check_router(run: Row, routed: SmoothedClassifier | None) -> None:
+    """Raise a `ValueError` where the router is not the one whose choice was certified."""
+    description = json.loads(json.dumps(describe_router(routed)))
+    if differing := [name for name, value in description.items() if run.get(name) != value]:
+        raise ValueError(f"The router is not the one that was certified: it has another {', '.join(differing)}.")
+
+
 def _start(output_dir: Path, settings: Row) -> list[Row]:
     """Start an audit in a folder, or resume the one there. Returns the finished rows."""
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -224,7 +235,7 @@ def _save_violation(output_dir: Path, record: Row, pixels: torch.Tensor, violati
     """Save everything that reproduces a violation: image, change, certificate, and all settings."""
     folder = output_dir / "violations"
     folder.mkdir(exist_ok=True)
-    name = f"{record['index']}-sigma{record['sigma']:g}"
+    name = f"{record['index']}-sigma{format_number(level_of(record))}"
     np.savez(folder / f"{name}.npz", pixels=pixels.numpy(), change=violation.change.numpy())
     violation_row = {"norm": violation.norm, "prediction": violation.prediction, "attack": violation.attack}
     origin = {"settings": settings, "command": command_line(), "versions": package_versions()}
@@ -238,7 +249,7 @@ def _write_results(summary: AuditSummary, settings: Row) -> None:
         "alpha": summary.alpha,
         "certificates": len(summary.rows),
         "violations": len(summary.violations),
-        "by_sigma": [summary.summarize(sigma) for sigma in sorted({row["sigma"] for row in summary.rows})],
+        "by_sigma": [summary.summarize(sigma) for sigma in sorted({row["sigma"] for row in summary.rows}, key=str)],
         "versions": package_versions(),
     }
     write_json(results, summary.path / "audit.json")
