@@ -15,7 +15,7 @@ KNOWN_TO_A_PUBLISHED_MODEL = {
 }  # fmt: skip
 WITHOUT_TORCH = (
     "bets", "bounds", "calibration", "certificates", "count_rule", "fixed_rule", "routing", "rule_protocols", "rules",
-    "sequential_rule", "surrogate_rule", "two_stage_plan", "two_stage_rule", "validation",
+    "selection", "sequential_rule", "surrogate_rule", "two_stage_plan", "two_stage_rule", "validation",
 )  # fmt: skip
 
 
