@@ -23,9 +23,10 @@ def page(
         ),
     ] = None,
     run: Annotated[
-        list[Path] | None, typer.Option(help="Folder of a finished run to show; repeat it for several.")
+        list[Path] | None,
+        typer.Option(help="Folder of a finished run to show; repeat it for several. Without it: an example run."),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="Where to compute, such as `cuda`.")] = None,
+    device: Annotated[str | None, typer.Option(help="Where to compute, such as `cuda`. Without it: the CPU.")] = None,
     batch_size: BatchSize = 64,
     host: Annotated[str, typer.Option(help="Address to serve at; `0.0.0.0` lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to serve at.")] = 7860,

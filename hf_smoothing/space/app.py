@@ -2,9 +2,6 @@
 
 import os
 
-import hf_smoothing
-from hf_smoothing.space.page import PageSettings, build_page, launch_page
-
 
 def main() -> None:
     """Start the page. Raises a `ValueError` where no model is named."""
@@ -14,6 +11,9 @@ def main() -> None:
             "No model is named: set the variable HF_SMOOTHING_MODELS of the Space (Settings, Variables) to image "
             "classifiers on the Hub, such as user/mixed-noise-vit-nano-cifar10."
         )
+    import hf_smoothing
+    from hf_smoothing.space.page import PageSettings, build_page, launch_page
+
     hf_smoothing.register()
     launch_page(build_page(PageSettings(models)))
 

@@ -9,8 +9,8 @@ from ..core.lattice import choose_seed
 from ..core.smoothing import SmoothedClassifier
 from ..diagnostics.attacks import AttackSettings, Success, attack
 
-_EFFORT = {"steps": 90, "draws": 8, "restarts": 1, "directions": 4, "n": 600}
-"""Of one attack: some seconds on two CPU cores. An audit of a run takes far more, see `hf-smoothing audit`."""
+_EFFORT = {"steps": 60, "draws": 4, "restarts": 1, "directions": 2, "n": 600}
+"""Of one attack: some seconds on two idle CPU cores. An audit of a run takes far more, see `hf-smoothing audit`."""
 _REACH = 3.0
 _ATTACKS = 2
 """Where the first attack finds nothing up to 3 radii, a second one looks up to 9."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import gradio as gr
 import torch
+from gradio.utils import get_upload_folder
 from PIL import Image
 
 from ..core.noise import GaussianNoise
@@ -105,6 +106,8 @@ def build_page(settings: PageSettings) -> gr.Blocks:
 
 def launch_page(page: gr.Blocks, **options: Any) -> None:
     """Serve the page. Uploads are limited, and no file of the server is served besides them."""
+    uploads = Path(get_upload_folder())
+    folders = {Path.cwd(), Path.home(), Path(__file__).parents[2]}
     page.launch(
         theme=gr.themes.Base(
             primary_hue="teal",
@@ -120,13 +123,13 @@ def launch_page(page: gr.Blocks, **options: Any) -> None:
             button_primary_background_fill="*primary_700",
             button_primary_background_fill_hover="*primary_800",
             button_primary_background_fill_dark="*primary_700",
-            button_primary_background_fill_hover_dark="*primary_600",
+            button_primary_background_fill_hover_dark="*primary_800",
             color_accent="*primary_700",
         ),
         css_paths=[Path(__file__).parent / "style.css"],
         max_file_size=MAX_FILE_BYTES,
         allowed_paths=[],
-        blocked_paths=[str(Path.cwd()), str(Path.home()), str(Path(__file__).parents[2])],
+        blocked_paths=[str(folder) for folder in folders if not uploads.is_relative_to(folder)],
         state_session_capacity=_SESSIONS,
         enable_monitoring=False,
         run_history=False,
