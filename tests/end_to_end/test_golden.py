@@ -76,7 +76,9 @@ def collect(run, parquet, folder):
     run("hf-smoothing", "report", *runs, "--envelope", "--output-dir", folder / "report")
     report = json.loads((folder / "report" / "report.json").read_text())
     golden["report"] = {
-        result["title"]: [[row["radius"], row["share"], *row["interval_95"]] for row in result["certified_accuracy"]]
+        result["title"]: [
+            [row["radius"], row["share"], *(row["interval_95"] or ())] for row in result["certified_accuracy"]
+        ]
         for result in report["results"]
     }
     return golden

@@ -85,7 +85,7 @@ def test_the_definition_of_the_literature_on_the_format_of_its_logs():
         ({"references": [0, 0, 0, -1, 1, 2]}, r"references\[3\]=-1 .* need labels"),
         ({"guarantees": ["per_input"] * 4 + ["none", None]}, r"none, per_input\) do not make one figure"),
         ({"guarantees": ["per_input"] * 4 + [None, None]}, r"per_input, unknown\) do not make one figure"),
-        ({"guarantees": ["surely"] * 6}, "'surely'; choose from per_input, marginal, none"),
+        ({"guarantees": ["surely"] * 6}, "'surely'; choose from per_input, marginal, selected, none"),
         ({"alphas": [0.01] * 4 + [0.001, None]}, r"alphas \(0.001, 0.01\) do not make one figure"),
         ({"alphas": [0.01] * 4 + [None, None]}, r"alphas \(0.01, unknown\) do not make one figure"),
         ({"alphas": [0.01] * 4 + [0, None]}, r"alphas\[4\]=0 must be a probability above 0"),
