@@ -36,7 +36,7 @@ def count_selected_radii(
     Raises:
         ValueError: for a level that was not calibrated.
 
-    Source: Jin and Candes 2023, "Selection by prediction with conformal p-values" (arXiv 2210.01408), theorem 2.6.
+    Source: Jin and Candes 2023, "Selection by prediction with conformal p-values" (arXiv 2210.01408).
     """
     predicted, _ = calibration.at(sigma)
     estimates = estimate_lower_bound(special.expit(predicted), calibration.n, calibration.alpha)

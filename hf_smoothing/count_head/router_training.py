@@ -16,7 +16,7 @@ from ..core.count_predictor import CountPredictor
 from ..core.modeling_level_router import LevelRouter, LevelRouterConfig
 from ..core.noise import GaussianNoise
 from ..core.preprocessing import Preprocessing
-from ..core.routing import VoteRule, combine_radii, exclusion_radii
+from ..core.routing import ROUTER_SHARE, VoteRule, combine_radii, exclusion_radii
 from ..core.validation import check_count
 from ..data.labelled_images import LabelledImages
 from ..training.training_loop import TrainingLoop, TrainingSettings
@@ -111,7 +111,7 @@ def evaluate_router(router: LevelRouter, pixels: torch.Tensor, radii: torch.Tens
     Certified accuracy, averaged over [`RADII`], that is expected of each level alone, of the best level at each radius, and
     of the system with counted votes.
     """
-    config, alpha = router.config, 0.2 * _ALPHA
+    config, alpha = router.config, ROUTER_SHARE * _ALPHA
     votes = []
     for picture in pixels:
         noisy = picture.float() / 255 + config.noise_sigma * torch.randn(VoteRule.n, *picture.shape)
@@ -148,8 +148,10 @@ def train_router(
     pixels, radii = _read_images(router_settings, accelerator.device)
     seconds = time.perf_counter() - started
     gains = (radii[..., None] >= torch.tensor(RADII)).logical_and(radii[..., None] > 0).float().mean(-1)
-    num_held_out = max(1, round(router_settings.eval_share * len(pixels)))
     targets = torch.cat([radii, gains], 1)
+    # in random order: images may be sorted by class
+    order = torch.from_numpy(np.random.default_rng(settings.seed).permutation(len(pixels)))
+    held_out, trained_on = order.tensor_split([max(1, round(router_settings.eval_share * len(pixels)))])
     router = LevelRouter(
         LevelRouterConfig(
             levels=router_settings.levels,
@@ -168,8 +170,7 @@ def train_router(
 
     processes = (accelerator.process_index, accelerator.num_processes)
     batch_size = settings.per_device_train_batch_size
-    batches = CountBatches(pixels[num_held_out:], targets[num_held_out:], batch_size, settings.seed, *processes)
-    held_out = pixels[:num_held_out], radii[:num_held_out]
+    batches = CountBatches(pixels[trained_on], targets[trained_on], batch_size, settings.seed, *processes)
     loop = TrainingLoop(
         router,
         batches,
@@ -177,7 +178,7 @@ def train_router(
         settings,
         accelerator,
         fixed_settings={**asdict(router_settings), "images": len(pixels)},
-        evaluate=lambda model: evaluate_router(model, *held_out),
+        evaluate=lambda model: evaluate_router(model, pixels[held_out], radii[held_out]),
     )
     results = {
         "command": command_line(),
@@ -196,7 +197,9 @@ def _read_images(router_settings: RouterSettings, device: torch.device) -> tuple
     head = CountPredictor.from_pretrained(router_settings.count_head, device=device, calibrated=False)
     processor = AutoImageProcessor.from_pretrained(router_settings.count_head)
     images = LabelledImages(
-        router_settings.dataset_name, split=router_settings.split, max_samples=router_settings.max_train_samples
+        router_settings.dataset_name,
+        split=router_settings.split,
+        max_samples=router_settings.max_train_samples,
     )
     inputs = images.bind(head.class_names, Preprocessing.from_image_processor(processor))
     rows = [inputs[int(index)] for index in images.indices]

@@ -1,7 +1,10 @@
 """A router learns which noise level certifies which picture, seen through its own noise."""
 
+import json
+
 import pytest
 import torch
+from helpers.paths import DEMO_IMAGES, SHIPPED_MODEL
 from huggingface_hub.errors import StrictDataclassError
 
 from hf_smoothing.core.modeling_level_router import LevelRouter, LevelRouterConfig, load_router
@@ -51,3 +54,15 @@ def test_settings_out_of_range():
         RouterSettings(count_head="head", dataset_name="images", eval_share=1)
     with pytest.raises(StrictDataclassError, match="must be different noise levels above 0, in ascending order"):
         LevelRouterConfig(levels=[0.5, 0.25])
+
+
+def test_the_script_trains_a_router_that_loads(processes, tmp_path):
+    head = SHIPPED_MODEL.parent / "mixed-noise-vit-nano-cifar10-counts"
+    done = processes.run(
+        "scripts/train_router.py", "--count_head", head, "--dataset_name", DEMO_IMAGES, "--max_train_samples", 40,
+        "--per_device_train_batch_size", 12, "--max_train_steps", 4, "--output_dir", tmp_path / "router",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert load_router(tmp_path).config.levels == [0.25, 0.5, 1.0]
+    results = json.loads((tmp_path / "router" / "training.json").read_text())
+    assert results["evaluation"].keys() == {"alone_0.25", "alone_0.5", "alone_1", "envelope", "system"}
