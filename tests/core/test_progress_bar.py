@@ -6,6 +6,7 @@ import struct
 import sys
 import termios
 import time
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -29,10 +30,11 @@ def terminal(monkeypatch):
     def read(columns=100):
         monkeypatch.setattr(sys, "stderr", file)  # here: pytest changes it between a fixture and its test
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-        try:
-            return os.read(ours, 100_000).decode()
-        except BlockingIOError:
-            return ""
+        shown = b""
+        with suppress(BlockingIOError):
+            while part := os.read(ours, 4096):  # a terminal hands over no more at a time
+                shown += part
+        return shown.decode()
 
     return read
 
