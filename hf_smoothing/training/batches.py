@@ -10,6 +10,13 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 """Inputs, such as pixels, uint8 `(batch, channels, height, width)`, and targets, such as labels `(batch,)`."""
 
 
+def move_to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Move a tensor of the CPU to a device, without waiting for the work that is queued on a GPU."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()  # from other memory the copy waits
+    return tensor.to(device, non_blocking=True)
+
+
 class Batches(ABC):
     """
     The batches of one process, epoch by epoch. Their order depends only on the seed and the epoch.

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .batches import move_to_device
+
 
 @dataclass(frozen=True)
 class NoiseMixture:
@@ -43,8 +45,9 @@ class NoiseMixture:
         Returns:
             Pixels `(copies * batch, channels, height, width)`, not clipped: the first copy of every image, then the second.
         """
-        weights = torch.tensor(self.weights or [1.0] * len(self.sigmas), dtype=torch.float, device=images.device)
+        # on the CPU: drawn on a GPU, they would make this process wait for all work that is queued there
+        weights = torch.tensor(self.weights or [1.0] * len(self.sigmas), dtype=torch.float)
         levels = torch.multinomial(weights, len(images), replacement=True)
-        sigmas = torch.tensor(self.sigmas, device=images.device, dtype=images.dtype)[levels].repeat(copies)
+        sigmas = move_to_device(torch.tensor(self.sigmas, dtype=images.dtype)[levels], images.device).repeat(copies)
         images = images.repeat(copies, 1, 1, 1)
         return images + sigmas.view(-1, 1, 1, 1) * torch.randn_like(images)

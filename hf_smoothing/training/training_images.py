@@ -4,18 +4,16 @@ Order and augmentation depend only on the seed, the epoch and the batch: a resum
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import count, islice
 from typing import Any
 
 import torch
 from datasets import Dataset as StoredDataset
 from PIL import Image
-from timm.data import Mixup, RandomResizedCropAndInterpolation, rand_augment_transform
+from timm.data import Mixup
 from torch.utils.data import DataLoader, Dataset, IterableDataset
-from torchvision.transforms import Compose, RandomCrop, RandomHorizontalFlip
 from torchvision.transforms.v2.functional import pil_to_tensor
 from transformers.hf_argparser import HfArg
 
@@ -23,13 +21,10 @@ from ..core.preprocessing import to_pixels
 from ..core.progress_bar import open_bar
 from ..core.validation import check_count
 from ..data.labelled_images import LabelledImages, ModelInputs, Row
+from .augmentation import SMALL, Augmentation, augment_small, create_augmentation, create_rand_augment
 from .batches import Batch, Batches
 from .noise_mixture import NoiseMixture
-from .seeds import derive_seed, seed_everything
-
-SMALL = 64
-"""Up to this height and width in pixels, images are held in memory and cropped from a padded image, as is usual for CIFAR.
-Larger images are read for each batch and cropped at random sizes, as is usual for ImageNet."""
+from .seeds import derive_seed
 
 _SHUFFLE_BUFFER = 10_000
 
@@ -67,7 +62,9 @@ class ImageSettings:
         help="weight of a loss for equal predictions on two noisy copies of an image (arXiv 2006.04062; 10 or 20 is "
         "usual): doubles the computation and gives larger certified radii",
     )
-    dataloader_num_workers: int = HfArg(default=0, help="processes per training process that read and augment images")
+    dataloader_num_workers: int = HfArg(
+        default=0, help="processes per training process that read images, and augment large ones"
+    )
 
     def __post_init__(self) -> None:
         if self.max_train_samples is not None:
@@ -91,7 +88,7 @@ class ImageSettings:
             )
         if self.auto_augment is not None:
             try:
-                rand_augment_transform(self.auto_augment, {})
+                create_rand_augment(self.auto_augment)
             except (AssertionError, KeyError, ValueError) as error:
                 raise ValueError(
                     f"auto_augment={self.auto_augment!r} must be a RandAugment of timm, such as rand-m9-mstd0.5."
@@ -169,23 +166,6 @@ def _read_picture(inputs: ModelInputs, index: int | str, row: Row, size: int | N
     return picture, label
 
 
-def _read_selected(inputs: ModelInputs, size: int | None, position: int) -> tuple[Image.Image, int]:
-    index = inputs.images.indices[position]
-    return _read_picture(inputs, index, inputs.images.source[index], size)
-
-
-def create_augmentation(image_size: int, settings: ImageSettings) -> Any:
-    """A transform of PIL images: random crop to `image_size` pixels, flip, RandAugment."""
-    steps: list[Any] = [RandomResizedCropAndInterpolation(image_size, interpolation="bicubic")]
-    if image_size <= SMALL:
-        steps = [RandomCrop(image_size, padding=image_size // 8)]
-    if settings.hflip:
-        steps.append(RandomHorizontalFlip(settings.hflip))
-    if settings.auto_augment:
-        steps.append(rand_augment_transform(settings.auto_augment, {"img_mean": (128, 128, 128)}))
-    return Compose(steps)
-
-
 class TrainingBatches(Batches):
     """
     The batches of one process, epoch by epoch; see the top of this file for what they depend on.
@@ -218,18 +198,16 @@ class TrainingBatches(Batches):
     ):
         images = inputs.images
         super().__init__(images.total, batch_size, seed, process_index, num_processes)
-        self.num_workers = settings.dataloader_num_workers
-        transform = create_augmentation(image_size, settings)
+        self.settings, self.num_workers = settings, settings.dataloader_num_workers
         size = image_size if image_size <= SMALL else None
-        self.source: Dataset
+        augmentation = create_augmentation(image_size, settings)
+        self.source: _Stream | _Pictures | _StoredPixels
         if images.total is None:
-            self.source = _Stream(inputs, transform, size, batch_size, process_index, num_processes)
-        elif size is not None:
-            progress = open_bar(images.rows(), "reading images", images.total, disable=not show_progress)
-            pictures = [_read_picture(inputs, index, read(), size) for index, read in progress]
-            self.source = _Pictures(pictures.__getitem__, transform)
+            self.source = _Stream(inputs, augmentation, size, batch_size, process_index, num_processes)
+        elif size is None:
+            self.source = _Pictures(inputs, augmentation)
         else:
-            self.source = _Pictures(partial(_read_selected, inputs, size), transform)
+            self.source = _store_pixels(inputs, size, self.num_workers, show_progress)
 
     def epoch(self, number: int, first: int = 0) -> Iterator[Batch]:
         """The batches of an epoch, from batch `first` on."""
@@ -237,23 +215,60 @@ class TrainingBatches(Batches):
             source = replace(self.source, seed=derive_seed(self.seed, number), first=first)
             return iter(DataLoader(source, batch_size=None, num_workers=self.num_workers))
         keys = [
-            [(derive_seed(self.seed, number, position, self.process_index), int(index)) for index in batch]
-            for position, batch in enumerate(self.shuffle(number))
-        ]
-        return iter(DataLoader(self.source, batch_sampler=keys[first:], num_workers=self.num_workers))
+            (derive_seed(self.seed, number, position, self.process_index), images)
+            for position, images in enumerate(self.shuffle(number))
+        ][first:]
+        if isinstance(self.source, _Pictures):
+            return iter(DataLoader(self.source, batch_size=None, sampler=keys, num_workers=self.num_workers))
+        pixels, labels = self.source
+        return ((augment_small(pixels[images], self.settings, seed), labels[images]) for seed, images in keys)
+
+
+_StoredPixels = tuple[torch.Tensor, torch.Tensor]
+"""Pixels `(images, channels, height, width)`, uint8, and labels `(images,)`, in memory."""
+
+
+def _store_pixels(inputs: ModelInputs, size: int, num_workers: int, show_progress: bool) -> _StoredPixels:
+    """Read all images, in `num_workers` processes beside this one where that is above 0."""
+    batches: Any = DataLoader(_Rows(inputs, size), batch_size=64, num_workers=num_workers)
+    parts = []
+    with open_bar(desc="reading images", total=inputs.images.total, disable=not show_progress) as progress_bar:
+        for pixels, labels in batches:
+            parts.append((pixels, labels))
+            progress_bar.update(len(labels))
+    pixels, labels = (torch.cat(tensors) for tensors in zip(*parts))
+    return pixels, labels
+
+
+@dataclass(eq=False)
+class _Rows(Dataset):
+    """Pixels, uint8, and labels of small images, by their position among the chosen ones."""
+
+    inputs: ModelInputs
+    size: int
+
+    def __len__(self) -> int:
+        return self.inputs.images.total or 0
+
+    def __getitem__(self, position: int) -> tuple[torch.Tensor, int]:
+        index = self.inputs.images.indices[position]
+        picture, label = _read_picture(self.inputs, index, self.inputs.images.source[index], self.size)
+        return pil_to_tensor(picture), label
 
 
 @dataclass(eq=False)
 class _Pictures(Dataset):
-    """Augmented images. A key is the seed of its batch's augmentation, and the position of the image."""
+    """Augmented batches of large images. A key is the seed of the batch's augmentation, and the positions of its images."""
 
-    read: Callable[[int], tuple[Image.Image, int]]
-    transform: Any
+    inputs: ModelInputs
+    augmentation: Augmentation
 
-    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[tuple[torch.Tensor, int]]:
-        seed_everything(keys[0][0])
-        examples = [self.read(position) for _, position in keys]
-        return [(pil_to_tensor(self.transform(picture)), label) for picture, label in examples]
+    def __getitem__(self, key: tuple[int, Sequence[int]]) -> Batch:
+        seed, positions = key
+        indices = [self.inputs.images.indices[position] for position in positions]
+        examples = [_read_picture(self.inputs, index, self.inputs.images.source[index], None) for index in indices]
+        pictures, labels = zip(*examples)
+        return self.augmentation(pictures, seed), torch.tensor(labels)
 
 
 @dataclass(eq=False)
@@ -261,7 +276,7 @@ class _Stream(IterableDataset):
     """The batches of one process from a shuffled stream, from batch `first` on. Every process reads the complete stream."""
 
     inputs: ModelInputs
-    transform: Any
+    augmentation: Augmentation
     size: int | None
     batch_size: int
     process_index: int
@@ -281,13 +296,11 @@ class _Stream(IterableDataset):
             global_batch = list(islice(rows, global_batch_size))
             if len(global_batch) < global_batch_size:  # stop on all processes at once: none waits for another
                 return
-            seed_everything(self.seed, position, self.process_index)
             share = global_batch[self.process_index :: self.num_processes]
             # the index in the split is unknown after shuffling a stream
             examples = [
                 _read_picture(self.inputs, f"{place} in the shuffled order", row, self.size) for place, row in share
             ]
-            yield (
-                torch.stack([pil_to_tensor(self.transform(picture)) for picture, _ in examples]),
-                torch.tensor([label for _, label in examples]),
-            )
+            pictures, labels = zip(*examples)
+            seed = derive_seed(self.seed, position, self.process_index)
+            yield self.augmentation(pictures, seed), torch.tensor(labels)

@@ -24,7 +24,7 @@ from transformers.hf_argparser import HfArg
 from ..core.progress_bar import open_bar
 from ..core.validation import check_count
 from ..utils.processes import start_processes
-from .batches import Batch, Batches
+from .batches import Batch, Batches, move_to_device
 from .checkpoints import LATEST, TrainerState, find_checkpoint, locate_checkpoint, save_checkpoint
 from .muon import MuonAdamW
 from .parameter_groups import group_parameters
@@ -252,8 +252,7 @@ class TrainingLoop:
             self.state.batch += 1
             seed_everything(self.settings.seed, self.state.epoch, self.state.batch, self.accelerator.process_index)
             with nullcontext() if number == len(batches) else self.accelerator.no_sync(self.model):
-                inputs = inputs.to(self.accelerator.device, non_blocking=True)
-                targets = targets.to(self.accelerator.device, non_blocking=True)
+                inputs, targets = (move_to_device(tensor, self.accelerator.device) for tensor in (inputs, targets))
                 loss = self.compute_loss(self.model, inputs, targets)
                 self.accelerator.backward(loss / len(batches))
             self.log.losses.append(loss.detach())
