@@ -8,6 +8,10 @@ Example:
 
 The first command measures counts on the training split; the second trains a head to predict them. The predictions of a
 head are estimates, not certificates.
+
+Counts that somebody else measured are a Parquet file with the columns index, sigma and counts:
+    accelerate launch scripts/train_count_head.py --model_name_or_path my-model --counts train.parquet \\
+        --dataset_name uoft-cs/cifar10 --split train --loss probit --own_backbone --output_dir my-counts
 """
 
 from dataclasses import dataclass
@@ -16,7 +20,7 @@ from pathlib import Path
 import torch
 from transformers.hf_argparser import HfArg
 
-from hf_smoothing.count_head.measured_counts import read_counts
+from hf_smoothing.count_head.measured_counts import MeasuredCounts, read_count_table, read_counts
 from hf_smoothing.count_head.training import CountHeadSettings, build_count_model, train_count_head
 from hf_smoothing.hub.model_cards import create_card
 from hf_smoothing.hub.push import HubSettings
@@ -30,7 +34,25 @@ from hf_smoothing.utils.errors import exit_on_error
 class DataSettings:
     """The training data."""
 
-    counts: str = HfArg(help="folder of a finished run of scripts/certify.py with --method counts (or fixed)")
+    counts: str = HfArg(
+        help="folder of a finished run of scripts/certify.py with --method counts (or fixed); or a Parquet file with the "
+        "columns index, sigma and counts"
+    )
+    dataset_name: str | None = HfArg(
+        default=None, help="dataset of the images that a Parquet file counts: name on the Hub, local folder, or file"
+    )
+    split: str = HfArg(default="train", help="split of the images that a Parquet file counts")
+    sigmas: list[float] | None = HfArg(default=None, help="noise levels to train on (default: all that were counted)")
+
+    def read(self) -> MeasuredCounts:
+        """Read the counts. Raises a `ValueError` where they cannot be read, or the dataset of a table is not named."""
+        if not self.counts.endswith(".parquet"):
+            counts = read_counts(Path(self.counts))
+        elif self.dataset_name is None:
+            raise ValueError(f"{self.counts} does not say which images it counts: give dataset_name and split.")
+        else:
+            counts = read_count_table(Path(self.counts), self.dataset_name, self.split)
+        return counts if self.sigmas is None else counts.select_sigmas(self.sigmas)
 
 
 def main() -> None:
@@ -40,7 +62,7 @@ def main() -> None:
         data, head, settings, hub = parser.parse_args_into_dataclasses()
         accelerator = settings.create_accelerator()
         hub.prepare(settings.output_dir, accelerator)
-        counts = read_counts(Path(data.counts))
+        counts = data.read()
         torch.manual_seed(settings.seed)
         model = build_count_model(head, counts)
         results = train_count_head(model, counts, head, settings, accelerator)
