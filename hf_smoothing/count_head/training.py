@@ -20,6 +20,7 @@ from ..core.modeling_count_prediction import (
     FREQUENCY_LOSSES,
     LOGISTIC_NORMAL_DRAWS,
     LOSSES,
+    PROBIT_DRAWS,
     MixedNoiseViTForCountPrediction,
 )
 from ..core.preprocessing import Preprocessing
@@ -43,10 +44,16 @@ class CountHeadSettings:
     """
 
     model_name_or_path: str = HfArg(help="mixed-noise ViT that gives the head its encoder and classifier")
-    loss: str = HfArg(default="jensen_shannon", help=f"{', '.join(LOSSES)}; the last suits a few draws per image")
+    loss: str = HfArg(
+        default="jensen_shannon", help=f"{', '.join(LOSSES)}; probit suits many draws per image, the last suits a few"
+    )
     own_backbone: bool = HfArg(default=False, help="also train encoder and classifier, instead of the head alone")
     hflip: float = HfArg(
         default=0.5, help="with own_backbone: probability of a horizontal flip; 0 for digits and letters"
+    )
+    max_shift: int = HfArg(
+        default=0,
+        help="with own_backbone: shift images by up to so many pixels; 4 suits CIFAR-10, whose classifiers saw it",
     )
     eval_share: float = HfArg(default=0.05, help="share of the images held out, to measure errors after each epoch")
 
@@ -55,6 +62,8 @@ class CountHeadSettings:
             raise ValueError(f"loss={self.loss!r} is unknown: use {', '.join(LOSSES)}.")
         if not 0 <= self.hflip <= 1:
             raise ValueError(f"hflip={self.hflip:g} must be a probability, between 0 and 1.")
+        if self.max_shift < 0:
+            raise ValueError(f"max_shift={self.max_shift} must be a number of pixels, 0 or above.")
         if not 0 <= self.eval_share < 1:
             raise ValueError(f"eval_share={self.eval_share} must be 0 or above, and below 1.")
 
@@ -162,15 +171,14 @@ def train_count_head(
         The content of `results/training.json`.
 
     Raises:
-        ValueError: see [`TrainingLoop`]; for images that cannot be read or were changed since; for counts of a single draw
-            with the loss `logistic_normal`.
+        ValueError: see [`TrainingLoop`]; for images that cannot be read or were changed since; for counts of too few draws
+            for the loss.
     """
     started = time.perf_counter()
     draws = int(counts.counts.sum(1).min())
-    if head.loss == "logistic_normal" and draws < LOGISTIC_NORMAL_DRAWS[0]:
-        raise ValueError(
-            f"loss='logistic_normal' takes {LOGISTIC_NORMAL_DRAWS[0]} draws per image or more; the counts have {draws}."
-        )
+    least = {"logistic_normal": LOGISTIC_NORMAL_DRAWS[0], "probit": PROBIT_DRAWS}.get(head.loss, 1)
+    if draws < least:
+        raise ValueError(f"loss={head.loss!r} takes {least} draws per image or more; the counts have {draws}.")
     processor = AutoImageProcessor.from_pretrained(head.model_name_or_path)
     inputs, targets = _read_images(counts, processor, show_progress=accelerator.is_main_process)
     model.to(accelerator.device)
@@ -193,7 +201,8 @@ def train_count_head(
         return compute_prediction_errors(model, eval_inputs, eval_targets)
 
     head_settings = {name: getattr(head, name) for name in ("loss", "own_backbone", "eval_share")}
-    head_settings |= {"base": head.model_name_or_path, **({"hflip": head.hflip} if head.own_backbone else {})}
+    augmentation = {"hflip": head.hflip, "max_shift": head.max_shift} if head.own_backbone else {}
+    head_settings |= {"base": head.model_name_or_path, **augmentation}
     loop = TrainingLoop(
         model,
         batches,
@@ -225,9 +234,22 @@ def _create_loss(head: CountHeadSettings) -> Callable[[Any, torch.Tensor, torch.
         if head.own_backbone and head.hflip:
             flipped = torch.rand(len(inputs), 1, 1, 1, device=inputs.device) < head.hflip
             inputs = torch.where(flipped, inputs.flip(-1), inputs)
+        if head.own_backbone and head.max_shift:
+            inputs = _shift(inputs, head.max_shift)
         return model(**_name_inputs(inputs), sigma=targets[..., 0], counts=targets[..., 1:], loss=head.loss).loss
 
     return compute_loss
+
+
+def _shift(images: torch.Tensor, largest: int) -> torch.Tensor:
+    """Images `(batch, channels, height, width)`, each shifted at random by up to `largest` pixels, with a black margin."""
+    height, width = images.shape[2:]
+    padded = nn.functional.pad(images, [largest] * 4)
+    top, left = torch.randint(2 * largest + 1, (2, len(images), 1), device=images.device)
+    rows = top + torch.arange(height, device=images.device)
+    columns = left + torch.arange(width, device=images.device)
+    image = torch.arange(len(images), device=images.device)[:, None, None]
+    return padded.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
 
 
 def _read_images(counts: MeasuredCounts, processor: Any, show_progress: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,13 +4,14 @@ import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from scipy.spatial.distance import jensenshannon
 from scipy.special import expit, softmax
-from scipy.stats import entropy
+from scipy.stats import entropy, norm
 
 from hf_smoothing import MixedNoiseViTConfig, MixedNoiseViTForImageClassification
 from hf_smoothing.core.modeling_count_prediction import (
     FREQUENCY_LOSSES,
     MixedNoiseViTForCountPrediction,
     logistic_normal,
+    probit_error,
     soft_cross_entropy,
 )
 
@@ -45,6 +46,43 @@ def test_losses_are_what_scipy_says():
         leaf = logits.clone().requires_grad_()
         loss(leaf, targets).backward()
         assert torch.isfinite(leaf.grad).all()
+
+
+def test_the_probit_loss_is_the_error_of_the_radius_weighted_by_class():
+    generator = np.random.default_rng(0)
+    predicted = generator.dirichlet(np.ones(4), 6)
+    counts = generator.multinomial(1000, generator.dirichlet(np.ones(4), 6))
+    counts[0] = [0, 1000, 0, 0]
+    measured = (counts + 0.5) / 1001
+    errors = np.abs(norm.ppf(predicted) - norm.ppf(measured))
+    expected = (np.maximum(predicted, measured) * errors).sum(1).mean()
+    logits, targets = torch.from_numpy(np.log(predicted)), torch.from_numpy(counts).double()
+    assert float(probit_error(logits, targets)) == pytest.approx(expected)
+    for scale in (1.0, 40.0):  # the softmax of the larger ones is 0 and 1
+        leaf = (scale * logits.float()).requires_grad_()
+        probit_error(leaf, targets.float()).backward()
+        assert torch.isfinite(leaf.grad).all()
+        assert (leaf.grad.abs().amax(1) > 1e-4).all()
+
+
+def test_the_probit_loss_learns_the_median():
+    generator = np.random.default_rng(0)
+    # seven images in ten are nearly certain: so is the median, and the mean is far below it
+    likely = np.where(generator.random(400) < 0.7, 0.999, 0.6)
+    counts = torch.from_numpy(generator.multinomial(100_000, np.stack([likely, 1 - likely], 1))).float()
+
+    def learned(loss):
+        logits = torch.zeros(2, requires_grad=True)
+        optimizer = torch.optim.Adam([logits], lr=0.1)
+        for step in range(300):
+            optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / 300)
+            optimizer.zero_grad()
+            loss(logits.expand(400, 2), counts).backward()
+            optimizer.step()
+        return logits.softmax(0)[0].item()
+
+    assert learned(probit_error) == pytest.approx(0.999, abs=5e-4)
+    assert learned(lambda rows, counts: soft_cross_entropy(rows, counts / 100_000)) < 0.92
 
 
 def test_the_logistic_normal_loss_learns_the_middle_and_the_spread():
@@ -132,7 +170,7 @@ def test_the_noise_level_counts_and_each_image_may_have_its_own(model):
     assert not torch.allclose(model(images[1:], sigma=0.25).logits[0], together[1])
 
 
-@pytest.mark.parametrize("loss", FREQUENCY_LOSSES)
+@pytest.mark.parametrize("loss", [*FREQUENCY_LOSSES, "probit"])
 def test_an_image_may_have_several_noise_levels_of_one_pass(model, loss):
     images, counts = torch.rand(2, 3, 8, 8), torch.randint(1, 9, (2, 2, 3))
     with torch.no_grad():

@@ -117,6 +117,29 @@ def test_an_own_backbone_may_see_images_mirrored(counts_dir, tmp_path, hflip):
     assert all((shown - one).abs().amax((1, 2, 3)).min() < 0.003 for one in seen[0])
 
 
+def test_an_own_backbone_may_see_images_shifted(counts_dir, tmp_path):
+    counts = read_counts(counts_dir)
+    base = counts.settings["model_name_or_path"]
+    head = CountHeadSettings(base, own_backbone=True, hflip=0.0, max_shift=2, eval_share=0.0)
+    model, seen = build_count_model(head, counts), []
+    model.register_forward_pre_hook(
+        lambda model, args, kwargs: seen.append(kwargs["pixel_values"]) if model.training else None, with_kwargs=True
+    )
+    settings = TrainingSettings(str(tmp_path / "out"), max_train_steps=2, per_device_train_batch_size=25)
+    assert train_count_head(model, counts, head, settings, settings.create_accelerator())["settings"]["max_shift"] == 2
+    preprocessing = Preprocessing.from_image_processor(AutoImageProcessor.from_pretrained(base))
+    inputs = counts.open_images().bind(counts.settings["label_names"], preprocessing)
+    pixels = torch.stack([inputs[index][0] for index in group_counts_by_image(counts)[0]])
+    padded = torch.nn.functional.pad(pixels, [2] * 4)
+    crops = padded.unfold(2, 8, 1).unfold(3, 8, 1).permute(0, 2, 3, 1, 4, 5).reshape(len(pixels), 25, 3, 8, 8)
+    # which of the 25 crops of which image each one is
+    found = [int((crops - one).abs().amax((2, 3, 4)).min(0).values.argmin()) for one in torch.cat(seen)]
+    assert all((crops - one).abs().amax((2, 3, 4)).min() < 0.003 for one in torch.cat(seen))
+    assert len(set(found)) > 15
+    with pytest.raises(ValueError, match="max_shift=-1"):
+        CountHeadSettings(base, max_shift=-1)
+
+
 def test_many_draws_are_thinned_to_what_the_loss_is_for(counts_dir, tmp_path):
     generator = np.random.default_rng(0)
     counts = torch.tensor([[900.0, 80.0, 20.0], [3.0, 1.0, 0.0]]).repeat(3000, 1)
@@ -141,9 +164,10 @@ def test_many_draws_are_thinned_to_what_the_loss_is_for(counts_dir, tmp_path):
     one = read_counts(counts_dir)
     one = replace(one, counts=np.eye(one.counts.shape[1], dtype=int)[one.counts.argmax(1)])
     settings = TrainingSettings(str(tmp_path / "out"))
-    head = CountHeadSettings(one.settings["model_name_or_path"], loss="logistic_normal")
-    with pytest.raises(ValueError, match="takes 2 draws per image or more; the counts have 1"):
-        train_count_head(build_count_model(head, one), one, head, settings, settings.create_accelerator())
+    for loss, draws in (("logistic_normal", 2), ("probit", 100)):
+        head = CountHeadSettings(one.settings["model_name_or_path"], loss=loss)
+        with pytest.raises(ValueError, match=f"takes {draws} draws per image or more; the counts have 1"):
+            train_count_head(build_count_model(head, one), one, head, settings, settings.create_accelerator())
 
 
 def test_prediction_errors_by_hand():
