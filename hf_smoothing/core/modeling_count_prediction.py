@@ -97,8 +97,8 @@ def probit_error(logits: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
 
     The radius is sigma times the probit of the top class: this is the error of the radius, in units of sigma. An absolute
     error is least at the median of the possible values, and the radius of the median is the median of the radii. The mean
-    frequency, which [`soft_cross_entropy`] and [`jensen_shannon`] teach, gives smaller radii wherever the head is not sure of
-    p. The weights keep the head from spending its capacity on classes that hardly occur. With few draws the probits of
+    frequency, which [`soft_cross_entropy`] and [`jensen_shannon`] teach, gives smaller radii where the head is unsure of p.
+    The weights keep the head from spending its capacity on classes that hardly occur. With few draws the probits of
     measured frequencies are random themselves: it takes [`PROBIT_DRAWS`] or more.
 
     Args:

@@ -1,10 +1,16 @@
 """Measured counts as training data: one target per image, subsampled and in shuffled batches."""
 
+import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset
 
+from ..core.progress_bar import open_bar
+from ..data.labelled_images import ModelInputs
 from ..training.batches import Batch, Batches
 from .measured_counts import MeasuredCounts
 
@@ -22,6 +28,26 @@ def group_counts_by_image(counts: MeasuredCounts) -> tuple[np.ndarray, torch.Ten
     rows = rows[np.isin(counts.indices[rows], images)]
     targets = np.concatenate([counts.sigmas[rows, None], counts.counts[rows]], 1)
     return images, torch.from_numpy(targets).float().view(len(images), -1, targets.shape[1])
+
+
+def read_pixels(inputs: ModelInputs, indices: NDArray[np.int64], show_progress: bool = True) -> torch.Tensor:
+    """Read images, many of them in a process per CPU core: uint8 `(images, channels, height, width)`."""
+    num_workers = min(os.cpu_count() or 1, len(indices) // 2000)  # to start one takes longer than to read a few images
+    batches = DataLoader(_Pixels(inputs, indices.tolist()), batch_size=200, num_workers=num_workers)
+    # copied: a batch of another process holds a file open
+    return torch.cat([batch.clone() for batch in open_bar(batches, "reading images", disable=not show_progress)])
+
+
+@dataclass(eq=False)
+class _Pixels(Dataset):
+    inputs: ModelInputs
+    indices: list[int]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> torch.Tensor:
+        return (self.inputs[self.indices[position]][0] * 255).round().byte()
 
 
 def subsample_counts(counts: torch.Tensor, max_draws: int, generator: np.random.Generator) -> torch.Tensor:

@@ -1,6 +1,5 @@
 """Training a count head on the measured class counts of a run (arXiv 2402.07498)."""
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -11,7 +10,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
 from transformers import AutoConfig, AutoImageProcessor
 from transformers.hf_argparser import HfArg
 
@@ -26,11 +24,10 @@ from ..core.modeling_count_prediction import (
 from ..core.preprocessing import Preprocessing
 from ..core.progress_bar import open_bar
 from ..core.weights import check_loaded_weights, loading
-from ..data.labelled_images import ModelInputs
 from ..training.training_loop import TrainingLoop, TrainingSettings
 from ..utils.files import write_json
 from ..utils.provenance import command_line, package_versions
-from .count_batches import CountBatches, group_counts_by_image
+from .count_batches import CountBatches, group_counts_by_image, read_pixels
 from .measured_counts import MeasuredCounts
 
 
@@ -256,19 +253,4 @@ def _read_images(counts: MeasuredCounts, processor: Any, show_progress: bool) ->
     """Pixels (uint8) and targets of the images that were counted."""
     inputs = counts.open_images().bind(counts.settings["label_names"], Preprocessing.from_image_processor(processor))
     indices, targets = group_counts_by_image(counts)
-    # starting processes takes longer than reading a few images
-    num_workers = min(os.cpu_count() or 1, len(indices) // 2000)
-    batches = DataLoader(_Pixels(inputs, indices.tolist()), batch_size=200, num_workers=num_workers)
-    return torch.cat(list(open_bar(batches, "reading images", disable=not show_progress))), targets
-
-
-@dataclass(eq=False)
-class _Pixels(Dataset):
-    inputs: ModelInputs
-    indices: list[int]
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, position: int) -> torch.Tensor:
-        return (self.inputs[self.indices[position]][0] * 255).round().byte()
+    return read_pixels(inputs, indices, show_progress), targets
