@@ -51,7 +51,7 @@ class ModelSettings:
         default=None,
         help="initial value of a learned scale on each residual branch, such as 0.001 (default: no scale)",
     )
-    norm_layer: str = HfArg(default="layernorm", help="layernorm, or batchnorm for ablations")
+    norm_layer: str = HfArg(default="layernorm", help="layernorm, groupnorm or rmsnorm; batchnorm for ablations")
     drop_path_rate: float = HfArg(default=0.0, help="rate of stochastic depth")
 
 

@@ -6,7 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 STEMS = ("patch", "conv", "pool")
-NORM_LAYERS = ("layernorm", "batchnorm")
+NORM_LAYERS = ("layernorm", "groupnorm", "rmsnorm", "batchnorm")
 POOLINGS = ("avg", "max", "token")
 
 
@@ -29,7 +29,10 @@ class MixedNoiseViTConfig(PreTrainedConfig):
             (Jordan 2024, arXiv 2404.00498). The trunks learn far faster in short training, the pooling one fastest.
         stem_widths: channels of the pooling trunk: of its first convolution, then of each group of convolutions. By default
             they double up to `hidden_size`.
-        norm_layer: `"layernorm"`, or `"batchnorm"` for ablations: robustness does not transfer through batch statistics.
+        norm_layer: `"layernorm"` normalises each token, and in a trunk all pixels and channels of an image together;
+            `"groupnorm"` groups of 16 channels over all tokens or pixels of an image; `"rmsnorm"` divides each token or pixel
+            by its root mean square, without a mean. All of these treat each image alone. `"batchnorm"` is for ablations:
+            robustness does not transfer through batch statistics.
         pooling: `"avg"` averages the patch tokens, `"max"` takes their maximum per channel, `"token"` reads a class token.
         class_token: whether there is a class token; by default where `pooling == "token"`.
         num_register_tokens: extra learned tokens.

@@ -6,10 +6,11 @@ normalisation inside the model, and norms that do not depend on the rest of the 
 
 from functools import partial
 from itertools import pairwise
+from math import gcd
 from typing import Any
 
 import torch
-from timm.layers import HybridEmbed, LayerNorm, PatchEmbed
+from timm.layers import HybridEmbed, LayerNorm, PatchEmbed, RmsNorm, RmsNorm2d
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from transformers import PreTrainedModel
@@ -26,6 +27,20 @@ class TokenBatchNorm(nn.BatchNorm1d):
         if hidden_states.ndim == 2:
             return super().forward(hidden_states)
         return super().forward(hidden_states.transpose(1, 2)).transpose(1, 2)
+
+
+class ChannelGroupNorm(nn.GroupNorm):
+    """Normalisation over groups of 16 channels and all pixels of one image (Wu and He 2018, arXiv 1803.08494)."""
+
+    def __init__(self, num_channels: int, eps: float = 1e-6, **kwargs: Any):
+        super().__init__(num_channels // gcd(num_channels, 16), num_channels, eps=eps, **kwargs)
+
+
+class TokenGroupNorm(ChannelGroupNorm):
+    """[`ChannelGroupNorm`] with channels last: over all tokens of `(batch, tokens, channels)`."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden_states.transpose(1, -1)).transpose(1, -1)
 
 
 class ResidualBlock(nn.Module):
@@ -67,8 +82,13 @@ class ConvTrunk(nn.Module):
 def _conv_norm(config: MixedNoiseViTConfig) -> Any:
     if config.norm_layer == "batchnorm":
         return nn.BatchNorm2d
-    # one group: statistics over one image's channels and pixels, never over the batch
-    return partial(nn.GroupNorm, 1, eps=config.norm_eps)
+    norms: dict[str, Any] = {
+        # one group: statistics over one image's channels and pixels, never over the batch
+        "layernorm": partial(nn.GroupNorm, 1),
+        "groupnorm": ChannelGroupNorm,
+        "rmsnorm": RmsNorm2d,
+    }
+    return partial(norms[config.norm_layer], eps=config.norm_eps)
 
 
 class IdentityConv2d(nn.Conv2d):
@@ -128,6 +148,14 @@ def _embed_layer(config: MixedNoiseViTConfig) -> Any:
     return conv_embed
 
 
+_TOKEN_NORMS = {
+    "layernorm": LayerNorm,
+    "groupnorm": TokenGroupNorm,
+    "rmsnorm": RmsNorm,
+    "batchnorm": TokenBatchNorm,
+}
+
+
 def _build_encoder(config: MixedNoiseViTConfig) -> VisionTransformer:
     return VisionTransformer(
         img_size=config.image_size,
@@ -152,7 +180,7 @@ def _build_encoder(config: MixedNoiseViTConfig) -> VisionTransformer:
         drop_path_rate=config.drop_path_rate,
         weight_init="skip",  # `_init_weights` below: transformers decides which weights to initialise
         embed_layer=_embed_layer(config),
-        norm_layer=partial(TokenBatchNorm if config.norm_layer == "batchnorm" else LayerNorm, eps=config.norm_eps),
+        norm_layer=partial(_TOKEN_NORMS[config.norm_layer], eps=config.norm_eps),
     )
 
 
@@ -191,6 +219,8 @@ class MixedNoiseViTPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.running_mean)
                 init.ones_(module.running_var)
                 init.zeros_(module.num_batches_tracked)
+        elif isinstance(module, (RmsNorm, RmsNorm2d)):
+            init.ones_(module.weight)
         elif isinstance(module, VisionTransformer):
             for name, parameter in module.named_parameters():
                 if name in ("cls_token", "reg_token", "pos_embed"):

@@ -65,7 +65,7 @@ def train_classifier(
     loop = TrainingLoop(
         model,
         batches,
-        _create_loss(image_settings, settings.per_device_train_batch_size, len(class_names), preprocessing),
+        create_loss(image_settings, settings.per_device_train_batch_size, len(class_names), preprocessing),
         settings,
         accelerator,
         processor=processor,
@@ -93,7 +93,7 @@ def train_classifier(
     return results
 
 
-def _create_loss(
+def create_loss(
     image_settings: ImageSettings, batch_size: int, num_labels: int, preprocessing: Preprocessing
 ) -> Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]:
     """The loss of a batch of pixels (uint8) and labels: mixing first, noise after it, then cross-entropy and consistency."""
