@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .core.certificates import ABSTAIN, Certificate, format_radius
     from .core.configuration_mixed_noise_vit import MixedNoiseViTConfig
     from .core.count_rule import CountRule
+    from .core.diffusion_denoiser import DiffusionDenoiser
     from .core.fixed_rule import FixedRule
     from .core.modeling_count_prediction import MixedNoiseViTForCountPrediction
     from .core.modeling_mixed_noise_vit import (
@@ -38,6 +39,7 @@ _NAMES = {
     "core.certificates": ("ABSTAIN", "Certificate", "format_radius"),
     "core.configuration_mixed_noise_vit": ("MixedNoiseViTConfig",),
     "core.count_rule": ("CountRule",),
+    "core.diffusion_denoiser": ("DiffusionDenoiser",),
     "core.fixed_rule": ("FixedRule",),
     "core.modeling_count_prediction": ("MixedNoiseViTForCountPrediction",),
     "core.modeling_mixed_noise_vit": (

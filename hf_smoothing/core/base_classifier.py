@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .denoisers import DENOISERS, Denoiser, check_denoiser
+from .denoisers import Denoiser, load_denoiser
 from .preprocessing import Preprocessing
 from .row_independence import check_rows
 from .weights import check_is_classifier, check_weights, weights_digest
@@ -50,8 +50,7 @@ class BaseClassifier:
         self.autocast = autocast
         self.preprocessing = preprocessing
         self.resize = None if preprocessing is None else preprocessing.resize
-        check_denoiser(denoiser)
-        self.denoiser = DENOISERS[denoiser] if isinstance(denoiser, str) else denoiser
+        self.denoiser = load_denoiser(denoiser) if isinstance(denoiser, str) else denoiser
         self._num_classes: int | None = None
         self.device = torch.device(device or "cpu")
         if isinstance(self.denoiser, nn.Module):

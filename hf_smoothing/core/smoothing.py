@@ -51,8 +51,8 @@ class SmoothedClassifier:
             normalisation is applied after the noise.
         noise_resolution: where noise is added: at the network's `"input"`, at the `"native"` size of the picture, or at a
             number of pixels a side. A radius is about these pixels; resizing them to the input is part of the classifier.
-        denoiser: a [`Denoiser`] or its name, part of the base classifier. With it a model trained on clean pictures can be
-            smoothed.
+        denoiser: a [`Denoiser`], or the name of one ([`load_denoiser`]), part of the base classifier. With it a model
+            trained on clean pictures can be smoothed.
         class_names: names of the classes, in the order of the logits.
         autocast: run the forward passes in `torch.bfloat16` (or another type) where torch considers it safe; by default
             they run in the type of the weights.

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from ..core.count_predictor import CountPredictor
 from ..core.noise import GaussianNoise
@@ -61,14 +62,15 @@ def at_level(smoothed: SmoothedClassifier, level: NoiseLevel, settings: Record) 
 
 
 def describe_classifier(smoothed: SmoothedClassifier) -> Record:
-    """What defines the function of the base classifier: weights, classes, attention and image processor."""
+    """What defines the function of the base classifier: weights, classes, attention, denoiser and image processor."""
     model: Any = smoothed.base_classifier.classifier
-    processor = smoothed.image_processor
+    denoiser, processor = smoothed.base_classifier.denoiser, smoothed.image_processor
     return {
         "label_names": smoothed.class_names,
         "attn_implementation": getattr(model.config, "_attn_implementation", None),
         "model_weights": weights_digest(model),
         "image_processor": type(processor).__name__,
+        "denoiser_weights": weights_digest(denoiser) if isinstance(denoiser, nn.Module) else None,
         "image_processor.backend": getattr(processor, "backend", None),
         **{f"image_processor.{name}": value for name, value in processor.to_dict().items()},
     }

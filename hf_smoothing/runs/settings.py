@@ -128,7 +128,9 @@ class RunSettings:
         default="input",
     )
     denoiser: str | None = _option(
-        "denoiser in front of the model: `wiener`; certificates cover both together (default: none)", default=None
+        "denoiser in front of the model: `wiener`, or a diffusion model of diffusers on the Hub (`google/ddpm-cifar10-32`, "
+        "`name@revision`) or in a local folder; certificates cover both together (default: none)",
+        default=None,
     )
 
     def __post_init__(self) -> None:

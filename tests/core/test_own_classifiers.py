@@ -1,5 +1,6 @@
 """Classifiers that people bring along: any architecture, in the right units, with noise where they want it."""
 
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -30,9 +31,10 @@ from transformers import (
 )
 
 import hf_smoothing  # noqa: F401
-from hf_smoothing import GaussianNoise, SmoothedClassifier
+from hf_smoothing import DiffusionDenoiser, GaussianNoise, SmoothedClassifier
 from hf_smoothing.core.denoisers import wiener
 from hf_smoothing.core.preprocessing import Preprocessing, to_pixels
+from hf_smoothing.runs.settings import RunSettings
 from hf_smoothing.training.classifier_training import train_classifier
 from hf_smoothing.training.evaluation import EvaluationSettings
 from hf_smoothing.training.parameter_groups import group_parameters
@@ -303,3 +305,13 @@ def test_a_denoiser_that_is_a_module_is_in_evaluation_mode_and_named_by_its_weig
     torch.nn.init.constant_(other[0].weight, float("nan"))
     with pytest.raises(ValueError, match="not all finite"):
         SmoothedClassifier(lambda pixels: pixels.mean((2, 3)), GaussianNoise(0.25), denoiser=other)
+
+
+def test_a_diffusion_model_without_diffusers_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)  # as if it were not installed
+    for call in (
+        lambda: DiffusionDenoiser.from_pretrained("google/ddpm-cifar10-32"),
+        lambda: RunSettings("model", "dataset", [0.25], denoiser="google/ddpm-cifar10-32"),
+    ):
+        with pytest.raises(ImportError, match=r"pip install 'hf-smoothing\[diffusers\]'"):
+            call()
