@@ -30,9 +30,9 @@ class MixedNoiseViTConfig(PreTrainedConfig):
         stem_widths: channels of the pooling trunk: of its first convolution, then of each group of convolutions. By default
             they double up to `hidden_size`.
         norm_layer: `"layernorm"` normalises each token, and in a trunk all pixels and channels of an image together;
-            `"groupnorm"` groups of 16 channels over all tokens or pixels of an image; `"rmsnorm"` divides each token or pixel
-            by its root mean square, without a mean. All of these treat each image alone. `"batchnorm"` is for ablations:
-            robustness does not transfer through batch statistics.
+            `"groupnorm"` groups of 16 channels over all tokens or pixels of an image; `"rmsnorm"` divides each token, or the
+            channels of each pixel, by their root mean square. All of these treat each image alone. `"batchnorm"` is for
+            ablations: robustness does not transfer through batch statistics.
         pooling: `"avg"` averages the patch tokens, `"max"` takes their maximum per channel, `"token"` reads a class token.
         class_token: whether there is a class token; by default where `pooling == "token"`.
         num_register_tokens: extra learned tokens.
