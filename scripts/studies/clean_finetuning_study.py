@@ -6,7 +6,7 @@ Example:
 
 Arms: layer-wise decay of the learning rate, fewer and more epochs, a lower learning rate, a frozen trunk, and a head that is
 trained before the rest (Kumar et al. 2022, arXiv 2202.10054). Each is evaluated as it is, and with its encoder averaged with
-that of the foundation (WiSE-FT, Wortsman et al. 2022, arXiv 2109.01903). On a GPU, `--processes 8` runs eight arms at a time.
+that of the foundation (WiSE-FT, Wortsman et al. 2022, arXiv 2109.01903). On a GPU, `--processes 8` runs eight arms at once.
 To resume an interrupted study, run its command again. Writes OUTPUT_DIR/results.json.
 """
 
