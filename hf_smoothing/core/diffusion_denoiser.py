@@ -39,7 +39,7 @@ class DiffusionDenoiser(nn.Module):
 
     def __init__(self, model: Any, scheduler: Any):
         super().__init__()
-        self.model = model
+        self.model, self.scheduler = model, scheduler
         config = scheduler.config
         self.prediction_type = config.prediction_type
         if self.prediction_type not in ("epsilon", "sample", "v_prediction"):
