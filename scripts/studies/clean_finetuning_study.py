@@ -126,6 +126,7 @@ def run_arm(settings: StudySettings, measurement: MeasurementSettings, arm: Fine
             learning_rate=settings.learning_rate * 10 if freeze else arm.learning_rate,
             layer_decay=1.0 if freeze else arm.layer_decay,
             seed=settings.seed,
+            checkpointing_steps="1000",
             mixed_precision=measurement.mixed_precision,
         )
         image_settings = ImageSettings(settings.dataset_name)

@@ -250,7 +250,7 @@ def run_arms(
         return
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["hf_smoothing.training.classifier_training", "matplotlib.figure", "rich.console"])
-    threads = max(1, (os.cpu_count() or 1) // processes)
+    threads = max(1, torch.get_num_threads() // processes)
 
     def run(name: str) -> bool:
         log = output_dir / f"{name}.log"
