@@ -13,7 +13,8 @@
 On CPUs, start several processes with `torchrun --nproc_per_node 2 -- scripts/certify.py ...`: `accelerate launch --cpu`
 starts only one. The `--` keeps torchrun from reading `--n` as its own option.
 The script writes OUTPUT_DIR/certificates.parquet (one row per image and sigma) and OUTPUT_DIR/run.json. The same command
-resumes a run. In a clone, `uv run scripts/certify.py ...` installs what it needs in an environment of its own.
+resumes a run. In a clone, `uv run scripts/certify.py ...` installs what it needs in an environment of its own. Elsewhere
+(`hf jobs uv run`) it needs `git = "https://..."`, the address of the repository, in place of `path = ".."` above.
 """
 
 from dataclasses import asdict

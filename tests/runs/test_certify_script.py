@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import psutil
@@ -152,3 +153,15 @@ def test_an_error_ends_all_processes(processes, model, parquet, tmp_path):
     ended = [process.finish(120) for process in processes.start_ranks(2, *run)]
     assert all(done.returncode != 0 for done in ended)
     assert any("There is no column 'pic'; the dataset has: image, label." in done.stderr for done in ended)
+
+
+def test_uv_takes_the_package_from_the_clone():
+    """The block of PEP 723 at the top of the script, as uv reads it (the path is relative to the script)."""
+    script = ROOT / "scripts" / "certify.py"
+    block = script.read_text().partition("# /// script\n")[2].partition("# ///\n")[0]
+    metadata = tomllib.loads("".join(line.removeprefix("# ").removeprefix("#") for line in block.splitlines(True)))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert metadata["requires-python"] == project["requires-python"]
+    assert metadata["dependencies"] == [project["name"]]
+    source = metadata["tool"]["uv"]["sources"][project["name"]]
+    assert (script.parent / source["path"]).resolve() == ROOT
