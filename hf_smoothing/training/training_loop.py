@@ -70,7 +70,9 @@ class TrainingSettings:
         default=None, help="resume from this folder; `latest`: from the last checkpoint in output_dir, if there is one"
     )
     logging_steps: int = HfArg(default=50, help="log the mean loss after this number of updates")
-    report_to: str | None = HfArg(default=None, help="tracker such as tensorboard or wandb; all: every installed one")
+    report_to: str | None = HfArg(
+        default=None, help="tracker such as trackio, tensorboard or wandb; all: every installed one"
+    )
 
     def __post_init__(self) -> None:
         counts = ("num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps")
