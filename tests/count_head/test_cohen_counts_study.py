@@ -11,6 +11,7 @@ from hf_smoothing.core.count_predictor import CountPredictor
 from hf_smoothing.count_head.comparison import predict_counts
 from hf_smoothing.count_head.measured_counts import read_count_table
 from hf_smoothing.count_head.prediction_tables import read_predictions, write_predictions
+from hf_smoothing.hub.results_pages import render_results
 
 SIGMAS = (0.25, 1.0)
 
@@ -91,5 +92,10 @@ def test_a_head_and_the_papers_surrogate_are_compared(table, measured, parquet, 
     assert {row["false_claims"] for row in study["selection"]} == {0.1, 0.2}
     assert {row["estimates"] for row in study["estimated_shares"]} == {"head", "useless"}
     assert study["seconds_an_image"]["ratio"] > 1
+    page = render_results("cohen_counts", study)
+    for row in study["estimated_shares"]:
+        assert f"| {row['estimates']} | {row['sample']} | {row['coverage']:.1%} |" in page
+    shares = [f"{share['share']:.1%}" for share in study["arms"]["paper"][1]["recalibrated"]["accuracy"]["estimate"]]
+    assert f"| 1 | paper, recalibrated | {' | '.join(shares)} |" in page
     for name in ("accuracy", "images"):
         assert (tmp_path / "study" / f"cohen-counts-{name}.png").stat().st_size > 1000
