@@ -167,3 +167,25 @@ def test_another_backbone_may_predict_the_counts_of_any_classifier(tiny_model_di
     model = build_count_model(CountHeadSettings(str(tiny_model_dir), own_backbone=True), counts)
     assert list(model.config.id2label.values()) == counts.settings["label_names"]
     assert model(torch.rand(2, 3, 8, 8), sigma=0.5).probabilities.shape == (2, 10)
+
+
+def test_a_count_head_is_refused_as_classifier(head, parquet, tmp_path):
+    """It loads as one, but its class scores are no answers."""
+    with pytest.raises(ValueError, match=r"is a count head, .* pass it as count_head"):
+        SmoothedClassifier.from_pretrained(head, GaussianNoise(0.25))
+    command = [
+        "certify-dataset",
+        "--model",
+        head,
+        "--dataset",
+        parquet,
+        "--split",
+        "train",
+        "--sigma",
+        "0.25",
+        "--output-dir",
+    ]
+    done = CliRunner().invoke(app, [*command, str(tmp_path / "run")])
+    assert done.exit_code == 1
+    assert "is a count head" in " ".join(done.stderr.split())
+    assert not (tmp_path / "run" / "certificates.parquet").exists()

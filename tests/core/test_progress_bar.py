@@ -11,8 +11,10 @@ from contextlib import suppress
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from hf_smoothing import FixedRule, GaussianNoise, SmoothedClassifier, TwoStageRule
+from hf_smoothing.cli.app import app
 from hf_smoothing.core import progress_bar
 from hf_smoothing.core.certificates import format_radius
 from hf_smoothing.core.progress_bar import ProgressBar, open_bar
@@ -107,3 +109,14 @@ def test_a_preview_is_what_the_draws_would_prove(rule):
     assert before == 0
     assert wanted == 0
     assert preview.radii == runs.outcomes(row).radii > 0
+
+
+def test_the_command_certify_shows_progress_on_a_terminal(terminal, tiny_model_dir, tmp_path):
+    for name in ("one", "two"):
+        Image.new("RGB", (8, 8), "red").save(tmp_path / f"{name}.png")
+    pictures = [str(tmp_path / f"{name}.png") for name in ("one", "two")]
+    terminal()
+    app(["certify", *pictures, "--model", str(tiny_model_dir), "--max-draws", "50"], standalone_mode=False)
+    shown = terminal()
+    assert "certifying 100%" in shown
+    assert "2 images" in shown

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from hf_smoothing import GaussianNoise, SmoothedClassifier
 from hf_smoothing.cli.app import app
 from hf_smoothing.diagnostics.attacks import AttackSettings
-from hf_smoothing.diagnostics.audit import audit
+from hf_smoothing.diagnostics.audit import _announce_time, audit
 
 SETTINGS = AttackSettings(steps=60, draws=4, restarts=1, directions=3, n=400)
 
@@ -55,6 +55,20 @@ def test_an_audit_of_a_run(certify, tmp_path):
     plant(tmp_path / "run", 1.01)
     with pytest.raises(ValueError, match="other settings"):  # of other certificates
         audit(tmp_path / "run", folder, AttackSettings(steps=12, draws=2, n=200, directions=2), images=3)
+
+
+def test_a_long_audit_says_how_long_and_its_summary_counts_in_words(certify, linear, tmp_path, capsys):
+    smoothed = SmoothedClassifier(linear, GaussianNoise(0.25))
+    _announce_time(smoothed, torch.full((3, 4, 4), 0.5), AttackSettings(steps=10**6, draws=100), images=1)
+    said = capsys.readouterr().err
+    assert said.startswith("This takes about ")
+    assert "the equivalent of 600,000,000 forward passes for each of 1 certificate. `--images`" in said
+    certify(tmp_path / "run", split="train", every=20, max_draws=200)
+    attack = AttackSettings(steps=6, draws=2, restarts=1, n=100, directions=2)
+    summary = audit(tmp_path / "run", tmp_path / "audit", attack, images=1)
+    assert capsys.readouterr().err.count("This takes") == 0  # short
+    assert str(summary).startswith("1 certificate attacked with 6 gradient steps and ")
+    assert " candidates: 0 violations. " in str(summary)
 
 
 def test_an_audit_attacks_what_was_certified(certify, tmp_path):
