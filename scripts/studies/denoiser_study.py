@@ -10,6 +10,7 @@ Certifies the same random images three times, and writes `study.json`, `study.md
 Interrupted, it resumes.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,10 +75,14 @@ def certify_all(settings: StudySettings) -> list[Path]:
 
 
 def describe_trained(folder: str) -> dict[str, Any]:
-    """What the study shows of a training; empty for a model that was not trained by this package."""
-    path = Path(folder) / "results" / "training.json"
-    names = ("parameters", "steps", "images_seen", "seconds", "device", "evaluation", "settings", "command")
-    return {name: value for name, value in read_json(path).items() if name in names} if path.is_file() else {}
+    """What the study shows of a training; of one that was cut short, what its log says; empty where there is neither."""
+    results, log = Path(folder) / "results" / "training.json", Path(folder) / "training_log.jsonl"
+    if results.is_file():
+        names = ("parameters", "steps", "images_seen", "seconds", "device", "evaluation", "settings", "command")
+        return {name: value for name, value in read_json(results).items() if name in names}
+    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+    evaluations = [row["evaluation"] for row in rows if "evaluation" in row]
+    return {"cut_short_after_steps": rows[-1]["step"], "evaluation": (evaluations or [None])[-1]} if rows else {}
 
 
 def main() -> None:

@@ -381,3 +381,14 @@ def test_the_shipped_results_meet_what_the_project_promises():
     shares = {row["radius"]: row["share"] for row in demo["certified_accuracy"]}
     assert shares[0.25] >= 0.38
     assert (demo["settings"]["sigmas"], demo["settings"]["alpha"]) == ([0.25], 0.001)
+
+
+def test_a_diffusion_model_is_worth_20_points_to_a_classifier_of_clean_images():
+    study = json.loads((ROOT / "scripts" / "studies" / "results" / "denoisers" / "study.json").read_text())
+    rows = {row["denoiser_kind"]: row for row in study["results"]}
+    shares = {
+        kind: {share["radius"]: share["share"] for share in row["certified_accuracy"]} for kind, row in rows.items()
+    }
+    assert {(row["sigma"], row["alpha"], row["num_images"]) for row in rows.values()} == {(0.25, 0.001, 200)}
+    assert shares["diffusion"][0.25] - shares["none"][0.25] >= 0.2
+    assert shares["diffusion"][0.25] > shares["wiener"][0.25]
