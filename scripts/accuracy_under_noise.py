@@ -8,6 +8,7 @@ Example:
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -56,7 +57,7 @@ def main() -> None:
         started = time.monotonic()
         accuracies = evaluate(model)
         total = min(evaluation.eval_samples, images.open(evaluation.eval_split).total or 0)
-        rows = [
+        rows: list[dict[str, Any]] = [
             {
                 "sigma": float(key.removeprefix(MAJORITY_ACCURACY)),
                 "accuracy": accuracy,

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from ..core.certificates import ABSTAIN
 from ..core.noise import GaussianNoise
 from ..core.rules import RULES, make_rule
+from ..core.sequential_rule import SequentialRule
 from ..runs.records import in_order_of_levels, level_of
 from ..runs.run_folder import RunFolder
 from ..runs.settings import AUTO, NoiseLevel
@@ -118,7 +119,18 @@ class Result:
             return "out of reach" if radius > (self.largest_radius or math.inf) else "counted"
         if radius in self.decided_radii:
             return "counted"
-        return "out of reach" if any(beyond <= radius for beyond in self.radii_out_of_reach) else "floor"
+        beyond = any(largest <= radius for largest in self.radii_out_of_reach) or not self._could_decide(radius)
+        return "out of reach" if beyond else "floor"
+
+    def _could_decide(self, radius: float) -> bool:
+        """Whether the draws could have proved a radius that the run was not asked for; True where that is unknown."""
+        if self.settings.get("method") != SequentialRule.method or not isinstance(self.sigma, float):
+            return True
+        noise = GaussianNoise(self.sigma)
+        if noise.probability_needed(radius) >= 1:
+            return False
+        rule = SequentialRule((radius,), alpha=self.settings["alpha"], max_draws=self.settings["max_draws"])
+        return rule.largest_radius(noise) >= radius
 
     @cached_property
     def sigma(self) -> NoiseLevel:

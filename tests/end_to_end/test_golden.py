@@ -72,7 +72,7 @@ def collect(run, parquet, folder):
     run("hf-smoothing", "audit", folder / "decide", *attack, "--output-dir", folder / "audit")
     audit = json.loads((folder / "audit" / "audit.json").read_text())
     golden["audit"] = {name: value for name, value in audit["by_sigma"][0].items() if value is not None}
-    runs = (f"{MODEL}/results/cifar10", f"{MODEL}/results/cifar10-clean")
+    runs = [f"{MODEL}/results/cifar10/sigma-{sigma}" for sigma in ("0.25", "0.5")]
     run("hf-smoothing", "report", *runs, "--envelope", "--output-dir", folder / "report")
     report = json.loads((folder / "report" / "report.json").read_text())
     golden["report"] = {
