@@ -66,6 +66,8 @@ class Words:
     """Noise level of the example, in `[0, 1]` pixels."""
     finetune_first: bool = False
     """Whether the model is a foundation to finetune, not a classifier to use."""
+    estimates_only: bool = False
+    """Whether it is a count head for classifiers that this package cannot load: it can guide or calibrate nothing."""
     base_model: str | None = None
     """The name on the Hub of what it was trained from."""
     training: str = ""
@@ -158,7 +160,10 @@ def render_card(folder: Path) -> dict[Path, str]:
     try:
         if card.is_count_head:
             heading = "Accuracy from one pass"
-            accuracy = "\n".join(render_results("count_head_accuracy", study) for study in card.accuracy.values())
+            accuracy = "\n".join(
+                render_results("cohen_counts_accuracy" if "arms" in study else "count_head_accuracy", study)
+                for study in card.accuracy.values()
+            )
         else:
             heading = next((name_of_figure(report["guarantee"]) for report in card.accuracy.values()), "")
             accuracy = render_accuracy(card.accuracy) if card.accuracy else ""

@@ -100,7 +100,7 @@ def training_data(results: Json) -> Json:
     table |= {
         "steps": [f"{stage['steps']:,}" for stage in stages],
         "images seen": [f"{stage['images_seen']:,}" for stage in stages],
-        "minutes": [f"{stage['seconds'] / 60:.0f}" for stage in stages],
+        "minutes": [_format_minutes(stage["seconds"] / 60) for stage in stages],
         "final training loss": [f"{stage['final_loss']:.3f}" for stage in stages],
     }
     evaluations = [stage.get("evaluation") or {} for stage in stages]
@@ -143,6 +143,10 @@ def _format_setting(value: Any) -> str:
     if isinstance(value, list):
         return " ".join(f"{item:g}" if isinstance(item, float) else str(item) for item in value)
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _format_minutes(minutes: float) -> str:
+    return f"{minutes:.0f}" if minutes >= 1 else f"{minutes:.1f}"
 
 
 def _launcher(training: Json) -> str:

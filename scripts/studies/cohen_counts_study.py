@@ -120,6 +120,22 @@ def evaluate_predictions(comparisons: list[Comparison], seed: int) -> list[dict[
     return rows
 
 
+def certify_training_images(measured: MeasuredCounts) -> list[dict[str, Any]]:
+    """
+    Certified accuracy of Monte-Carlo on images that the base classifiers were trained on, at each noise level. A head that
+    learned from counts of these images carries it over to other images, on which the classifiers are right less often.
+    """
+    rows = []
+    for sigma in np.unique(measured.sigmas):
+        at_sigma = measured.select_sigmas([float(sigma)])
+        noise, right = GaussianNoise(float(sigma)), at_sigma.predictions == at_sigma.labels
+        needed = [noise.probability_needed(radius) for radius in RADII]
+        # alpha bounds what so many draws can prove: where a radius is out of reach, no image has it
+        shares = [float((right & (at_sigma.p_lower >= p)).mean()) for p in needed]
+        rows.append({"sigma": float(sigma), "accuracy": [{"radius": r, "share": s} for r, s in zip(RADII, shares)]})
+    return rows
+
+
 def select_claims(comparison: Comparison, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Conformal selection at the radii that the draws can show."""
     radii = radii_in_reach(SELECTED_RADII, GaussianNoise(comparison.sigma), comparison.n, comparison.alpha)
@@ -234,6 +250,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--dataset_name", required=True, help="dataset of the images")
     parser.add_argument("--split", default="test", help="its split (default: test)")
     parser.add_argument("--predictions", nargs="+", required=True, help="NAME=FILE of each table of predictions")
+    parser.add_argument("--training_counts", help="Parquet file with the counts of the training images, split train")
     parser.add_argument("--count_head", help="count head of the first predictions, to measure its time")
     parser.add_argument("--samples", type=int, nargs="+", default=[100, 500], help="numbers of certificates")
     parser.add_argument("--output_dir", required=True, help="folder for results and pictures")
@@ -260,6 +277,7 @@ def main() -> None:
         comparisons = {name: compare(measured, path) for name, path in paths.items()}
         arms = {name: evaluate_predictions(levels, args.seed) for name, levels in comparisons.items()}
         first = comparisons[next(iter(comparisons))]
+        training = args.training_counts and read_count_table(Path(args.training_counts), args.dataset_name, "train")
         results = {
             "command": command_line(),
             "settings": vars(args),
@@ -268,6 +286,7 @@ def main() -> None:
             "alpha": measured.settings["alpha"],
             "radii": RADII,
             "arms": arms,
+            "training_images": certify_training_images(training) if training else None,
             "selection": [row for comparison in first for row in select_claims(comparison, args)],
             "estimated_shares": [row for comparison in first for row in estimate_shares(comparison, args)],
             "seconds_an_image": None if args.count_head is None else measure_seconds(args.count_head, args.batch_size),

@@ -73,7 +73,8 @@ def test_a_head_and_the_papers_surrogate_are_compared(table, measured, parquet, 
     assert [training["sigma"] for training in trainings] == list(SIGMAS)
     assert all(training["updates"] >= 1 and training["seconds"] >= 0.1 for training in trainings)
     out = run(
-        "studies/cohen_counts_study", *data, "--split", "train", "--splits", 5, "--resamplings", 5, "--samples", 10, 30,
+        "studies/cohen_counts_study", *data, "--split", "train", "--training_counts", table, "--splits", 5,
+        "--resamplings", 5, "--samples", 10, 30,
         "--predictions", f"ours={tmp_path / 'ours.parquet'}", f"paper={tmp_path / 'paper' / 'predictions.parquet'}",
         "--count_head", tmp_path / "head", "--batch_size", 2, "--output_dir", tmp_path / "study",
     )  # fmt: skip
@@ -89,12 +90,17 @@ def test_a_head_and_the_papers_surrogate_are_compared(table, measured, parquet, 
             assert share == pytest.approx(certified.sum() / 60)
             assert row["estimate"]["disagreement"] == row["recalibrated"]["disagreement"]
             assert row["estimate"]["published"]["kept"] <= 1 - row["estimate"]["disagreement"]
+    # the images that are judged are here those that were counted for training
+    accuracy = [row["estimate"]["accuracy"]["monte_carlo"] for row in study["arms"]["ours"]]
+    assert [row["accuracy"] for row in study["training_images"]] == accuracy
     assert {row["false_claims"] for row in study["selection"]} == {0.1, 0.2}
     assert {row["estimates"] for row in study["estimated_shares"]} == {"head", "useless"}
     assert study["seconds_an_image"]["ratio"] > 1
     page = render_results("cohen_counts", study)
     for row in study["estimated_shares"]:
         assert f"| {row['estimates']} | {row['sample']} | {row['coverage']:.1%} |" in page
+    assert page.count("| Monte-Carlo, training images |") == len(SIGMAS)
+    assert "training images" not in render_results("cohen_counts", {**study, "training_images": None})
     shares = [f"{share['share']:.1%}" for share in study["arms"]["paper"][1]["recalibrated"]["accuracy"]["estimate"]]
     assert f"| 1 | paper, recalibrated | {' | '.join(shares)} |" in page
     for name in ("accuracy", "images"):

@@ -142,6 +142,18 @@ def test_a_card_is_written_from_its_results(folder):
     assert call(folder).output == ""  # nothing to change
 
 
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_count_head_whose_classifier_is_elsewhere_only_estimates(folder, alone):
+    config = {"model_type": "mixed_noise_vit", "image_size": 32, "count_sigmas": [0.25]}
+    (folder / "config.json").write_text(json.dumps(config))
+    path = folder / "card.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"accuracy": {}, "estimates_only": alone}))
+    assert call(folder).exit_code == 0
+    text = body(folder)
+    assert ("pipeline(" in text, "After calibration" in text) == (not alone, not alone)
+    assert ("no pipeline can turn them into certificates" in text) == alone
+
+
 def test_a_page_of_results_is_written_and_linked(folder):
     path = folder / "card.yaml"
     page = {"title": "How it was trained", "file": "results/more/training.md", "template": "training"}
@@ -283,3 +295,11 @@ def test_a_number_of_steps_hides_that_of_epochs(folder):
     assert call(folder).exit_code == 0
     assert "| num_train_epochs | 3 | - |" in body(folder)
     assert "| max_train_steps | - | 500 |" in body(folder)
+
+
+@pytest.mark.parametrize(("seconds", "minutes"), [(22, "0.4"), (84, "1"), (1354, "23")])
+def test_minutes_of_a_training_are_rounded_but_never_to_0(folder, seconds, minutes):
+    path = folder / "results" / "training.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "seconds": seconds}))
+    call(folder)
+    assert f"| minutes | {minutes} |" in body(folder)

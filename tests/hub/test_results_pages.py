@@ -45,6 +45,20 @@ def test_accuracy_of_a_count_head_with_every_kind_of_claim():
     assert f"{STUDY['seconds_an_image']['ratio']:,.0f} times as long" in text
 
 
+def test_estimates_beside_published_counts_and_how_far_they_are_off():
+    folder = ROOT / "model_cards" / "cohen-resnet110-cifar10-counts" / "results"
+    study = json.loads((folder / "cohen-counts.json").read_text())
+    text = render_results("cohen_counts_accuracy", study)
+    levels = next(iter(study["arms"].values()))
+    for level in levels:
+        for kind, name in (("estimate", "estimate (`none`)"), ("recalibrated", "recalibrated (`none`)")):
+            (row,) = table_rows(text, f"{level['sigma']:g}", name)
+            shares = [share["share"] for share in level[kind]["accuracy"]["estimate"]]
+            assert row[2:] == [f"{share:.1%}" for share in [*shares, level[kind]["disagreement"]]]
+    off = ", ".join(f"{100 * level['estimate']['largest_deviation']:.1f}" for level in levels)
+    assert f"at most {off} points off" in text
+
+
 def test_a_claim_stands_beside_that_of_the_own_calibration():
     wanted = {"sigma": 1.0, "delta": 0.1, "decided": None}
     claims = [claim for claim in STUDY["calibrated"] if wanted.items() <= claim.items()]
