@@ -90,10 +90,11 @@ class CountPredictor:
         return predictor
 
     @torch.inference_mode()
-    def __call__(self, pixels: torch.Tensor, sigma: float) -> torch.Tensor:
+    def __call__(self, pixels: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
         """
         Expected class frequencies under noise, `(batch, classes)` of sum 1, of clean images `(batch, channels, height,
-        width)` in `[0, 1]`. Raises a `ValueError` for a noise level that the head was not trained for.
+        width)` in `[0, 1]`; with several noise levels per image, `(batch, levels)`, `(batch, levels, classes)`. Raises a
+        `ValueError` for a noise level that the head was not trained for.
         """
         return self.model(pixels.to(self.device, self.dtype), sigma=sigma).probabilities
 

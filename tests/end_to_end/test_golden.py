@@ -20,7 +20,7 @@ CERTIFY = {
     "decide": ("--radii", 0, 0.25, 0.5, "--max_draws", 200),
     "find": ("--max_draws", 200),
     "fixed": ("--method", "fixed", "--n0", 20, "--n", 100),
-    "surrogate": ("--method", "surrogate", "--delta", 0.1, "--n", 10000, "--count_head", f"{MODEL}-counts"),
+    "surrogate": ("--method", "surrogate", "--delta", 0.1, "--count_head", f"{MODEL}-counts"),
     "guided": ("--radii", 0.25, "--max_draws", 200, "--count_head", f"{MODEL}-counts"),
     "counts": ("--method", "counts", "--n", 16),
 }

@@ -1,19 +1,18 @@
 """Pages of results show the figures of their results files."""
 
 import json
+from pathlib import Path
 from shutil import copy
 
 import pytest
 from helpers.finished_runs import write_run
-from helpers.paths import ROOT, SHIPPED_MODEL
+from helpers.paths import SHIPPED_MODEL
 
 from hf_smoothing.hub.results_pages import render_accuracy, render_results, render_results_file, training_data
 from hf_smoothing.reporting.report import summarize
 from hf_smoothing.reporting.results import read_results
 
-STUDY = json.loads(
-    (ROOT / "model_cards" / "mixed-noise-vit-nano-cifar10-counts" / "results" / "study.json").read_text()
-)
+STUDY = json.loads(Path(__file__).with_name("count_head_study.json").read_text())
 
 
 def table_rows(text, *start):
