@@ -6,7 +6,7 @@ from shutil import copy
 
 import pytest
 from helpers.finished_runs import write_run
-from helpers.paths import SHIPPED_MODEL
+from helpers.paths import ROOT, SHIPPED_MODEL
 
 from hf_smoothing.hub.results_pages import render_accuracy, render_results, render_results_file, training_data
 from hf_smoothing.reporting.report import summarize
