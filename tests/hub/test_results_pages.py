@@ -73,12 +73,12 @@ def test_a_training_shows_what_differs_between_its_stages():
     results = json.loads((SHIPPED_MODEL / "results" / "training.json").read_text())
     data = training_data(results)
     names = [row[" "] for row in data["rows"]]
-    assert {"dataset_name", "num_train_epochs", "consistency_weight", "steps"} <= set(names)
+    assert {"dataset_name", "max_train_steps", "consistency_weight", "steps"} <= set(names)
     assert not {"output_dir", "weight_decay", "resume_from_checkpoint"} & set(names)
-    assert data["rows"][names.index("learning_rate")]["3. finetune"] == "0.001"
+    assert data["rows"][names.index("learning_rate")]["2. finetune"] == "0.002"
     text = render_results("training", results)
     for stage in data["stages"]:
-        assert f"torchrun --nproc_per_node 2 {stage['command']}" in text
+        assert f"accelerate launch {stage['command']}" in text
 
 
 @pytest.mark.parametrize("template", ["benchmark", "readme_benchmark"])
