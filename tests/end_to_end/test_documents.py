@@ -130,7 +130,7 @@ def prepare_folder(folder, model, parquet):
         for split in ("train", "test"):
             (folder / name / f"{split}.parquet").symlink_to(parquet)
     for name in ("runs/cifar10", "my-run", "another-run"):
-        shutil.copytree(SHIPPED_MODEL / "results" / "cifar10", folder / name)
+        shutil.copytree(SHIPPED_MODEL / "results" / "cifar10" / "sigma-0.25", folder / name)
 
 
 def name_of(path):

@@ -23,7 +23,7 @@ from hf_smoothing.hub.errors import HubError
 from hf_smoothing.hub.push import push
 from hf_smoothing.runs.records import SCHEMA
 
-RUN = SHIPPED_MODEL / "results" / "cifar10"
+RUN = SHIPPED_MODEL / "results" / "cifar10" / "sigma-0.25"
 CODE = {path.name for path in (ROOT / "hf_smoothing" / "core").glob("[!_]*.py")} - {"registration.py"}
 
 
@@ -187,8 +187,13 @@ def test_names_load_without_remote_code_where_the_package_is_and_a_run_is_a_data
 
 def test_the_hub_takes_the_metadata_of_every_card(client, tmp_path):
     cards = sorted(ROOT.glob("model_cards/*-*/README.md"))
-    broken = cards[0].read_text().replace("value: 0.", "valu: 0.", 1)
-    assert broken != cards[0].read_text()
+    result = {
+        "task": {"type": "image-classification"},
+        "dataset": {"name": "a", "type": "a"},
+        "metrics": [{"type": "b"}],
+    }
+    index = json.dumps([{"name": "model", "results": [result]}])  # a metric without its value
+    broken = cards[0].read_text().replace("---\n", f"---\nmodel-index: {index}\n", 1)
     (tmp_path / "broken.md").write_text(broken)
     *answers, refusal = client.call("upload_cards", *cards, tmp_path / "broken.md").stdout.splitlines()
     assert answers == ["valid"] * len(cards)

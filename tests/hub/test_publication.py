@@ -5,7 +5,7 @@ from helpers.paths import ROOT, SHIPPED_MODEL
 
 from hf_smoothing.hub.publication import publication_of
 
-RUN = SHIPPED_MODEL / "results" / "cifar10"
+RUN = SHIPPED_MODEL / "results" / "cifar10" / "sigma-0.25"
 
 
 def test_a_run_keeps_the_card_that_it_has(tmp_path):
