@@ -124,12 +124,14 @@ class Result:
 
     def _could_decide(self, radius: float) -> bool:
         """Whether the draws could have proved a radius that the run was not asked for; True where that is unknown."""
-        if self.settings.get("method") != SequentialRule.method or not isinstance(self.sigma, float):
+        settings = self.settings
+        known = settings.get("alpha") is not None and settings.get("max_draws") is not None
+        if settings.get("method") != SequentialRule.method or not known or not isinstance(self.sigma, float):
             return True
         noise = GaussianNoise(self.sigma)
         if noise.probability_needed(radius) >= 1:
             return False
-        rule = SequentialRule((radius,), alpha=self.settings["alpha"], max_draws=self.settings["max_draws"])
+        rule = SequentialRule((radius,), alpha=settings["alpha"], max_draws=settings["max_draws"])
         return rule.largest_radius(noise) >= radius
 
     @cached_property

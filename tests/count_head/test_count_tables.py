@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from scipy.stats import binomtest
+from scipy.stats import binomtest, norm
 
 from hf_smoothing.core.certificates import ABSTAIN
 from hf_smoothing.count_head.measured_counts import read_count_table
@@ -95,3 +95,23 @@ def test_the_script_trains_on_a_table(write, parquet, model, tmp_path, processes
     assert training["images_counted"] == 60
     assert training["counts"]["sigmas"] == [0.25]
     assert json.loads((tmp_path / "head" / "config.json").read_text())["count_sigmas"] == [0.25]
+
+
+def test_counts_become_logs_of_certificates(write, columns, parquet, processes, tmp_path):
+    table = write(original_index=[2 * index for index in columns["index"]])
+    script = "scripts/studies/counts_to_logs.py"
+    done = processes.run(
+        script, "--counts", table, "--dataset_name", parquet, "--every", 20, "--output_dir", tmp_path / "logs"
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    counts = read_count_table(table, parquet, "test")
+    lines = (tmp_path / "logs" / "cohen-resnet110-sigma_0.25.log").read_text().splitlines()[1:]
+    rows = [line.split("\t") for line in lines]
+    assert [int(row[0]) for row in rows] == sorted(
+        2 * index for index in set(columns["index"].tolist()) if index % 10 == 0
+    )
+    place = int(np.flatnonzero((counts.indices == int(rows[1][0]) // 2) & (counts.sigmas == 0.25))[0])
+    radius = 0.25 * norm.ppf(counts.p_lower[place]) if counts.predictions[place] >= 0 else 0
+    assert [float(value) for value in rows[1][1:4]] == pytest.approx(
+        [counts.labels[place], counts.predictions[place], radius], rel=1e-5
+    )

@@ -60,6 +60,18 @@ def test_a_report_says_out_of_reach_and_not_0(tmp_path):
     assert "no image can have" not in render_notes(summarize([result], [0.0, 0.25]))
 
 
+def test_a_radius_that_was_not_asked_for_is_a_bound_or_out_of_reach(tmp_path):
+    folder = write_run(tmp_path / "run", method="sequential", radii=(0.0, 0.25))
+    run = json.loads((folder / "run.json").read_text())
+    run["settings"] |= {"alpha": 0.001, "max_draws": 1000}
+    (folder / "run.json").write_text(json.dumps(run))
+    (result,) = read_results([folder])
+    # 1,000 draws prove about 2.4 sigma; 10 sigma is no radius of any probability below 1
+    assert [result.standing(radius) for radius in (0.25, 0.5, 0.75, 2.5)] == [
+        "counted", "floor", "out of reach", "out of reach",
+    ]  # fmt: skip
+
+
 def test_an_envelope_takes_what_is_measured(tmp_path):
     write_fixed_run(tmp_path / "few")
     results = read_results([tmp_path / "few", write_run(tmp_path / "unknown", (0.5,), seed=1)])
