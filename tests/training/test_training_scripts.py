@@ -1,12 +1,15 @@
 """What a user of the training scripts sees: refusals before any loading, accuracies, where files are, Ctrl-C."""
 
+import json
 import os
 import signal
 import time
 
 import pytest
+from helpers.paths import ROOT, SHIPPED_MODEL
 
 from hf_smoothing.hub.push import plan_push
+from hf_smoothing.metrics.certified_accuracy import exact_interval
 from hf_smoothing.training.training_log import describe_figures, describe_training
 
 
@@ -104,3 +107,23 @@ def test_the_certify_script_turns_the_errors_of_the_command_into_messages(proces
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("error: ")
     assert "Traceback" not in done.stderr
+
+
+def test_accuracy_under_noise_of_all_images(processes, parquet, tmp_path):
+    output = tmp_path / "results" / "evaluation.json"
+    done = processes.run(
+        ROOT / "scripts" / "accuracy_under_noise.py", "--model_name_or_path", SHIPPED_MODEL, "--dataset_name", parquet,
+        "--eval_split", "train", "--eval_samples", 500, "--eval_draws", 1, "--eval_sigmas", 0, 4, "--output", output,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    results = json.loads(output.read_text())
+    assert results["command"].startswith(
+        "scripts/accuracy_under_noise.py "
+    )  # although it was started by its full path
+    assert results["dataset"]["images"] == 200  # not the 500 that were asked for
+    clean, noise = results["accuracies"]
+    assert (clean["sigma"], noise["sigma"]) == (0, 4)
+    assert clean["accuracy"] > 0.7
+    assert noise["accuracy"] < 0.4
+    for row in results["accuracies"]:
+        assert row["interval_95"] == pytest.approx(exact_interval(round(200 * row["accuracy"]), 200))
