@@ -5,9 +5,9 @@ import multiprocessing
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -251,21 +251,21 @@ def run_arms(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["hf_smoothing.training.classifier_training", "matplotlib.figure", "rich.console"])
     threads = max(1, torch.get_num_threads() // processes)
-
-    def run(name: str) -> bool:
-        log = output_dir / f"{name}.log"
-        process = context.Process(target=_run_logged, args=(run_arm, arms[name], log, threads), daemon=True)
-        process.start()
-        process.join()
-        return process.exitcode == 0
-
-    failed = []
-    with ThreadPoolExecutor(processes) as pool:
-        names = {pool.submit(run, name): name for name in arms}
-        for future in as_completed(names):
-            name, succeeded = names[future], future.result()
-            print(f"{name}: {'finished' if succeeded else 'failed'}", flush=True)
-            failed += [] if succeeded else [name]
+    waiting, failed = list(arms), []
+    running: dict[Any, Any] = {}  # name and process, by the handle that becomes ready when the process ends
+    # all in one thread: a process whose end two threads notice may lose its exit status
+    while waiting or running:
+        while waiting and len(running) < processes:
+            name = waiting.pop(0)
+            arguments = (run_arm, arms[name], output_dir / f"{name}.log", threads)
+            process = context.Process(target=_run_logged, args=arguments, daemon=True)
+            process.start()
+            running[process.sentinel] = name, process
+        for sentinel in wait(list(running)):
+            name, process = running.pop(sentinel)
+            process.join()
+            print(f"{name}: {'finished' if process.exitcode == 0 else 'failed'}", flush=True)
+            failed += [] if process.exitcode == 0 else [name]
             write_results()
     if failed:
         raise ValueError(
