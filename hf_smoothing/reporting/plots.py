@@ -1,5 +1,7 @@
 """Plots of results: curves of certified accuracy, histograms. Needs matplotlib."""
 
+import math
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -47,8 +49,9 @@ def draw_certified_accuracy(axes: Any, results: Sequence[Result], envelope: str 
     """
     Draw certified accuracy against radius on the axes of a figure.
 
-    A result with each image's radius is an exact step curve. A result that decided some radii is known at these only: it is
-    drawn as points with exact 95 % intervals, and a thin dashed line to guide the eye.
+    A result with each image's radius is an exact step curve, dashed where it is a lower bound only: beyond the radius of an
+    image whose draws all agree, for which more draws would prove a larger one. A result that decided some radii is known at
+    these only: it is drawn as points with exact 95 % intervals, and a thin dashed line to guide the eye.
 
     Args:
         axes: matplotlib's.
@@ -62,17 +65,24 @@ def draw_certified_accuracy(axes: Any, results: Sequence[Result], envelope: str 
             reach = np.abs(intervals.T - shares)
             axes.errorbar(radii, shares, reach, fmt="o--", lw=0.7, elinewidth=1, capsize=2, ms=4, label=result.title)
         else:
-            (line,) = axes.step(*_down_to_0(*_curve(result)), where="pre", label=result.title)
-            _draw_ceiling(axes, result, line.get_color())
+            _draw_curve(axes, result)
     if envelope is not None:
         _draw_envelope(axes, results, envelope)
 
 
-def _draw_ceiling(axes: Any, result: Result, color: str) -> None:
-    """Mark the largest radius that the draws can prove, where some image comes near it: the curve ends there for no other
-    reason."""
-    ceiling = result.largest_radius
-    if ceiling is not None and max((radius or 0.0 for radius in result.column("radius")), default=0.0) > 0.9 * ceiling:
+def _draw_curve(axes: Any, result: Result) -> None:
+    """The curve of a result with each image's radius. Where images come near the largest radius that their draws can prove,
+    it is marked: the curve falls there for no other reason."""
+    radii, shares = _down_to_0(*_curve(result))
+    unanimous = result.unanimous_radii
+    counted = bisect_right(radii, min(unanimous, default=math.inf))
+    (line,) = axes.step(radii[:counted], shares[:counted], where="pre", label=result.title)
+    color = line.get_color()
+    if counted < len(radii):
+        axes.step(radii[counted - 1 :], shares[counted - 1 :], where="pre", color=color, ls="--")
+    largest = radii[-1]
+    ceiling = max(unanimous, default=result.largest_radius)
+    if ceiling is not None and largest > 0.9 * ceiling:
         axes.axvline(ceiling, color=color, lw=0.8, ls=":")
         label = f"draws prove at most {format_radius(ceiling, 2)}"
         axes.annotate(

@@ -1,5 +1,6 @@
 """A report on finished runs: a summary ready for JSON, and from it alone the tables, the notes and the Markdown page."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from itertools import zip_longest
@@ -127,10 +128,7 @@ def _summarize_result(result: Result, radii: Sequence[float], num_results: int) 
         figures = certified_accuracy(**result.metric_columns(), thresholds=radii, num_results=num_results)
     except ValueError as error:
         raise ValueError(f"{result.title}: {error}") from None
-    shares = [{**share, "standing": result.standing(share["radius"])} for share in figures["certified_accuracy"]]
-    figures["certified_accuracy"] = [
-        mark_out_of_reach(share) if share["standing"] == "out of reach" else share for share in shares
-    ]
+    figures["certified_accuracy"] = [_with_standing(share, result) for share in figures["certified_accuracy"]]
     return {
         "run": result.name,
         "title": result.title,
@@ -146,6 +144,7 @@ def _summarize_result(result: Result, radii: Sequence[float], num_results: int) 
         "decided_radii": result.decided_radii,
         "radii_out_of_reach": result.radii_out_of_reach,
         "largest_radius": result.largest_radius,
+        "unanimous_radii": _summarize_radii(result.unanimous_radii),
         **figures,
         "alpha": result.alpha,  # of failed images too
         "median_counted_draws": median(counted) if counted else None,
@@ -153,6 +152,18 @@ def _summarize_result(result: Result, radii: Sequence[float], num_results: int) 
         "router": _summarize_router(result),
         "made_by": {name: result.run[name] for name in ("command", "settings", "versions") if name in result.run},
     }
+
+
+def _with_standing(share: Json, result: Result) -> Json:
+    """A row of `certified_accuracy` with its standing: that of the draws of its images, or else that of the run."""
+    standing = result.standing(share["radius"])
+    if share["out_of_reach"] or standing == "out of reach":
+        return {**mark_out_of_reach(share), "standing": "out of reach"}
+    return {**share, "standing": "floor" if share["is_floor"] else standing}
+
+
+def _summarize_radii(radii: Sequence[float]) -> Json | None:
+    return {"number": len(radii), "smallest": min(radii), "largest": max(radii)} if radii else None
 
 
 def _summarize_router(result: Result) -> Json | None:
@@ -205,8 +216,8 @@ def _summarize_envelope(all_results: Sequence[Result], all_entries: Sequence[Jso
 
 def best_by_radius(entries: Sequence[Json]) -> list[Json]:
     """
-    The largest share at each radius that any of a report's results counted, with the `entry` that it is from, its `sigma`,
-    and whether the share of any result is a floor only (`any_floor`).
+    The largest share at each radius that any of a report's results counted, or would have counted with more draws, with the
+    `entry` that it is from, its `sigma`, and whether the share of any result is a floor only (`any_floor`).
 
     Raises:
         ValueError: for results of different alphas.
@@ -218,7 +229,7 @@ def best_by_radius(entries: Sequence[Json]) -> list[Json]:
     best = []
     for shares in zip(*(entry["certified_accuracy"] for entry in entries)):
         standings = {share["standing"] for share in shares}
-        if "counted" in standings:
+        if "counted" in standings or any(share.get("is_floor") for share in shares):
             measured = [pair for pair in zip(shares, entries) if pair[0]["standing"] != "out of reach"]
             share, entry = max(measured, key=lambda pair: pair[0]["share"])
             best.append({**share, "entry": entry, "sigma": entry["sigma"], "any_floor": "floor" in standings})
@@ -238,15 +249,16 @@ def share_rows(report: Json) -> list[dict[str, str]]:
             if share["standing"] == "counted":
                 low, high = share["interval_95"]
                 interval = f"\n{100 * low:.1f}-{100 * high:.1f}"
-            row[f"r = {share['radius']:g}"] = _format_share(share) + interval
+            row[f"r = {share['radius']:g}"] = format_share(share) + interval
         rows.append(row)
     if envelope := report["envelope"]:
-        best = {f"r = {share['radius']:g}": _format_share(share) for share in envelope["certified_accuracy"]}
+        best = {f"r = {share['radius']:g}": format_share(share) for share in envelope["certified_accuracy"]}
         rows.append(dict.fromkeys(rows[0], "") | {"run": envelope["label"]} | best)  # it may lack some radii
     return rows
 
 
-def _format_share(share: Json) -> str:
+def format_share(share: Json) -> str:
+    """A share of a report as text: a percentage, marked where it is a lower bound, or `out of reach`."""
     if share["standing"] == "out of reach":
         return "out of reach"
     return f"{'>= ' if share['standing'] == 'floor' else ''}{share['share']:.1%}"
@@ -273,6 +285,7 @@ def render_notes(report: Json) -> str:
     wrong = wrong_certificates(report["results"])
     completed = [entry for entry in report["results"] if is_completed(entry)]
     notes = {"figure": figure, "stops": stops, "wrong": wrong, "completed": completed}
+    notes["unanimous"] = [entry for entry in report["results"] if _has_too_few_draws(entry)]
     notes["ceilings"] = _ceilings(report["results"])
     return render("report_notes", report=report, **notes).strip()
 
@@ -305,12 +318,20 @@ def _early_stops(entries: Sequence[Json]) -> list[Json]:
     return list(stops.values())
 
 
+def _has_too_few_draws(entry: Json) -> bool:
+    """Whether a table goes beyond the radii of images whose draws all agree: as many draws as allowed could prove more."""
+    radii = entry.get("unanimous_radii")
+    ceiling = entry.get("largest_radius") or math.inf
+    return bool(radii) and any(radii["smallest"] < share["radius"] <= ceiling for share in entry["certified_accuracy"])
+
+
 def _ceilings(entries: Sequence[Json]) -> list[Json]:
     """The largest radii that draws can prove, where a table goes beyond: one dict for all results with the same one."""
     titles: dict[float, list[str]] = {}
     for entry in entries:
         beyond = [share for share in entry["certified_accuracy"] if share["standing"] == "out of reach"]
-        if beyond and not entry["decided_radii"] and entry.get("largest_radius") is not None:
+        known = entry.get("largest_radius") is not None
+        if beyond and known and not entry["decided_radii"] and not _has_too_few_draws(entry):
             titles.setdefault(entry["largest_radius"], []).append(entry["title"])
     return [{"radius": radius, "titles": names} for radius, names in titles.items()]
 

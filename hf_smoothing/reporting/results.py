@@ -58,6 +58,8 @@ class Result:
     def optional_columns(self) -> dict[str, str]:
         """The optional columns of `certified_accuracy` that the table has, and their names in it."""
         names = {"p_lower": "p_lower", "num_samples": "num_samples", "guarantees": "guarantee", "alphas": "alpha"}
+        if not self.decided_radii:  # sampling that decides radii stops at them, though all draws agree
+            names["counts"] = "counts"
         return {name: column for name, column in names.items() if self.has(column)}
 
     def metric_columns(self) -> dict[str, Any]:
@@ -107,13 +109,24 @@ class Result:
         sigma = max(self.settings["router_levels"]) if self.sigma == AUTO else self.sigma
         return make_rule(self.settings["method"], **settings).largest_radius(GaussianNoise(sigma))
 
+    @cached_property
+    def unanimous_radii(self) -> list[float]:
+        """
+        The radii of the right images whose counted draws all agree. They are the largest that these draws prove, and further
+        draws would prove larger ones. Empty where radii were decided: there sampling stops for another reason.
+        """
+        if self.decided_radii:
+            return []
+        right = [row for row in self.rows if row.get("prediction") == row["label"] and row.get("counts")]
+        return [row["radius"] for row in right if row["counts"][row["label"]] == sum(row["counts"]) > 0]
+
     def standing(self, radius: float) -> Standing:
         """
         How the share of images at `radius` was found.
 
         `counted`: each image's radius was found, or this radius was decided. `out of reach`: the draws cannot prove this
         radius for any image, so there is no share. `floor`: the share is a lower bound, because the run did not decide this
-        radius.
+        radius. Where radii are found, [`certified_accuracy`] also sees from the counts which images had too few draws.
         """
         if not self.decided_radii:
             return "out of reach" if radius > (self.largest_radius or math.inf) else "counted"

@@ -255,7 +255,7 @@ def image_groups(groups: Sequence[ImageGroup]) -> str:
 
 def curves(drawn: Curves) -> str:
     """Curves of certified accuracy, for a light and a dark page, with a table of the same figures."""
-    best = "; ".join(f"{title}: {shares[0]:.0%} at radius {drawn.radii[0]:g}" for title, shares in drawn.shares)
+    best = "; ".join(f"{title}: {shares[0]} at radius {drawn.radii[0]:g}" for title, shares in drawn.shares)
     images = "".join(
         f'<img class="hs-curves hs-{theme}" alt="{escape(drawn.name)} against radius. {escape(best)}." '
         f'src="data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}">'
@@ -263,7 +263,7 @@ def curves(drawn: Curves) -> str:
     )
     head = "".join(f'<th scope="col">r = {radius:g}</th>' for radius in drawn.radii)
     body = "".join(
-        f'<tr><th scope="row">{escape(title)}</th>{"".join(f"<td>{share:.1%}</td>" for share in shares)}</tr>'
+        f'<tr><th scope="row">{escape(title)}</th>{"".join(f"<td>{escape(share)}</td>" for share in shares)}</tr>'
         for title, shares in drawn.shares
     )
     caption = (

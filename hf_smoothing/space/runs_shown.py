@@ -10,9 +10,9 @@ from PIL import Image
 
 from ..core.certificates import ABSTAIN
 from ..data.demo_images import DEMO_IMAGES
-from ..metrics.certified_accuracy import certified_accuracy
 from ..reporting.examples import load_pictures
 from ..reporting.plots import draw_certified_accuracy
+from ..reporting.report import format_share, summarize
 from ..reporting.research_logs import Row
 from ..reporting.results import Result, name_of_figure, shared_guarantee_and_norm
 
@@ -72,14 +72,14 @@ class Curves:
         norm: of the radii.
         pictures: the same figure as SVG, for a light and a dark page.
         radii: of the table.
-        shares: the title of each result, and its shares at these radii.
+        shares: the title of each result, and its shares at these radii as text.
     """
 
     name: str
     norm: str
     pictures: dict[str, str]
     radii: list[float]
-    shares: list[tuple[str, list[float]]]
+    shares: list[tuple[str, list[str]]]
 
 
 def draw_curves(results: Sequence[Result]) -> Curves:
@@ -97,10 +97,8 @@ def draw_curves(results: Sequence[Result]) -> Curves:
     radii = decided or [round(step * number, 2) for number in range(_TABLE_RADII + 1)]
     shares = []
     for result in results:
-        figures = certified_accuracy(
-            result.column("prediction"), result.column("label"), result.column("radius"), radii
-        )
-        shares.append((result.title, [row["share"] for row in figures["certified_accuracy"]]))
+        (entry,) = summarize([result], radii)["results"]
+        shares.append((result.title, [format_share(share) for share in entry["certified_accuracy"]]))
     pictures = {theme: _plot(results, name, norm, color) for theme, color in _THEMES.items()}
     return Curves(name, norm, pictures, radii, shares)
 

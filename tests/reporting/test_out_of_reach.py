@@ -1,8 +1,11 @@
 """Radii that the draws cannot prove: nothing is measured there, and tables, notes, curves and the metric say so."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from helpers.finished_runs import write_log, write_run
 from matplotlib.figure import Figure
@@ -12,7 +15,7 @@ from hf_smoothing import CertifiedAccuracy, FixedRule, GaussianNoise, Sequential
 from hf_smoothing.core.count_rule import CountRule
 from hf_smoothing.metrics.certified_accuracy import certified_accuracy
 from hf_smoothing.reporting.plots import draw_certified_accuracy, plot_certified_accuracy
-from hf_smoothing.reporting.report import render_notes, share_rows, summarize
+from hf_smoothing.reporting.report import render_notes, render_report, share_rows, summarize
 from hf_smoothing.reporting.results import read_results
 
 NOISE = GaussianNoise(0.25)
@@ -79,10 +82,76 @@ def test_an_envelope_takes_what_is_measured(tmp_path):
     assert [row["from"] for row in rows][1] == "unknown, sigma = 0.5"
 
 
+def write_two_stage_run(folder):
+    """A finished two-stage run with three images whose draws all agree: two at radius 0.6, one at 0.3."""
+    write_run(folder, method="two-stage")
+    run = json.loads((folder / "run.json").read_text())
+    run["settings"] |= {"alpha": 0.001, "draws": 600, "max_draws": 100_000, "radii": None}
+    (folder / "run.json").write_text(json.dumps(run))
+    records = pq.read_table(folder / "certificates.parquet").to_pylist()
+    for position, record in enumerate(records):
+        record["counts"] = [count + 1 for count in record["counts"] or [0, 0, 0]]
+        if position in (0, 1, 3):
+            agree = np.eye(3, dtype=int)[record["label"]] * 1000
+            radius = 0.3 if position == 3 else 0.6
+            record |= {"prediction": record["label"], "radius": radius, "counts": agree.tolist()}
+    pq.write_table(pa.Table.from_pylist(records), folder / "certificates.parquet")
+    (result,) = read_results([folder])
+    return result
+
+
+def test_planned_draws_that_all_agree_measure_nothing_beyond_their_radius(tmp_path):
+    result = write_two_stage_run(tmp_path / "run")
+    assert result.unanimous_radii == [0.6, 0.6, 0.3]
+    report = summarize([result], [0.0, 0.25, 0.5, 0.75, 1.0])
+    (row,) = share_rows(report)
+    assert row["r = 0.25"].count("%") == 1  # as before, with its interval
+    assert "\n" in row["r = 0.25"]
+    assert row["r = 0.5"] == ">= 3.3%"
+    assert row["r = 0.75"] == row["r = 1"] == "out of reach"  # not only beyond 0.95, what max_draws proves
+    notes = render_notes(report)
+    assert "all counted draws of 3 images gave the right class, so their radii (at most 0.599)" in notes
+    assert "no image can have" not in notes
+    assert "found, so the shares hold at every radius" not in notes
+    assert "all counted draws" not in render_notes(summarize([result], [0.0, 0.25]))
+    assert "| >= 3.3% | out of reach | out of reach |" in render_report(report)
+
+
+def test_curves_are_dashed_where_they_are_lower_bounds(tmp_path):
+    result = write_two_stage_run(tmp_path / "run")
+    axes = Figure().subplots()
+    draw_certified_accuracy(axes, [result])
+    solid, dashed, ceiling = axes.lines
+    assert max(solid.get_xdata()) == min(dashed.get_xdata()) == 0.3
+    assert (dashed.get_linestyle(), max(dashed.get_xdata())) == ("--", 0.6)
+    assert ceiling.get_xdata()[0] == 0.6
+
+
+def test_an_envelope_marks_planned_draws_too(tmp_path):
+    results = [write_two_stage_run(tmp_path / "planned")]
+    results += read_results([write_run(tmp_path / "unknown", (0.5,), seed=1)])
+    rows = summarize(results, [0.25, 0.5], envelope=True)["envelope"]["certified_accuracy"]
+    assert [row["standing"] for row in rows] == ["counted", "floor"]
+    alone = summarize([results[0], replace(results[0], name="again")], [0.5], envelope=True)["envelope"]
+    assert [row["standing"] for row in alone["certified_accuracy"]] == ["floor"]
+
+
+def test_the_metric_marks_what_the_draws_of_each_image_leave_open():
+    columns = {"predictions": [0, 0, 1, -1, None], "references": [0, 0, 0, 0, 0], "radii": [0.6, 0.3, 0.2, 0, None]}
+    counts = [[99, 1], [20, 0], [0, 9], [9, 0], None]  # a wrong image and an abstention count nowhere
+    for compute in (certified_accuracy, CertifiedAccuracy().compute):
+        rows = compute(**columns, counts=counts, thresholds=[0.3, 0.5, 0.75])["certified_accuracy"]
+        assert [row["share"] for row in rows] == [0.4, 0.2, None]
+        assert [row["is_floor"] for row in rows] == [False, True, False]
+        assert [row["out_of_reach"] for row in rows] == [False, False, True]
+    with pytest.raises(ValueError, match=r"counts\[0\]=\[\] must be the counts of all classes; the prediction is 0"):
+        certified_accuracy(**columns, counts=[[], *counts[1:]])
+
+
 def test_curves_mark_the_ceiling(tmp_path):
     ceiling = write_fixed_run(tmp_path / "run", n=200)
     (result,) = read_results([tmp_path / "run"])
-    result.rows[0]["radius"] = 0.99 * ceiling
+    result.rows[0] |= {"prediction": 0, "radius": ceiling, "counts": [200, 0, 0]}
     axes = Figure().subplots()
     draw_certified_accuracy(axes, [result])
     assert [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == ":"] == [ceiling]

@@ -132,10 +132,11 @@ def test_curves_come_with_a_table_of_their_figures():
     results = read_results([EXAMPLE_RUN])
     curves = draw_curves(results)
     share = np.mean([row["prediction"] == row["label"] and row["radius"] >= 0 for row in results[0].rows])
-    assert curves.shares[0][1][0] == pytest.approx(share)
+    assert curves.shares[0][1][0] == f"{share:.1%}"
     page = markup.curves(curves)
     assert page.count("<img") == 2
     assert f"<td>{share:.1%}</td>" in page
+    assert curves.shares[0][1][-1] == "out of reach"
 
 
 def test_results_of_different_alphas_make_no_curves():

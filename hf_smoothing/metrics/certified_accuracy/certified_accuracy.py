@@ -13,7 +13,7 @@ import evaluate
 import numpy as np
 from numpy.typing import NDArray
 
-from .shares import exact_interval, most_wrong_certificates, share_of_sample
+from .shares import exact_interval, most_wrong_certificates, share_of_sample, unanimous
 
 ABSTAIN = -1
 GUARANTEES = ("per_input", "marginal", "selected", "none")
@@ -36,6 +36,8 @@ class _Columns:
     p_lower: NDArray[np.float64] | None
     num_samples: NDArray[np.float64]
     """Only of images that did not fail, where known."""
+    unanimous: NDArray[np.bool_]
+    """Whether all counted draws gave the prediction; False where unknown."""
     estimates: "_Columns | None" = None
     """The estimates for all images, where only some were certified."""
     sampled: NDArray[np.bool_] | None = None
@@ -56,6 +58,7 @@ def certified_accuracy(
     estimated_radii: Column | None = None,
     sampled: Column | None = None,
     reach: float | None = None,
+    counts: Column | None = None,
 ) -> dict[str, Any]:
     """
     Share of *all* images whose prediction is right and certified at each radius or beyond (Cohen et al., arXiv 1902.02918).
@@ -82,14 +85,19 @@ def certified_accuracy(
             regard to their estimates. Where it is False, the columns of certificates may hold None.
         reach: the largest radius that the draws can prove, where it is known (`rule.largest_radius(noise)` tells it). Beyond
             it nothing is measured: no image can have such a radius, however robust the classifier is.
+        counts: the class counts of the counted draws of each image, None where unknown. Where all draws gave the prediction,
+            the radius is the largest that so few draws prove, and more draws would prove a larger one. So a share at a
+            larger radius than that of such an image is a lower bound only.
 
     Returns:
         A dict ready for JSON; without estimates, `num_sampled` is `num_images` and `estimated_share` is None:
 
         - `num_images`, `num_sampled`, `num_failed`;
         - `certified_accuracy`: for each threshold `radius`, `right` (images), `share`, `interval_95` (low, high),
-          `net_of_alpha` (None with estimates), `estimated_share` (of the estimates alone, which nothing guarantees), and
-          `out_of_reach`: whether the radius is beyond `reach`, where the shares and the interval are None;
+          `net_of_alpha` (None with estimates), `estimated_share` (of the estimates alone, which nothing guarantees),
+          `is_floor`: whether the share is a lower bound only, because some right images had too few draws for this radius
+          (by `counts`), and `out_of_reach`: whether the radius is beyond `reach`, or no image has it and some had too few
+          draws for it; then the shares and the interval are None;
         - `certified_accuracy_at_0`: the share of right predictions at any radius. It is not the accuracy of the base
           classifier on clean images, which is often much higher;
         - `abstention_rate`: share of all images;
@@ -111,6 +119,7 @@ def certified_accuracy(
     ([1, 1, 0], 0.333)
     """
     optional = {"guarantees": guarantees, "p_lower": p_lower, "num_samples": num_samples, "alphas": alphas}
+    optional["counts"] = counts
     estimates = {
         "estimated_predictions": estimated_predictions,
         "estimated_radii": estimated_radii,
@@ -182,13 +191,16 @@ def _share(columns: _Columns, level: float, most_wrong: int | None, reach: float
         estimated = columns.estimates.right & (columns.estimates.radii >= level)
         row["share"], row["interval_95"] = share_of_sample(reached, estimated, columns.sampled)
         row |= {"net_of_alpha": None, "estimated_share": float(estimated.mean())}
+    row["is_floor"] = bool((columns.unanimous & columns.right & ~reached).any())
     row["out_of_reach"] = False
-    return mark_out_of_reach(row) if reach is not None and level > reach else row
+    beyond = (reach is not None and level > reach) or (row["is_floor"] and not right)
+    return mark_out_of_reach(row) if beyond else row
 
 
 def mark_out_of_reach(row: dict[str, Any]) -> dict[str, Any]:
     """A row of [`certified_accuracy`] at a radius that the draws cannot prove: its share is not measured."""
-    return row | dict.fromkeys(("share", "interval_95", "net_of_alpha", "estimated_share")) | {"out_of_reach": True}
+    unknown = dict.fromkeys(("share", "interval_95", "net_of_alpha", "estimated_share"))
+    return row | unknown | {"is_floor": False, "out_of_reach": True}
 
 
 def _validate(
@@ -199,6 +211,7 @@ def _validate(
     p_lower: Column | None = None,
     num_samples: Column | None = None,
     alphas: Column | None = None,
+    counts: Column | None = None,
     estimated_predictions: Column | None = None,
     estimated_radii: Column | None = None,
     sampled: Column | None = None,
@@ -213,12 +226,14 @@ def _validate(
                 f"Unequal numbers ({len(estimates.right)} images, {len(drawn)} sampled): give one for each."
             )
         optional = {"guarantees": guarantees, "p_lower": p_lower, "num_samples": num_samples, "alphas": alphas}
+        optional["counts"] = counts
         kept = {name: _pick(column, drawn) for name, column in optional.items() if column is not None}
         required = (_pick(column, drawn) for column in (predictions, references, radii))
         certified = _validate(*required, **kept)
         return replace(certified, estimates=estimates, sampled=drawn)
     columns: dict[str, Column | None] = {"predictions": predictions, "references": references, "radii": radii}
     columns |= {"guarantees": guarantees, "p_lower": p_lower, "num_samples": num_samples, "alphas": alphas}
+    columns["counts"] = counts
     given = {name: list(column) for name, column in columns.items() if column is not None}
     if len({len(column) for column in given.values()}) > 1:
         sizes = ", ".join(f"{len(column)} {name}" for name, column in given.items())
@@ -251,6 +266,7 @@ def _validate(
         alpha=_alpha(given.get("alphas", []), failed),
         p_lower=bounds,
         num_samples=draws[known & ~failed],
+        unanimous=unanimous(given.get("counts", [None] * len(failed)), classes),
     )
 
 
@@ -310,6 +326,7 @@ _FEATURES = {
     "p_lower": _FLOATS,
     "num_samples": _INTEGERS,
     "alphas": _FLOATS,
+    "counts": datasets.List(_INTEGERS),
     **_ESTIMATES,
 }
 
@@ -318,8 +335,9 @@ class CertifiedAccuracy(evaluate.Metric):
     """
     [`certified_accuracy`] as a metric of `evaluate`: `CertifiedAccuracy()`, or `evaluate.load` with this folder.
 
-    `predictions`, `references` and `radii` are required; `guarantees`, `p_lower`, `num_samples` and `alphas` are optional,
-    the same ones in every batch. `evaluate.combine` passes only the three required columns to `add_batch`, all to `compute`.
+    `predictions`, `references` and `radii` are required; `guarantees`, `p_lower`, `num_samples`, `alphas` and `counts` are
+    optional, the same ones in every batch. `evaluate.combine` passes only the three required columns to `add_batch`, all to
+    `compute`.
 
     >>> metric = CertifiedAccuracy()
     >>> metric.add_batch(predictions=[0, 1], references=[0, 0], radii=[0.3, 0.9], guarantees=["per_input"] * 2)

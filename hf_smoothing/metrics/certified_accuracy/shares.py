@@ -4,6 +4,7 @@
 """
 
 import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,3 +96,17 @@ def _wilson_interval(share: float, draws: int, z: float) -> tuple[float, float]:
     centre = share + z * z / (2 * draws)
     half = z * math.sqrt(share * (1 - share) / draws + z * z / (4 * draws * draws))
     return (centre - half) / (1 + z * z / draws), (centre + half) / (1 + z * z / draws)
+
+
+def unanimous(counts: list[Any], classes: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Whether all counted draws of each image gave its class; False without draws, and for an abstention."""
+    agrees = np.zeros(len(classes), bool)
+    for at, (row, prediction) in enumerate(zip(counts, classes.astype(int))):
+        if row is not None and prediction >= 0:
+            draws = np.asarray(row)
+            if draws.ndim != 1 or prediction >= len(draws):
+                raise ValueError(
+                    f"counts[{at}]={row!r} must be the counts of all classes; the prediction is {prediction}."
+                )
+            agrees[at] = draws[prediction] == draws.sum() > 0
+    return agrees
