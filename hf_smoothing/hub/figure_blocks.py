@@ -1,7 +1,7 @@
 """Figures in Markdown guides: blocks that are filled from results files.
 
-A block `<!-- figures:TEMPLATE PATH ... -->` ... `<!-- /figures -->` holds what a template of `hub/templates` shows of a
-results file, or of the folders of several models. Paths start at the root of the repository.
+A block `<!-- figures:TEMPLATE PATH ... -->` ... `<!-- /figures -->` holds what a template of `hub/templates` shows of
+results files, or of the folders of several models. Paths start at the root of the repository.
 """
 
 import os
@@ -42,9 +42,7 @@ def fill_blocks(text: str, root: Path, folder: str = ".") -> str:
 def _render_block(template: str, paths: list[Path], folder: Path) -> str:
     if paths[0].is_dir():
         return _compare_models(template, paths, folder)
-    if len(paths) > 1:
-        raise ValueError(f"A block of {template!r} takes one results file or several folders of models.")
-    return render_results_file(template, paths[0])
+    return render_results_file(template, *paths)
 
 
 def _compare_models(template: str, models: list[Path], folder: Path) -> str:

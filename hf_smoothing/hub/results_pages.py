@@ -37,9 +37,14 @@ def render_results(template: str, results: Json) -> str:
     return render(template, [TEMPLATES], results=results, **(derive(results) if derive else {}))
 
 
-def render_results_file(template: str, path: Path) -> str:
+def render_results_file(template: str, path: Path, *further: Path) -> str:
     """
     A results file as Markdown, together with the files beside it that its template shows too where they exist.
+
+    Args:
+        template: as [`render_results`].
+        path: of the results file.
+        *further: more results files for the template, which calls each by the name of its folder.
 
     Raises:
         ValueError: as [`render_results`]; for a file that is missing or damaged.
@@ -47,6 +52,7 @@ def render_results_file(template: str, path: Path) -> str:
     """
     beside = {name: path.with_name(f"{name}.json") for name in _BESIDE.get(template, ())}
     more = {name: read_json(file) for name, file in beside.items() if file.is_file()}
+    more |= {file.parent.name.replace("-", "_"): read_json(file) for file in further}
     return render_results(template, {**read_json(path), **more})
 
 
