@@ -23,7 +23,9 @@ DEMO_MODEL = "model_cards/mixed-noise-vit-nano-cifar10"
 
 @command(app)
 def certify(
-    images: Annotated[list[str], typer.Argument(help="Pictures: paths or http(s) addresses.")],
+    images: Annotated[
+        list[str], typer.Argument(callback=options.check_pictures, help="Pictures: paths or http(s) addresses.")
+    ],
     model: options.Model,
     sigma: Annotated[
         list[NoiseLevel] | None,

@@ -12,7 +12,7 @@ app = typer.Typer()
 
 @command(app)
 def push(
-    folder: Annotated[Path, typer.Argument(help="Folder of a model, a count head, or a finished run.")],
+    folder: Annotated[Path, typer.Argument(exists=True, help="Folder of a model, a count head, or a finished run.")],
     repo_id: Annotated[str, typer.Argument(help="Repository on the Hub: `user/name`.")],
     private: Annotated[bool, typer.Option("--private", help="Create the repository as a private one.")] = False,
     revision: Annotated[

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from ..runs.settings import NoiseLevel
 from ._errors import command
-from .options import Alpha, BatchSize, Denoiser, NoiseResolution
+from .options import Alpha, BatchSize, Denoiser, NoiseResolution, check_source
 
 if TYPE_CHECKING:  # heavy: not for help
     from ..diagnostics.model_check import ModelCheck
@@ -22,11 +22,15 @@ app = typer.Typer()
 
 @command(app)
 def calibrate(
-    count_head: Annotated[str, typer.Argument(help="Folder of a count head. `calibration.json` is written into it.")],
+    count_head: Annotated[
+        str,
+        typer.Argument(callback=check_source, help="Folder of a count head. `calibration.json` is written into it."),
+    ],
     run: Annotated[
         Path,
         typer.Argument(
-            help="Finished run of `certify-dataset --method fixed` on images not used to train the model or the head."
+            exists=True,
+            help="Finished run of `certify-dataset --method fixed` on images not used to train the model or the head.",
         ),
     ],
 ) -> None:
@@ -57,13 +61,16 @@ def check(
     model: Annotated[
         str,
         typer.Argument(
+            callback=check_source,
             help="Image classifier: a name on the Hub, a local folder, or `module:function` (a Python callable from [0, 1] "
-            "pixels to logits, in the current folder or installed)."
+            "pixels to logits, in the current folder or installed).",
         ),
     ],
     dataset: Annotated[
         str | None,
-        typer.Option(help="Labelled pictures to use. Without it: the 200 CIFAR-10 images in the package."),
+        typer.Option(
+            callback=check_source, help="Labelled pictures to use. Without it: the 200 CIFAR-10 images in the package."
+        ),
     ] = None,
     split: Annotated[str, typer.Option(help="Split of the dataset.")] = "test",
     sigma: Annotated[
@@ -156,7 +163,7 @@ def _print_check(result: "ModelCheck", n: int) -> None:
 
 @command(app)
 def audit(
-    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    run: Annotated[Path, typer.Argument(exists=True, help="Folder of a finished run.")],
     output_dir: Annotated[
         Path | None, typer.Option(help="Folder for the results. Without it: `audit` in the folder of the run.")
     ] = None,

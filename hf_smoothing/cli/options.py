@@ -4,6 +4,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
@@ -39,8 +40,32 @@ def option(name: str) -> Any:
     metadata = _FIELDS[name].metadata
     parser = NoiseLevel if name == "sigmas" else None
     return typer.Option(
-        *metadata.get("aliases", ()), parser=parser, help=f"{metadata['help'][0].upper()}{metadata['help'][1:]}."
+        *metadata.get("aliases", ()),
+        parser=parser,
+        callback=check_source if name in _SOURCES else None,
+        help=f"{metadata['help'][0].upper()}{metadata['help'][1:]}.",
     )
+
+
+_SOURCES = ("model_name_or_path", "dataset_name", "count_head", "router")
+"""Fields that take a name on the Hub or a path."""
+
+
+def check_source(name: str | None) -> str | None:
+    """Refuse the path of a model or dataset that is not there, before torch and transformers are imported."""
+    if name is None or "://" in name or Path(name).exists():
+        return name
+    if name.startswith((".", "/", "~")) or name.endswith(".parquet") or name.count("/") > 1:
+        raise typer.BadParameter(f"There is no {name!r} here, and a name on the Hub is like `user/name`.")
+    return name
+
+
+def check_pictures(names: list[str]) -> list[str]:
+    """Refuse pictures that are not there, before torch and transformers are imported."""
+    for name in names:
+        if not name.startswith(("http://", "https://")) and not Path(name).exists():
+            raise typer.BadParameter(f"There is no image at {name!r}.")
+    return names
 
 
 Model = Annotated[str, option("model_name_or_path")]

@@ -24,7 +24,9 @@ def page(
     ] = None,
     run: Annotated[
         list[Path] | None,
-        typer.Option(help="Folder of a finished run to show; repeat it for several. Without it: an example run."),
+        typer.Option(
+            exists=True, help="Folder of a finished run to show; repeat it for several. Without it: an example run."
+        ),
     ] = None,
     device: Annotated[str | None, typer.Option(help="Where to compute, such as `cuda`. Without it: the CPU.")] = None,
     batch_size: BatchSize = 64,

@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 
 from ._errors import command
+from .options import check_source
 
 app = typer.Typer()
 
@@ -15,7 +16,9 @@ app = typer.Typer()
 def report(
     runs: Annotated[
         list[Path],
-        typer.Argument(help="Run folders, Parquet files of certificates, or logs (`idx label predict radius ...`)."),
+        typer.Argument(
+            exists=True, help="Run folders, Parquet files of certificates, or logs (`idx label predict radius ...`)."
+        ),
     ],
     output_dir: Annotated[
         Path | None,
@@ -36,14 +39,16 @@ def report(
     estimates: Annotated[
         Path | None,
         typer.Option(
+            exists=True,
             help="Run with estimates of a count head (`surrogate`) for all images (default: none), where the other runs "
-            "certified a random sample of them (`--sample`): the report is then about all images."
+            "certified a random sample of them (`--max-samples`): the report is then about all images.",
         ),
     ] = None,
     images: Annotated[
         str | None,
         typer.Option(
-            help="Show example pictures of this dataset (default: none): a name on the Hub, a folder, or a Parquet file."
+            callback=check_source,
+            help="Show example pictures of this dataset (default: none): a name on the Hub, a folder, or a Parquet file.",
         ),
     ] = None,
     split: Annotated[
@@ -91,13 +96,17 @@ def report(
 
 @command(app)
 def card(
-    models: Annotated[list[Path], typer.Argument(help="Folders of models, each with `card.yaml` and `results`.")],
+    models: Annotated[
+        list[Path], typer.Argument(exists=True, help="Folders of models, each with `card.yaml` and `results`.")
+    ],
     check: Annotated[
         bool, typer.Option("--check", help="Change nothing; fail if a card differs from its results files.")
     ] = False,
     add_run: Annotated[
         Path | None,
-        typer.Option(help="Add the results of this finished run to the card of one model (default: none)."),
+        typer.Option(
+            exists=True, help="Add the results of this finished run to the card of one model (default: none)."
+        ),
     ] = None,
 ) -> None:
     """

@@ -40,7 +40,7 @@ def complete(results: Sequence[Result], estimates: Path) -> list[Result]:
     Complete each result by the estimates of a run.
 
     Args:
-        results: of runs on random samples (`--sample`).
+        results: of runs on random samples (`--max-samples`).
         estimates: the folder of a run of method `surrogate` on all images.
 
     Raises:
@@ -50,9 +50,9 @@ def complete(results: Sequence[Result], estimates: Path) -> list[Result]:
     by_sigma = {result.sigma: result for result in read_results([estimates])}
     completed: list[Result] = []
     for result in results:
-        if not result.settings.get("sample"):
+        if not result.settings.get("max_samples_at_random") and not result.settings.get("sample"):  # in older runs
             raise ValueError(
-                f"{result.title}: its images are not a random sample. Certify with --sample to use estimates."
+                f"{result.title}: its images are not a random sample. Certify with --max-samples, without --streaming."
             )
         if result.sigma not in by_sigma:
             raise ValueError(f"{estimates} has no estimates for sigma = {result.sigma}, which {result.title} has.")

@@ -27,10 +27,8 @@ def open_images(settings: Record, streaming: bool = False) -> LabelledImages:
     """The images of a run. Raises a `ValueError` where they cannot be loaded, or have changed since the run."""
     names = ("split", "image_column", "label_column", "every", "max_samples")
     options = {option: settings[option] for option in names}
-    if settings.get("sample") is not None:  # runs of older versions have no such setting
-        if streaming:
-            raise ValueError("A stream cannot be sampled at random: leave streaming out.")
-        options |= {"max_samples": settings["sample"]}
+    if settings.get("sample") is not None:  # the name of older runs
+        options["max_samples"] = settings["sample"]
     name, config_name = settings["dataset_name"], settings["dataset_config_name"]
     images = LabelledImages(name, config_name=config_name, streaming=streaming, **options)
     if settings.get("dataset_fingerprint") not in (None, images.fingerprint):

@@ -62,13 +62,8 @@ class RunSettings:
     label_column: str | None = _option("column of the labels (default: label, labels or fine_label)", default=None)
     every: int = _option("certify only every N-th image, starting with the first; 20 is usual for CIFAR-10", default=1)
     max_samples: int | None = _option(
-        "certify no more images than this, spread at random over the split (always the same ones): splits are often sorted "
+        "certify no more images than this, drawn at random from the split (always the same ones): splits are often sorted "
         "by class; of a stream, the first ones (default: all)",
-        default=None,
-    )
-    sample: int | None = _option(
-        "certify so many images, drawn at random (always the same ones); with estimates for all images, they tell the "
-        "certified accuracy of all: `report --estimates` (default: all images)",
         default=None,
     )
     radii: list[float] | None = _option(
@@ -83,7 +78,11 @@ class RunSettings:
         default=None,
     )
     alpha: float = _option("largest probability that a certificate is wrong", default=0.001)
-    draws: int | None = _option("mean number of draws per image to plan for (`two-stage`; default: 600)", default=None)
+    draws: int | None = _option(
+        "draws per image to plan for, on average over many images; one image takes 8 to max_draws of them (`two-stage`; "
+        "default: 600)",
+        default=None,
+    )
     max_draws: int | None = _option(
         "largest number of draws (noisy copies) per image (default: 10,000 for `sequential`, 100,000 for `two-stage`; "
         "`fixed` takes as many, by default 100,100)",
@@ -142,10 +141,6 @@ class RunSettings:
         check_count("every", self.every)
         if self.max_samples is not None:
             check_count("max_samples", self.max_samples)
-        if self.sample is not None:
-            check_count("sample", self.sample)
-            if self.max_samples is not None:
-                raise ValueError(f"sample={self.sample} draws images at random: leave max_samples out.")
         check_noise_resolution(self.resolution)
         check_denoiser(self.denoiser)
         if self.dtype not in ("float32", "bfloat16"):

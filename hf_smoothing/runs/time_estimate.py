@@ -7,6 +7,7 @@ import torch
 
 from ..core.rule_protocols import Rule
 from ..core.smoothing import SmoothedClassifier
+from ..core.two_stage_plan import STAGES
 from ..core.two_stage_rule import TwoStageRule
 
 SHORT_SECONDS = 20.0
@@ -57,11 +58,13 @@ def describe_time(rule: Rule, seconds_per_draw: float, images: int, processes: i
     seconds = images * draws * seconds_per_draw / processes
     if seconds < SHORT_SECONDS:
         return None
+    time, speed = format_seconds(seconds), f"{processes / seconds_per_draw:,.0f} draws per second"
     pictures = "1 image" if images == 1 else f"{images:,} images"
-    return (
-        f"This takes {at_most}about {format_seconds(seconds)}: {at_most}{draws:,} draws for each of {pictures}, "
-        f"{processes / seconds_per_draw:,.0f} draws per second."
-    )
+    if isinstance(rule, TwoStageRule):
+        one = f"one image takes {STAGES[0]} to {rule.max_draws:,}"
+        return f"This takes about {time} on average: {draws:,} draws per image ({one}), {pictures}, {speed}."
+    each = "" if images == 1 else "each of "
+    return f"This takes {at_most}about {time}: {at_most}{draws:,} draws for {each}{pictures}, {speed}."
 
 
 def _count_draws(rule: Rule) -> tuple[int, str]:

@@ -185,7 +185,7 @@ def test_report_of_a_run_all_of_whose_images_failed(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["gone"], "no run folder or log at 'gone'"),
+        (["gone"], "'gone' does not exist"),
         (["none"], "do not make one figure"),
         (["--envelope"], "two results or more"),
         (["--radii", "-1"], "thresholds=[-1.0]"),

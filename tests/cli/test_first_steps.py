@@ -109,8 +109,12 @@ def test_nothing_says_that_weights_are_loading(processes, picture, tiny_model_di
 @pytest.mark.parametrize(
     ("rule", "said"),
     [
-        (FixedRule(), "This takes about 3 minutes: 100,100 draws for each of 1 image, 500 draws per second."),
+        (FixedRule(), "This takes about 3 minutes: 100,100 draws for 1 image, 500 draws per second."),
         (TwoStageRule(draws=600), None),
+        (
+            TwoStageRule(draws=20_000),
+            "This takes about 40 seconds on average: 20,000 draws per image (one image takes 8 to 100,000), 1 image, 500",
+        ),
         (SequentialRule((0.1,), max_draws=20_000), "This takes at most about 40 seconds: at most 20,000 draws"),
     ],
 )
@@ -132,7 +136,7 @@ def test_certify_fixed_says_how_long_it_takes(picture, tiny_model_dir, processes
     shown = b""
     while b"draws per second" not in shown and process.poll(0.2) is None:
         shown = os.pread(process._output[1].fileno(), 10_000, 0)
-    assert b"5,000,000 draws for each of 1 image" in shown
+    assert b"5,000,000 draws for 1 image" in shown
     assert process.poll() is None
     process.kill()
     assert process.poll(30) is not None

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import hf_smoothing
 
 HELP = """
@@ -16,7 +18,7 @@ from hf_smoothing.cli.app import app
 for name in (None, *get_command(app).commands):
     shown = CliRunner().invoke(app, [*([name] if name else []), "--help"])
     assert shown.exit_code == 0, shown.output
-    heavy = {"torch", "transformers", "datasets", "scipy"} & sys.modules.keys()
+    heavy = {"torch", "transformers", "datasets", "matplotlib", "gradio", "scipy"} & sys.modules.keys()
     assert not heavy, f"the help of {name or 'hf-smoothing'} imports {heavy}"
 print("certify-dataset" in get_command(app).commands)
 """
@@ -25,6 +27,44 @@ print("certify-dataset" in get_command(app).commands)
 def test_help_imports_neither_torch_nor_transformers():
     done = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("True\n", "")
+
+
+WRONG = """
+import sys
+sys.argv = ["hf-smoothing", *sys.argv[1:]]
+from hf_smoothing.cli.app import app
+try:
+    app()
+finally:
+    heavy = {"torch", "transformers", "datasets", "matplotlib", "gradio", "accelerate", "scipy"} & sys.modules.keys()
+    print(*heavy)
+"""
+MODEL = "model_cards/mixed-noise-vit-nano-cifar10"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["certify", "gone.png", "--model", MODEL], "There is no image at 'gone.png'"),
+        (["certify", __file__, "--model", "./gone"], "There is no './gone' here"),
+        (["certify", __file__, "--model", MODEL, "--count-head", "/gone/head"], "There is no '/gone/head' here"),
+        (
+            ["certify-dataset", "--model", MODEL, "--sigma", "1", "--dataset", "gone.parquet", "--output-dir", "run"],
+            "There is no 'gone.parquet' here",
+        ),
+        (["check", "../gone/model"], "There is no '../gone/model' here"),
+        (["report", "gone"], "'gone' does not exist"),
+        (["audit", "gone"], "'gone' does not exist"),
+        (["calibrate", ".", "gone"], "'gone' does not exist"),
+        (["card", "gone"], "'gone' does not exist"),
+        (["push", "gone", "user/model"], "'gone' does not exist"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_what_is_not_there_is_refused_before_heavy_imports(arguments, said):
+    done = subprocess.run([sys.executable, "-c", WRONG, *arguments], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "\n")
+    assert said in done.stderr
 
 
 def test_the_installed_command_starts():

@@ -261,7 +261,6 @@ def test_a_hub_that_fails_once_is_asked_again(hub, client, head):
         ("HEAD", "user/public", TOKEN, "user/public exists and is public"),
         ("HEAD", "a/b/c", TOKEN, "a/b/c"),
         ("EMPTY", "user/x", TOKEN, "has neither config.json nor run.json"),
-        ("GONE", "user/x", TOKEN, "There is no folder"),
         ("UNFINISHED", "user/x", TOKEN, "holds no finished run"),
         ("OTHER", "user/x", TOKEN, "holds a vit model (ViTForImageClassification)"),
         ("BARE", "user/x", TOKEN, "lacks model.safetensors, preprocessor_config.json"),

@@ -26,7 +26,7 @@ def change_run(folder, keep=None, **settings):
 @pytest.fixture
 def sample(tmp_path):
     """Twenty of 60 images, the one that failed among them."""
-    return change_run(write_run(tmp_path / "sample"), keep=list(range(2, 60, 3)), sample=20)
+    return change_run(write_run(tmp_path / "sample"), keep=list(range(2, 60, 3)), max_samples_at_random=True)
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_a_report_on_all_images(sample, estimates):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"sample": None}, "not a random sample. Certify with --sample"),
+        ({"max_samples_at_random": False}, "not a random sample. Certify with --max-samples, without --streaming"),
         ({"model_weights": "b"}, "has estimates for model_weights=None, but sample, sigma = 0.25 has 'b'"),
         ({"split": "train"}, "estimates for split=None, but"),
     ],
