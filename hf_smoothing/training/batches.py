@@ -1,5 +1,6 @@
 """Batches to train on, and which images each process gets."""
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
@@ -23,22 +24,36 @@ class Batches(ABC):
 
     Args:
         total: rows in all; `None` for a stream.
-        batch_size: rows per batch of one process.
+        batch_size: rows per batch of one process. Where there are fewer rows, batches are as large as these allow, and a
+            line on standard error says so.
         seed: seed of the order.
         process_index, num_processes: this process, and the number of processes; each gets different rows.
 
     Raises:
-        ValueError: for fewer rows than one batch takes.
+        ValueError: for fewer rows than processes.
     """
 
     def __init__(self, total: int | None, batch_size: int, seed: int, process_index: int, num_processes: int):
         self.total, self.batch_size, self.seed = total, batch_size, seed
         self.process_index, self.num_processes = process_index, num_processes
         if total is not None and not len(self):
+            self._shrink(total)
+
+    def _shrink(self, total: int) -> None:
+        """Take smaller batches, so that all rows make one for each process."""
+        share = total // self.num_processes
+        if share == 0:
             raise ValueError(
-                f"{total} images do not fill a batch of {batch_size} on {num_processes} processes: take a smaller "
-                "per_device_train_batch_size."
+                f"{total} images are fewer than the {self.num_processes} processes: start fewer processes."
             )
+        smaller = share - share % 2 or 1  # even where possible: mixup pairs images
+        if self.process_index == 0:
+            each = "" if self.num_processes == 1 else f" on each of {self.num_processes} processes"
+            print(
+                f"{total} images do not fill a batch of {self.batch_size}{each}: training takes batches of {smaller}.",
+                file=sys.stderr,
+            )
+        self.batch_size = smaller
 
     def __len__(self) -> int:
         """Batches per epoch; a last batch that is not full is left out."""

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,7 @@ def train_classifier(
         num_processes=accelerator.num_processes,
         show_progress=accelerator.is_main_process,
     )
+    settings = replace(settings, per_device_train_batch_size=batches.batch_size)
     config = model.config.to_dict()
     loop = TrainingLoop(
         model,

@@ -180,7 +180,7 @@ class TrainingBatches(Batches):
         show_progress: whether to show a progress bar while images are read.
 
     Raises:
-        ValueError: for fewer images than one batch takes. Small images (see [`SMALL`]) are read at once: for an image that
+        ValueError: for fewer images than processes. Small images (see [`SMALL`]) are read at once: for an image that
             cannot be read, or a label outside the classes.
     """
 

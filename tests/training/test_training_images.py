@@ -169,9 +169,23 @@ def test_large_images_are_read_by_their_position_in_the_sample(tmp_path):
         next(stream.epoch(0))
 
 
-def test_too_few_images(grey):
-    with pytest.raises(ValueError, match="30 images do not fill a batch of 16 on 2 processes"):
-        TrainingBatches(opened(grey), ImageSettings(str(grey)), 8, 16, seed=0, num_processes=2)
+def test_batches_shrink_to_few_images(grey, capfd):
+    """30 images, more in one batch than there are."""
+    for processes, size, said in [
+        (1, 30, "30 images do not fill a batch of 128: training takes batches of 30."),
+        (2, 14, "30 images do not fill a batch of 128 on each of 2 processes: training takes batches of 14."),
+    ]:
+        batches = [
+            TrainingBatches(
+                opened(grey), ImageSettings(str(grey)), 8, 128, seed=0, process_index=index, num_processes=processes
+            )
+            for index in range(processes)
+        ]
+        assert [(len(shares), shares.batch_size) for shares in batches] == [(1, size)] * processes
+        assert [len(labels) for shares in batches for _, labels in shares.epoch(0)] == [size] * processes
+        assert [line for line in capfd.readouterr().err.splitlines() if "fill" in line] == [said]
+    with pytest.raises(ValueError, match="30 images are fewer than the 31 processes: start fewer processes"):
+        TrainingBatches(opened(grey), ImageSettings(str(grey)), 8, 16, seed=0, num_processes=31)
 
 
 @pytest.mark.parametrize(("labels", "names"), [([0, 2, 2], ["0", "1", "2"]), (["cat", "ant", "cat"], ["ant", "cat"])])
