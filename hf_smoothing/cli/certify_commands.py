@@ -33,7 +33,7 @@ def certify(
             parser=NoiseLevel,
             metavar="FLOAT|auto",
             help="Standard deviation of the noise, for pixels in `[0, 1]`, or several of them: alpha holds for each alone. "
-            "`auto`: a router chooses the level of each picture, and the certificates cover its choice.",
+            "`auto`: one classifier of two levels, see `--levels` and `--agreement`.",
             show_default="0.25",
         ),
     ] = None,
@@ -55,7 +55,8 @@ def certify(
     ] = None,
     draws: Annotated[int | None, options.option("draws")] = None,
     count_head: options.CountHead = None,
-    router: Annotated[str | None, options.option("router")] = None,
+    levels: Annotated[list[float] | None, options.option("levels")] = None,
+    agreement: Annotated[float | None, options.option("agreement")] = None,
     delta: options.Delta = None,
     noise_resolution: options.NoiseResolution = "input",
     denoiser: options.Denoiser = None,
@@ -84,31 +85,30 @@ def certify(
     from ..runs.identity import at_level
     from ..runs.time_estimate import announce_time
 
-    levels = sigma or [0.25]
+    sigmas = sigma or [0.25]
     chosen: dict[str, Any] = {"alpha": alpha, "draws": draws, "max_draws": max_draws, "method": method, "seed": seed}
     chosen |= {"radii": None if radius is None else [radius], "count_head": count_head, "delta": delta}
-    chosen |= {"noise_resolution": noise_resolution, "denoiser": denoiser, "router": router}
-    settings = RunSettings(model, "pictures", levels, **chosen)  # checks them before it loads
-    rules = [settings.rule(level)[0] for level in levels]
+    chosen |= {"noise_resolution": noise_resolution, "denoiser": denoiser, "levels": levels, "agreement": agreement}
+    settings = RunSettings(model, "pictures", sigmas, **chosen)  # checks them before it loads
+    rules = [settings.rule(level)[0] for level in sigmas]
     pictures = [load_image(name) for name in images]
     options: dict[str, Any] = {"noise_resolution": settings.resolution, "denoiser": denoiser, "count_head": count_head}
     with loading(model):
         smoothed = SmoothedClassifier.from_pretrained(
-            model, GaussianNoise((settings.levels or [1.0])[0]), batch_size=batch_size, device=device, **options
+            model, GaussianNoise((settings.single_levels or [1.0])[0]), batch_size=batch_size, device=device, **options
         )
     if delta is not None:
         smoothed.check_calibration()
-    classifiers = [at_level(smoothed, level, asdict(settings)) for level in levels]
+    classifiers = [at_level(smoothed, level, asdict(settings)) for level in sigmas]
     pixels = [to_pixels(picture, smoothed.preprocessing) for picture in pictures]
-    takes_long = announce_time(rules[0], smoothed, pixels[0], len(levels) * len(pixels))
+    takes_long = announce_time(rules[0], smoothed, pixels[0], len(sigmas) * len(pixels))
     shown = takes_long or sys.stderr.isatty()
     results = []
     for classifier, rule in zip(classifiers, rules):
         stream = classifier.certify_stream(pixels, rule, seed=seed, progress=shown)
         results += [_to_result(*pair, smoothed.class_names or ()) for pair in zip(images, in_order(stream))]
     if json_lines:
-        for result in results:
-            print(json.dumps(result))
+        print("\n".join(map(json.dumps, results)))
     elif method == "counts":
         _print_counts(results, smoothed.class_names or ())
     else:
@@ -151,7 +151,7 @@ def _print_certificates(results: list[dict[str, Any]], radius: float | None, noi
     rows = [
         {
             "image": result["image"],
-            "sigma": f"{result['sigma']:g}{' (auto)' if result['routing'] else ''}",
+            "sigma": f"{result['sigma']:g}{' (auto)' if result['level_choice'] else ''}",
             "prediction": result["label"] or "(abstains)",
             "radius": format_radius(result["radius"]),
             "passes": result["num_samples"],

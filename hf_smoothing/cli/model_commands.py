@@ -173,7 +173,7 @@ def audit(
         typer.Option(
             parser=NoiseLevel,
             metavar="FLOAT|auto",
-            help="Attack only these noise levels of the run (default: all). `auto`: the router's choice and the class.",
+            help="Attack only these noise levels of the run (default: all). `auto`: the choice of the level and the class.",
         ),
     ] = None,
     steps: Annotated[int, typer.Option(help="Gradient steps per image.")] = 1000,

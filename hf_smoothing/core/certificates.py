@@ -14,34 +14,32 @@ _NORM_EXPONENTS = {"l1": 1.0, "l2": 2.0, "linf": math.inf}
 
 
 @dataclass(frozen=True)
-class Routing:
+class LevelChoice:
     """
-    How a router chose the noise level of a picture (`sigma="auto"`), and what its votes prove; the proof is in `routing.py`.
+    How one classifier of two noise levels (`sigma="auto"`) answered, and what that rests on; the proof is in `agreement.py`.
+    Pairs have a value for the primary level and one for the fallback level.
 
     Attributes:
-        levels: the noise levels that it chooses from, ascending.
-        votes: votes for each of them; their median is the level, `sigma` of the certificate.
-        sigma: standard deviation of the router's own noise.
-        alpha, classifier_alpha: probabilities that the router's radius, or the classifier's, is too large. They add up to
-            the certificate's alpha.
-        kept: the levels that the certificate relies on. Within `radius`, the router chooses no other level.
-        radius: the router's radius; None where all levels are kept, so that the router does not matter.
-        classifier_radius: within it, the classifiers at all kept levels predict the class. The certificate's radius is the
-            smaller of the two.
-        num_samples: forward passes of the router.
-        level_num_samples: of the classifier at the chosen level, out of the certificate's at all levels.
+        levels: standard deviations of the noise. `sigma` of the certificate is the one in use.
+        agreement: the share of the noisy copies at the primary level that must agree for their answer to count.
+        p_lower, p_upper: bounds of the probability of the most probable class at the primary level; 0 and 1 where nothing
+            was proved, or needed.
+        radius: within it, all pictures have the level in use; 0 where this is not proved.
+        predictions, radii: of the certificates at the two levels; `ABSTAIN` and 0 where there is none.
+        alphas: probabilities that the certificate at the primary level, that at the fallback level, or `p_upper` is wrong.
+            They add up to the certificate's alpha.
+        num_samples: forward passes for each of the three.
     """
 
-    levels: tuple[float, ...]
-    votes: tuple[int, ...]
-    sigma: float
-    alpha: float
-    classifier_alpha: float
-    kept: tuple[float, ...]
-    radius: float | None
-    classifier_radius: float
-    num_samples: int
-    level_num_samples: int
+    levels: tuple[float, float]
+    agreement: float
+    p_lower: float
+    p_upper: float
+    radius: float
+    predictions: tuple[int, int]
+    radii: tuple[float, float]
+    alphas: tuple[float, float, float]
+    num_samples: tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -77,8 +75,8 @@ class Certificate:
         calibration: `marginal` and `selected` only: the images used for calibration, in words.
         false_claims: `selected` only: the largest expected share of wrong claims among those at a radius, over the images of
             one call or run: Monte-Carlo would not prove this radius for the prediction.
-        routing: where a router chose the noise level: its votes. `sigma`, `counts`, `p_lower` and `p_upper` are those of the
-            chosen level; `num_samples` counts the classifier's passes at all levels, without the router's.
+        level_choice: only with `sigma="auto"`: how the level was chosen. `sigma`, `counts`, `p_lower`, `p_upper` are those
+            of the level in use; `num_samples` counts all passes.
     """
 
     prediction: int
@@ -103,7 +101,7 @@ class Certificate:
     delta: float | None = None
     calibration: str | None = None
     false_claims: float | None = None
-    routing: Routing | None = None
+    level_choice: LevelChoice | None = None
 
     @property
     def abstains(self) -> bool:

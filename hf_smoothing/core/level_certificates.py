@@ -33,8 +33,8 @@ class LevelCertificates:
         This is a statement about several classifiers, and not about one. It says: the classifier *at this noise level*
         predicts this class for all pictures within this radius. It does not say how the levels compare elsewhere: for
         a picture nearby, another level may have the largest radius, with another class. So who takes the largest
-        radius as the answer has no certificate for it. One classifier that chooses the level, with a certificate for
-        the choice too, is [`RoutedClassifier`].
+        radius as the answer has no certificate for it. One classifier of two levels, with a certificate that
+        covers the choice, is [`FallbackClassifier`].
         """
         claimed = [certificate for certificate in self.certificates if not certificate.abstains]
         best: dict[int, Certificate] = {}

@@ -9,18 +9,18 @@ import torch
 from PIL.Image import Image
 from transformers import Pipeline
 
+from .agreement import AGREEMENT, LEVELS
 from .certificates import Certificate
 from .count_predictor import CountPredictor
 from .denoisers import Denoiser
 from .level_certificates import LevelCertificates, certify_levels
-from .modeling_level_router import LevelRouter, load_router
 from .noise import GaussianNoise
 from .preprocessing import NoiseResolution, to_pixels
 from .sampler import in_order
 from .smoothing import SmoothedClassifier
 from .weights import check_is_classifier
 
-CLASSIFIER_SETTINGS = ("sigma", "count_head", "router", "noise_resolution", "denoiser")
+CLASSIFIER_SETTINGS = ("sigma", "levels", "agreement", "count_head", "noise_resolution", "denoiser")
 CERTIFY_SETTINGS = (
     "sigmas", "seed", "progress", "method", "alpha", "radius", "radii", "draws", "max_draws", "n0", "n", "delta",
 )  # fmt: skip
@@ -32,8 +32,10 @@ class CertifiedImageClassificationPipeline(Pipeline):
 
     All settings can be given at construction and at each call; the call's take precedence:
 
-    - `sigma`: standard deviation of the Gaussian noise, in `[0, 1]` pixels. There is no default. With `"auto"` a router
-      chooses it for each picture, and the certificate covers the choice: `routing` says how.
+    - `sigma`: standard deviation of the Gaussian noise, in `[0, 1]` pixels. There is no default. `"auto"`: one
+      classifier of two noise levels, which backs off to the second where the noisy copies at the first do not agree. The
+      certificate covers the choice: `level_choice` says how.
+    - `levels` (0.5, 0.12), `agreement` (0.5): for `"auto"`, see [`SmoothedClassifier.with_fallback`].
     - `sigmas`: several noise levels instead, with alpha split over them. Each result has a certificate for each, `best_of`
       with the largest radius of each class, and a `statement` in words: it is about several classifiers, not about one.
     - `alpha` (0.001): probability that a certificate is wrong.
@@ -43,7 +45,6 @@ class CertifiedImageClassificationPipeline(Pipeline):
       `"surrogate"` draws nothing and returns the count head's estimate.
     - `draws`: mean draws per image to find radii. `max_draws`: the most per image. `n0`, `n`, `delta`: see [`make_rule`].
     - `count_head`: a count head on the Hub or in a local folder. It guides the draws.
-    - `router`: for `sigma="auto"`, on the Hub or in a local folder; by default the count head's, else the model's.
     - `noise_resolution` (`"input"`), `denoiser`, `batch_size` (128): see [`SmoothedClassifier`].
     - `seed`: by default one from the operating system, see [`SmoothedClassifier.certify`]. The same seed gives an image the
       same noise, and so the same certificate, whatever the batch size.
@@ -69,7 +70,6 @@ class CertifiedImageClassificationPipeline(Pipeline):
         super().__init__(*args, batch_size=batch_size, **kwargs)
         check_is_classifier(self.model)
         self._count_heads: dict[str, CountPredictor] = {}
-        self._routers: dict[str, LevelRouter] = {}
         self._classifiers: dict[tuple[Any, ...], SmoothedClassifier] = {}
         if (head := self._preprocess_params.get("count_head")) is not None:
             self._load_count_head(str(head))
@@ -117,8 +117,9 @@ class CertifiedImageClassificationPipeline(Pipeline):
         self,
         batch_size: int,
         sigma: float | Literal["auto"] | None = None,
+        levels: Sequence[float] = LEVELS,
+        agreement: float = AGREEMENT,
         count_head: str | Path | None = None,
-        router: str | Path | None = None,
         noise_resolution: NoiseResolution = "input",
         denoiser: Denoiser | str | None = None,
     ) -> SmoothedClassifier:
@@ -140,10 +141,7 @@ class CertifiedImageClassificationPipeline(Pipeline):
                 count_head=head,
             )
         if sigma == "auto":
-            name = str(router or count_head or self.model.name_or_path)
-            if name not in self._routers:
-                self._routers[name] = load_router(name)
-            return self._classifiers[key].with_router(self._routers[name])
+            return self._classifiers[key].with_fallback(levels, agreement)
         return self._classifiers[key].with_noise(noise)
 
     def preprocess(self, input_: Any, smoothed: SmoothedClassifier) -> torch.Tensor:
@@ -164,7 +162,7 @@ class CertifiedImageClassificationPipeline(Pipeline):
             shared = {"seed": seed, "progress": progress, **rule_settings}
             return iter(certify_levels(smoothed, list(images), sigmas, method, **shared))
         rule = smoothed.make_rule(method, **rule_settings)
-        rule.check(smoothed.noise)
+        smoothed.check_rule(rule)
         if isinstance(inputs, list):
             images = list(images)  # a broken picture at the end must not waste the work before it
         total = len(inputs) if isinstance(inputs, Sized) else None

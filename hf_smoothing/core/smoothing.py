@@ -11,6 +11,7 @@ from PIL.Image import Image
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
+from .agreement import AGREEMENT, LEVELS, check_agreement
 from .base_classifier import BaseClassifier, Classifier
 from .calibration import Calibration
 from .certificates import Certificate
@@ -18,7 +19,6 @@ from .count_predictor import CountPredictor
 from .denoisers import Denoiser
 from .lattice import choose_seed
 from .level_certificates import LevelCertificates, certify_levels
-from .modeling_level_router import LevelRouter, load_router
 from .noise import GaussianNoise, SmoothingNoise
 from .preprocessing import NoiseResolution, Preprocessing, to_pixels
 from .progress_bar import ProgressBar
@@ -31,7 +31,7 @@ from .validation import check_count
 from .weights import weights_digest
 
 if TYPE_CHECKING:
-    from .routed_classifier import RoutedClassifier
+    from .fallback_classifier import FallbackClassifier
 
 Images = Sequence[Any] | torch.Tensor
 
@@ -109,7 +109,8 @@ class SmoothedClassifier:
         *,
         device: torch.device | str | None = None,
         count_head: str | Path | None = None,
-        router: str | Path | None = None,
+        levels: Sequence[float] = LEVELS,
+        agreement: float = AGREEMENT,
         batch_size: int = 128,
         autocast: torch.dtype | None = None,
         compile: bool = False,
@@ -120,10 +121,10 @@ class SmoothedClassifier:
         """
         Smooth any image classifier that `AutoModelForImageClassification` loads, from the Hub or a local folder.
 
-        `count_head` too is a name on the Hub or a folder; its calibration comes with it. `noise="auto"` lets a router choose
-        the level of each picture, see [`with_router`]: `router`, by default the count head's, else the model's. The model is
-        put on `device`, by default the CPU. The other settings are those of [`SmoothedClassifier`]; further ones
-        (`model_kwargs`) are passed on to transformers' `from_pretrained`, with a `dtype` of `torch.float32` by default.
+        `count_head` too is a name on the Hub or a folder; its calibration comes with it. With `noise="auto"` it is one
+        classifier of two noise levels, see [`with_fallback`], which takes `levels` and `agreement`. The model is put on
+        `device`, by default the CPU. The other settings are those of [`SmoothedClassifier`]; further ones (`model_kwargs`)
+        are passed on to transformers' `from_pretrained`, with a `dtype` of `torch.float32` by default.
         """
         model_kwargs.setdefault("dtype", torch.float32)
         model = AutoModelForImageClassification.from_pretrained(model_name_or_path, **model_kwargs)
@@ -138,8 +139,7 @@ class SmoothedClassifier:
         shared |= {"batch_size": batch_size, "autocast": autocast, "compile": compile, "denoiser": denoiser}
         shared |= {"count_head": head, "noise_resolution": noise_resolution}
         if noise == "auto":
-            smoothed = cls(model, GaussianNoise(1.0), **shared)  # the level does not matter
-            return smoothed.with_router(router or count_head or model_name_or_path, **hub_kwargs)
+            return cls(model, GaussianNoise(levels[0]), **shared).with_fallback(levels, agreement)
         return cls(model, noise, **shared)
 
     def with_noise(self, noise: SmoothingNoise) -> "SmoothedClassifier":
@@ -154,23 +154,24 @@ class SmoothedClassifier:
         smoothed.noise = noise
         return smoothed
 
-    def with_router(self, router: LevelRouter | str | Path, **hub_kwargs: Any) -> "RoutedClassifier":
+    def with_fallback(self, levels: Sequence[float] = LEVELS, agreement: float = AGREEMENT) -> "FallbackClassifier":
         """
-        One classifier for all noise levels of a router, which chooses the level of each picture (`sigma="auto"`).
+        One classifier of two noise levels (`sigma="auto"`): where more than a share of the noisy copies at the primary level
+        agree, their answer, else the answer at the fallback level. Its own noise level does not matter.
 
         Args:
-            router: a router, or the name or folder of one or of a count head that has one, see [`load_router`].
-            hub_kwargs: such as `revision`.
+            levels: the primary and the fallback level, in `[0, 1]` pixels. Radii are at most those at the primary level, or
+                those at the fallback level; a small fallback level is right more often where the other one does not agree.
+            agreement: the share that must be exceeded, from 0.5 to below 1. A higher one uses the fallback level more often.
 
         Raises:
-            ValueError: where there is no router; for a count head that does not know its levels.
+            ValueError: for equal levels, an agreement out of range, noise that is not Gaussian.
         """
-        from .routed_classifier import RoutedClassifier
+        from .fallback_classifier import FallbackClassifier
 
-        loaded = router if isinstance(router, LevelRouter) else load_router(router, **hub_kwargs)
-        kind = type(self.noise)
-        at_level = [self.with_noise(kind(level)) for level in loaded.config.levels]
-        return RoutedClassifier(at_level, loaded.to(self.device), kind(loaded.config.noise_sigma))
+        check_agreement(levels, agreement)
+        primary, fallback = (self.with_noise(type(self.noise)(level)) for level in levels)
+        return FallbackClassifier(primary, fallback, agreement)
 
     def _check_count_head(self, noise: SmoothingNoise) -> None:
         known = getattr(self.count_head, "noise", noise.name)
@@ -284,13 +285,17 @@ class SmoothedClassifier:
         predictions = (certificate.prediction for certificate in certificates)
         return list(predictions) if isinstance(certificates, list) else predictions
 
+    def check_rule(self, rule: Rule) -> None:
+        """Raise a `ValueError` if the rule can never claim what it is asked to, or is none for this classifier."""
+        rule.check(self.noise)
+
     def _rule_to_predict(self, alpha: float, max_draws: int) -> Rule:
         return SequentialRule((0.0,), alpha, max_draws)
 
     def _certify_in_order(
         self, images: Images | Iterator[Any], rule: Rule, seed: int | None, progress: bool
     ) -> list[Certificate] | Iterator[Certificate]:
-        rule.check(self.noise)
+        self.check_rule(rule)
         if isinstance(images, str | Path | Image):
             raise TypeError(f"images={str(images)!r} is one image: pass a list.")
         if hasattr(images, "column_names"):  # `datasets` need not be installed where this file is remote code
@@ -334,18 +339,23 @@ class SmoothedClassifier:
             ValueError: as [`certify`]; those about settings before the first image is read.
             TypeError: for images that are not float32 tensors.
         """
-        rule.check(self.noise)
+        self.check_rule(rule)
         seed = choose_seed() if seed is None else seed
         if total is None and isinstance(images, Sized):
             total = len(images)
         bar = ProgressBar(total) if progress else None
-        sampler = Sampler(self.base_classifier, self.noise, rule, seed, self.batch_size, self.count_head, bar)
         try:
-            for finished in sampler.sample(images):
-                yield from zip(finished.positions, self._certificates(finished, rule, seed))
+            yield from self._certify(images, rule, seed, bar)
         finally:
             if bar is not None:
                 bar.close()
+
+    def _certify(
+        self, images: Iterable[torch.Tensor], rule: Rule, seed: int, bar: ProgressBar | None
+    ) -> Iterator[tuple[int, Certificate]]:
+        sampler = Sampler(self.base_classifier, self.noise, rule, seed, self.batch_size, self.count_head, bar)
+        for finished in sampler.sample(images):
+            yield from zip(finished.positions, self._certificates(finished, rule, seed))
 
     def _certificates(self, finished: FinishedImages, rule: Rule, seed: int) -> Iterator[Certificate]:
         shared: dict[str, Any] = {

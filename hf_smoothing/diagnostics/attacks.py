@@ -3,8 +3,9 @@
 An attack looks for a change of an image after which the smoothed classifier predicts another class. What it finds is a
 candidate. Fresh draws, independent of the search, then judge whether the candidate is a success.
 
-Where a router chooses the noise level, the attack moves the level and the class: it also climbs the router's loss, alone,
-and together with the classifier's loss at each other level.
+A classifier of two noise levels is attacked at both. Where its level is primary, the attack lowers the share of the class
+there, alone, and together with that at the fallback level, which answers next. Where it is fallback, the attack also raises
+another class at the primary level.
 """
 
 import math
@@ -14,9 +15,9 @@ from dataclasses import dataclass
 import torch
 
 from ..core.certificates import ABSTAIN
+from ..core.fallback_classifier import FallbackClassifier
 from ..core.lattice import round_to_lattice
 from ..core.noise import GaussianNoise
-from ..core.routed_classifier import RoutedClassifier
 from ..core.sequential_rule import SequentialRule
 from ..core.smoothing import SmoothedClassifier
 from ..core.validation import check_count, check_share
@@ -24,8 +25,8 @@ from ..core.validation import check_count, check_share
 STEP_SIZES = (0.05, 0.2, 1.0)
 """Step sizes of the gradient attack, as parts of the largest allowed norm."""
 
-Goal = list[tuple[SmoothedClassifier, int]]
-"""Smoothed classifiers and the answer that each should leave: a class, or the level of a router."""
+Goal = list[tuple[SmoothedClassifier, int, int]]
+"""Smoothed classifiers, a class, and whether its share should shrink (1) or grow (-1)."""
 
 Screening = tuple[tuple[int, float], ...]
 """Pairs: a number of draws, and the largest share of the certified class in them for a candidate to pass."""
@@ -227,20 +228,15 @@ def _find_directions(target: _Target, others: torch.Tensor | None) -> Iterator[t
 
 def _find_goals(target: _Target) -> list[tuple[str, Goal]]:
     """What gradients can climb, each with a note for the name of the attack."""
-    routed = target.smoothed
-    if not isinstance(routed, RoutedClassifier):
-        return [("", [(routed, target.prediction)])]
-    level = routed.choose_level(target.pixels, target.settings.seed)
-    leave_level = (routed.router, level)
-    goals: list[tuple[str, Goal]] = [
-        (" of the class", [(routed.at_level[level], target.prediction)]),
-        (" of the level", [leave_level]),
-    ]
-    for other, smoothed in enumerate(routed.at_level):
-        if other != level:
-            aim = f" of the level, and of the class at sigma {routed.levels[other]:g}"
-            goals.append((aim, [leave_level, (smoothed, target.prediction)]))
-    return goals
+    smoothed, prediction = target.smoothed, target.prediction
+    if not isinstance(smoothed, FallbackClassifier):
+        return [("", [(smoothed, prediction, 1)])]
+    primary, fallback = (smoothed.primary, prediction, 1), (smoothed.fallback, prediction, 1)
+    level, votes = smoothed.choose_level(target.pixels, target.settings.seed)
+    if level is smoothed.primary:
+        return [(" of the class", [primary]), (" of the class at both levels", [primary, fallback])]
+    rival = max((count, label) for label, count in enumerate(votes) if label != prediction)[1]
+    return [(" of the class", [fallback]), (" of the level", [(smoothed.primary, rival, -1)])]
 
 
 def _ascend_gradient(
@@ -252,7 +248,7 @@ def _ascend_gradient(
     generator: torch.Generator,
     random_start: bool,
 ) -> torch.Tensor:
-    """Projected gradient ascent on the loss of an answer under noise (arXiv 1906.04584); of several, on their sum."""
+    """Projected gradient ascent on the loss of a class under noise (arXiv 1906.04584); of several, on their sum."""
     pixels = target.pixels
     change, momentum = torch.zeros_like(pixels), torch.zeros_like(pixels)
     if random_start:
@@ -261,12 +257,12 @@ def _ascend_gradient(
     for step in range(steps):
         change = change.detach().requires_grad_()
         momentum = 0.9 * momentum
-        for smoothed, answer in goal:
+        for smoothed, answer, sign in goal:
             sigma = smoothed.noise.sigma
             noise = torch.randn((target.settings.draws, *pixels.shape), generator=generator, device=pixels.device)
             logits = smoothed.base_classifier([round_to_lattice(pixels + change + sigma * noise)], sigma)
             # the share of draws that give the answer has no gradient; the mean probability has
-            loss = -logits.log_softmax(1)[:, answer].logsumexp(0)
+            loss = -sign * logits.log_softmax(1)[:, answer].logsumexp(0)
             (gradient,) = torch.autograd.grad(loss, change)
             momentum = momentum + gradient / gradient.norm().clamp(min=1e-12)
         length = size * max_norm * (1 - step / steps)
@@ -288,8 +284,8 @@ def _draw_normal(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tens
 def _passes_screening(target: _Target, change: torch.Tensor, seed: int, screening: Screening) -> bool:
     """Whether a few draws leave it possible that the prediction has changed, so that judging is worth its draws."""
     pixels, smoothed = target.pixels + change, target.smoothed
-    if isinstance(smoothed, RoutedClassifier):
-        smoothed = smoothed.at_level[smoothed.choose_level(pixels, seed)]
+    if isinstance(smoothed, FallbackClassifier):
+        smoothed, _ = smoothed.choose_level(pixels, seed)
     sigma = smoothed.noise.sigma
     generator = torch.Generator(pixels.device).manual_seed(seed)
     for draws, share in screening:

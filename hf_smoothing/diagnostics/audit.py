@@ -16,10 +16,10 @@ from ..core.smoothing import SmoothedClassifier
 from ..core.validation import check_count
 from ..data.labelled_images import ModelInputs
 from ..reporting.rendering import format_count, format_number
-from ..runs.identity import at_level, describe_classifier, describe_router, load_classifier, open_images
+from ..runs.identity import at_level, describe_classifier, load_classifier, open_images
 from ..runs.records import level_of
 from ..runs.run_folder import RunFolder
-from ..runs.settings import AUTO, NoiseLevel
+from ..runs.settings import NoiseLevel
 from ..runs.time_estimate import SHORT_SECONDS, format_seconds, measure_seconds_per_draw
 from ..utils.files import write_json
 from ..utils.provenance import command_line, package_versions
@@ -115,7 +115,6 @@ def audit(
     rows = _start(output_dir, audit_settings)
     finished = {(row["sigma"], row["index"]) for row in rows}
     classifiers = {level: at_level(smoothed, level, run) for level in dict.fromkeys(map(level_of, sample))}
-    _check_router(run, classifiers.get(AUTO))
     neighbours = _read_neighbours(records, inputs, settings.seed)
     _announce_time(smoothed, inputs[sample[0]["index"]][0], settings, len(sample) - len(finished))
     with (output_dir / "audit.jsonl").open("a") as lines:
@@ -198,13 +197,6 @@ def _load_classifier(run: Row, device: str, batch_size: int) -> SmoothedClassifi
         name, different = run["model_name_or_path"], ", ".join(differing)
         raise ValueError(f"The model {name!r} is not the one that was certified: it has another {different}.")
     return smoothed
-
-
-def _check_router(run: Row, routed: SmoothedClassifier | None) -> None:
-    """Raise a `ValueError` where the router is not the one whose choice was certified."""
-    description = json.loads(json.dumps(describe_router(routed)))
-    if differing := [name for name, value in description.items() if run.get(name) != value]:
-        raise ValueError(f"The router is not the one that was certified: it has another {', '.join(differing)}.")
 
 
 def _start(output_dir: Path, settings: Row) -> list[Row]:

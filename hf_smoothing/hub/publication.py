@@ -23,12 +23,12 @@ Json = dict[str, Any]
 
 _MODEL_FILES = (
     "README.md", "card.yaml", "LICENSE*", "config.json", "preprocessor_config.json", "model*.safetensors",
-    "model.safetensors.index.json", "calibration.json", "*.png", "*.svg", "results/", "router/",
+    "model.safetensors.index.json", "calibration.json", "*.png", "*.svg", "results/",
 )  # fmt: skip
 _RUN_FILES = (
     "README.md", "LICENSE*", "certificates.parquet", "run.json", "report.md", "report.json", "*.png", "*.svg", "report/",
 )  # fmt: skip
-_NEVER = ("*.jsonl", "*.lock", "*.part", "router/step_*")
+_NEVER = ("*.jsonl", "*.lock", "*.part")
 """Working files of runs and trainings, in whatever folder."""
 
 _CLASSES: dict[str, tuple[type, str]] = {

@@ -1,7 +1,6 @@
 """A report on finished runs: a summary ready for JSON, and from it alone the tables, the notes and the Markdown page."""
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -107,7 +106,7 @@ def summarize(results: Sequence[Result], radii: Sequence[float] | None = None, e
     Args:
         results: of one guarantee, alpha and norm.
         radii: where to count; by default those asked of the runs, or else 0, 0.25, ... 1.
-        envelope: add the best share over all results without a router, at each radius that is more than a floor for one of
+        envelope: add the best share over all results at single levels, at each radius that is more than a floor for one of
             them. It is the figure of no single model and sigma.
 
     Raises:
@@ -149,7 +148,7 @@ def _summarize_result(result: Result, radii: Sequence[float], num_results: int) 
         "alpha": result.alpha,  # of failed images too
         "median_counted_draws": median(counted) if counted else None,
         "mean_seconds": sum(seconds) / len(seconds) if seconds else None,
-        "router": _summarize_router(result),
+        "fallback": _summarize_fallback(result),
         "made_by": {name: result.run[name] for name in ("command", "settings", "versions") if name in result.run},
     }
 
@@ -166,24 +165,24 @@ def _summarize_radii(radii: Sequence[float]) -> Json | None:
     return {"number": len(radii), "smallest": min(radii), "largest": max(radii)} if radii else None
 
 
-def _summarize_router(result: Result) -> Json | None:
-    """What a router chose and took: shares of levels, its own passes, the classifier's passes over those at the level."""
-    routed = [row for row in result.rows if row.get("routing") is not None and row.get("error") is None]
-    if not routed:
+def _summarize_fallback(result: Result) -> Json | None:
+    """How often a classifier of two levels used the fallback, and its passes over those at the level in use."""
+    rows = [row for row in result.rows if row.get("level_choice") is not None and row.get("error") is None]
+    if not rows:
         return None
-    chosen = Counter(row["sigma"] for row in routed)
-    at_level = sum(row["routing"]["level_num_samples"] for row in routed)
+    primary, fallback = levels = rows[0]["level_choice"]["levels"]
+    at_level = [row["level_choice"]["num_samples"][levels.index(row["sigma"])] for row in rows]
     return {
-        "sigma": routed[0]["routing"]["sigma"],
-        "levels": [{"sigma": sigma, "share": chosen[sigma] / len(routed)} for sigma in routed[0]["routing"]["levels"]],
-        "several_kept": sum(len(row["routing"]["kept"]) > 1 for row in routed) / len(routed),
-        "mean_num_samples": sum(row["routing"]["num_samples"] for row in routed) / len(routed),
-        "draws_over_level": sum(row["num_samples"] for row in routed) / at_level,
+        "primary": primary,
+        "fallback": fallback,
+        "agreement": rows[0]["level_choice"]["agreement"],
+        "fallback_share": sum(row["sigma"] == fallback for row in rows) / len(rows),
+        "draws_over_level": sum(row["num_samples"] for row in rows) / sum(at_level),
     }
 
 
 def _summarize_envelope(all_results: Sequence[Result], all_entries: Sequence[Json]) -> Json:
-    # a router's system is one classifier, which is compared with the envelope
+    # the classifier of two levels is one, which is compared with the envelope
     results = [result for result in all_results if result.sigma != AUTO]
     entries = [entry for entry in all_entries if entry["sigma"] != AUTO]
     if len(results) < 2:

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from ..core.agreement import LEVEL_SHARE
 from ..core.certificates import ABSTAIN
 from ..core.noise import GaussianNoise
 from ..core.rules import RULES, make_rule
@@ -31,7 +32,7 @@ Standing = Literal["counted", "floor", "out of reach"]
 @dataclass(frozen=True)
 class Result:
     """
-    The certificates of one run at one noise level, or with a router that chooses the level of each image.
+    The certificates of one run at one noise level, or of one classifier of two levels (sigma `auto`).
 
     Attributes:
         source: the folder or file.
@@ -106,7 +107,10 @@ class Result:
         unknown = self.sigma is None or self.delta is not None or self.settings.get("method") not in RULES
         if unknown or "alpha" not in settings:
             return None
-        sigma = max(self.settings["router_levels"]) if self.sigma == AUTO else self.sigma
+        sigma = self.sigma
+        if sigma == AUTO:
+            sigma = max(self.settings["levels"])
+            settings["alpha"] *= LEVEL_SHARE
         return make_rule(self.settings["method"], **settings).largest_radius(GaussianNoise(sigma))
 
     @cached_property
@@ -149,7 +153,7 @@ class Result:
 
     @cached_property
     def sigma(self) -> NoiseLevel:
-        """The noise level; `"auto"` with a router, None where unknown."""
+        """The noise level, which may be `"auto"`; None where unknown."""
         return AUTO if any(level_of(row) == AUTO for row in self.rows) else self._only("sigma")
 
     @cached_property

@@ -24,7 +24,7 @@ from .identity import at_level, describe_run, describe_session, load_classifier,
 from .recorder import Recorder
 from .records import Record, error_record, record
 from .run_folder import RunFolder, RunState, RunSummary
-from .settings import AUTO, NoiseLevel, RunSettings
+from .settings import NoiseLevel, RunSettings
 from .time_estimate import announce_time
 
 
@@ -83,8 +83,7 @@ def certify_dataset(
 
     def start() -> RunState:
         session = describe_session(accelerator, smoothed)
-        description = describe_run(settings, images, smoothed, classifiers.get(AUTO))
-        return folder.start(description, session, partial(_find_shape, inputs))
+        return folder.start(describe_run(settings, images, smoothed), session, partial(_find_shape, inputs))
 
     state = on_main_first(accelerator, start)
     expected = None if images.total is None else images.total * len(settings.sigmas)
@@ -125,7 +124,7 @@ def _find_shape(inputs: ModelInputs) -> tuple[int, ...] | None:
 def _select_claims(settings: RunSettings, records: list[Record]) -> list[Record]:
     """The records with claims in place of estimates: with `false_claims`, they depend on all images of a noise level."""
     selected = [row for row in records if row["error"] is not None]
-    for sigma in settings.levels:
+    for sigma in settings.single_levels:
         rule, _ = settings.rule(sigma)
         assert isinstance(rule, SurrogateRule)
         rows = [row for row in records if row["sigma"] == sigma and row["error"] is None]

@@ -10,7 +10,6 @@ from torch import nn
 
 from ..core.count_predictor import CountPredictor
 from ..core.noise import GaussianNoise
-from ..core.routed_classifier import RoutedClassifier
 from ..core.smoothing import SmoothedClassifier
 from ..core.surrogate_rule import SurrogateRule
 from ..core.weights import loading, weights_digest
@@ -50,13 +49,10 @@ def load_classifier(settings: Record, device: torch.device | str, batch_size: in
 
 
 def at_level(smoothed: SmoothedClassifier, level: NoiseLevel, settings: Record) -> SmoothedClassifier:
-    """The classifier of a run at one of its noise levels. Raises a `ValueError` for `"auto"` where there is no router."""
-    if level != AUTO:
-        return smoothed.with_noise(GaussianNoise(level))
-    names = [settings.get(name) for name in ("router", "count_head", "model_name_or_path")]
-    router = next(name for name in names if name is not None)
-    revision = settings.get("revision") if router == settings["model_name_or_path"] else None
-    return smoothed.with_router(router, **({} if revision is None else {"revision": revision}))
+    """The classifier of a run at one of its noise levels, which may be `"auto"`."""
+    if level == AUTO:
+        return smoothed.with_fallback(settings["levels"], settings["agreement"])
+    return smoothed.with_noise(GaussianNoise(level))
 
 
 def describe_classifier(smoothed: SmoothedClassifier) -> Record:
@@ -74,21 +70,8 @@ def describe_classifier(smoothed: SmoothedClassifier) -> Record:
     }
 
 
-def describe_run(
-    settings: RunSettings,
-    images: LabelledImages,
-    smoothed: SmoothedClassifier,
-    routed: SmoothedClassifier | None = None,
-) -> Record:
-    """
-    What must be the same for a run to be resumed, as plain values. Processes, batch size and device may change.
-
-    Args:
-        settings: of the run.
-        images: that it certifies.
-        smoothed: the classifier.
-        routed: the classifier with its router, if sigma is `"auto"`.
-    """
+def describe_run(settings: RunSettings, images: LabelledImages, smoothed: SmoothedClassifier) -> Record:
+    """What must be the same for a run to be resumed, as plain values. Processes, batch size and device may change."""
     model: Any = smoothed.base_classifier.classifier
     head = smoothed.count_head
     return {
@@ -100,22 +83,8 @@ def describe_run(
         "model_commit": getattr(model.config, "_commit_hash", None),
         **describe_classifier(smoothed),
         "count_head_weights": weights_digest(head.model) if isinstance(head, CountPredictor) else None,
-        **describe_router(routed),
         "calibration": _describe_calibration(settings, smoothed),
-        "radii_decided": {f"{sigma:g}": settings.rule(sigma)[1] for sigma in settings.levels},
-    }
-
-
-def describe_router(routed: SmoothedClassifier | None) -> Record:
-    """What defines the function of a router; empty where there is none."""
-    if not isinstance(routed, RoutedClassifier):
-        return {}
-    router: Any = routed.router.base_classifier.classifier
-    return {
-        "router_levels": list(routed.levels),
-        "router_sigma": routed.router.noise.sigma,
-        "router_draws": routed.router_draws,
-        "router_weights": weights_digest(router),
+        "radii_decided": {f"{sigma:g}": settings.rule(sigma)[1] for sigma in settings.single_levels},
     }
 
 
@@ -134,7 +103,7 @@ def describe_session(accelerator: Accelerator, smoothed: SmoothedClassifier) -> 
 
 def _describe_calibration(settings: RunSettings, smoothed: SmoothedClassifier) -> Record | None:
     calibration, shifts = smoothed.calibration, dict[str, float]()
-    for sigma in settings.levels:
+    for sigma in settings.single_levels:
         rule, _ = settings.rule(sigma)
         if isinstance(rule, SurrogateRule) and rule.delta is not None:
             shifts[f"{sigma:g}"] = rule.shift(GaussianNoise(sigma))

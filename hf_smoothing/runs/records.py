@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
 from ..core.certificates import Certificate
-from ..core.routed_classifier import RoutedClassifier
+from ..core.fallback_classifier import FallbackClassifier
 from ..core.rule_protocols import Rule
 from ..core.smoothing import SmoothedClassifier
 from ..utils.files import put_in_place
@@ -49,18 +49,17 @@ SCHEMA = pa.schema(
         "delta": pa.float64(),
         "calibration": pa.string(),
         "false_claims": pa.float64(),
-        "routing": pa.struct(  # only where a router chose sigma: see `Routing`
+        "level_choice": pa.struct(  # only with sigma `auto`: see `LevelChoice`
             {
                 "levels": pa.list_(pa.float64()),
-                "votes": pa.list_(pa.int64()),
-                "sigma": pa.float64(),
-                "alpha": pa.float64(),
-                "classifier_alpha": pa.float64(),
-                "kept": pa.list_(pa.float64()),
+                "agreement": pa.float64(),
+                "p_lower": pa.float64(),
+                "p_upper": pa.float64(),
                 "radius": pa.float64(),
-                "classifier_radius": pa.float64(),
-                "num_samples": pa.int64(),
-                "level_num_samples": pa.int64(),
+                "predictions": pa.list_(pa.int64()),
+                "radii": pa.list_(pa.float64()),
+                "alphas": pa.list_(pa.float64()),
+                "num_samples": pa.list_(pa.int64()),
             }
         ),
         "seconds": pa.float64(),  # of its process since the record before; images share batches: sums and means count
@@ -77,8 +76,8 @@ def record(index: int, label: int, names: Sequence[str], certificate: Certificat
 
 
 def level_of(row: Record) -> NoiseLevel:
-    """The noise level that was asked for: `"auto"` where a router chose that of the record."""
-    return row.get("sigma") if row.get("routing") is None else AUTO
+    """The noise level that was asked for, which may be `"auto"`; that of the record is the one in use."""
+    return row.get("sigma") if row.get("level_choice") is None else AUTO
 
 
 def in_order_of_levels(row: Record) -> tuple[bool, float, int]:
@@ -92,14 +91,14 @@ def error_record(
 ) -> Record:
     """
     The record of an image that could not be certified, and counts as wrong. It has no draws (`num_samples` is 0), and null
-    for everything that draws would tell, which is the noise level too where a router chooses it.
+    for everything that draws would tell, which is the noise level too with sigma `auto`.
     """
-    routing = {"levels": list(smoothed.levels)} if isinstance(smoothed, RoutedClassifier) else None
+    level_choice = {"levels": list(smoothed.levels)} if isinstance(smoothed, FallbackClassifier) else None
     return {
         **_image_record(index, label, names),
         "method": rule.method,
-        "sigma": smoothed.noise.sigma if routing is None else None,
-        "routing": routing,
+        "sigma": smoothed.noise.sigma if level_choice is None else None,
+        "level_choice": level_choice,
         "alpha": rule.alpha,
         "num_samples": 0,
         "seed": seed,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # imported where they are used, so that the command line show
 
 
 AUTO = "auto"
-"""In place of a noise level: a router chooses that of each image."""
+"""In place of a noise level: one classifier of two noise levels."""
 
 if not TYPE_CHECKING:
 
@@ -51,8 +51,8 @@ class RunSettings:
         "dataset: a name on the Hub, a local folder (also of image files), or a Parquet file", "--dataset"
     )
     sigmas: list[NoiseLevel] = _option(
-        "noise levels: standard deviations, for pixels in [0, 1]; `auto`: a router chooses the level of each image, and the "
-        "certificates cover its choice too",
+        "noise levels: standard deviations, for pixels in [0, 1]; `auto`: one classifier of two levels, which backs off to "
+        "the second where the noisy copies at the first do not agree (--levels, --agreement)",
         "--sigma",
     )
     dataset_config_name: str | None = _option("configuration of the dataset (default: its only one)", default=None)
@@ -107,8 +107,12 @@ class RunSettings:
         "`surrogate`",
         default=None,
     )
-    router: str | None = _option(
-        "router for `--sigma auto`: a folder or a name on the Hub (default: the count head's, else the model's)",
+    levels: list[float] | None = _option(
+        "the primary and the fallback noise level, for `--sigma auto` (default: 0.5 0.12)", default=None
+    )
+    agreement: float | None = _option(
+        "share of the noisy copies at the primary level that must agree for their answer to count, from 0.5 to below 1; "
+        "otherwise the fallback level answers (`--sigma auto`; default: 0.5)",
         default=None,
     )
     delta: float | None = _option(
@@ -154,18 +158,32 @@ class RunSettings:
         object.__setattr__(self, "sigmas", [NoiseLevel(sigma) for sigma in self.sigmas])
         if AUTO in self.sigmas and (self.method not in ("two-stage", "fixed") or self.radii is not None):
             raise ValueError("sigma='auto' finds radii: use method two-stage or fixed, and leave radii out.")
-        if self.router is not None and AUTO not in self.sigmas:
-            raise ValueError(f"router={self.router!r} has no meaning without sigma='auto': leave it out.")
+        self._complete_levels()
         if not self.sigmas or len(set(self.sigmas)) < len(self.sigmas):
             raise ValueError(f"sigmas={self.sigmas} must be one or more different noise levels.")
         if self.seed is not None and not 0 <= self.seed < 2**63:  # records hold it as a 64-bit number
             raise ValueError(f"seed={self.seed} must be 0 or above, and below 2**63.")
         reachable = {radius for sigma in self.sigmas for radius in self.rule(sigma)[1] or ()}
         if unreachable := sorted(set(self.radii or ()) - reachable):
-            self._make_rule(tuple(unreachable)).check(GaussianNoise(max(self.levels)))  # says how many draws it takes
+            self._make_rule(tuple(unreachable)).check(
+                GaussianNoise(max(self.single_levels))
+            )  # says how many draws it takes
+
+    def _complete_levels(self) -> None:
+        """The defaults of `levels` and `agreement` are recorded; they are None without sigma `auto`."""
+        from ..core.agreement import AGREEMENT, LEVELS, check_agreement
+
+        if AUTO not in self.sigmas:
+            for name in ("levels", "agreement"):
+                if (value := getattr(self, name)) is not None:
+                    raise ValueError(f"{name}={value} has no meaning without sigma='auto': leave it out.")
+            return
+        object.__setattr__(self, "levels", list(LEVELS if self.levels is None else self.levels))
+        object.__setattr__(self, "agreement", AGREEMENT if self.agreement is None else self.agreement)
+        check_agreement(self.levels or (), self.agreement or 0)
 
     @property
-    def levels(self) -> list[float]:
+    def single_levels(self) -> list[float]:
         """The noise levels that were given as numbers."""
         return [sigma for sigma in self.sigmas if sigma != AUTO]
 
@@ -186,7 +204,7 @@ class RunSettings:
         """
         from ..core.noise import GaussianNoise
 
-        # a router's levels are not known here, and without radii, draws that suffice at one level do so at all
+        # with `auto` there are no radii, and draws that suffice at one level do so at all
         noise, radii = GaussianNoise(1.0 if sigma == AUTO else sigma), self.radii
         reachable = None if radii is None else tuple(radius for radius in radii if self._can_show(radius, noise))
         rule = self._make_rule(reachable or radii)

@@ -18,7 +18,7 @@ OPTIONAL = {"diffusion_denoiser": {"diffusers"}}
 """Imported inside `try`, where transformers does not demand it of everybody who loads a published model."""
 
 WITHOUT_TORCH = (
-    "bets", "bounds", "calibration", "certificates", "count_rule", "fixed_rule", "routing", "rule_protocols", "rules",
+    "agreement", "bets", "bounds", "calibration", "certificates", "count_rule", "fixed_rule", "rule_protocols", "rules",
     "selection", "sequential_rule", "surrogate_rule", "two_stage_plan", "two_stage_rule", "validation",
 )  # fmt: skip
 

@@ -1,19 +1,14 @@
 """Several noise levels of one picture: `certify(sigmas=...)`, and the pipeline's `sigmas` and `sigma="auto"`."""
 
-import shutil
-
 import pytest
-from helpers.routers import save_router
 from transformers import pipeline
 
 from hf_smoothing import GaussianNoise, SmoothedClassifier
 
 
 @pytest.fixture(scope="module")
-def routed_pipe(model, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("routed") / "model"
-    shutil.copytree(model, folder)
-    return pipeline("certified-image-classification", model=save_router(folder), max_draws=300)
+def pipe(model):
+    return pipeline("certified-image-classification", model=model, max_draws=300)
 
 
 def test_all_levels_from_one_call_at_alpha_split_over_them(linear, small_images, noise):
@@ -43,8 +38,8 @@ def test_levels_must_differ(linear, small_images, noise, sigmas):
         SmoothedClassifier(linear, noise).certify(small_images, sigmas=sigmas)
 
 
-def test_the_pipeline_with_several_levels(routed_pipe, demo_images):
-    first, _ = routed_pipe(list(demo_images[:2]["image"]), sigmas=[0.25, 0.5], draws=40)
+def test_the_pipeline_with_several_levels(pipe, demo_images):
+    first, _ = pipe(list(demo_images[:2]["image"]), sigmas=[0.25, 0.5], draws=40)
     assert [row["sigma"] for row in first["certificates"]] == [0.25, 0.5]
     assert {row["alpha"] for row in first["certificates"]} == {0.0005}
     for label, best in first["best_of"].items():
@@ -52,14 +47,18 @@ def test_the_pipeline_with_several_levels(routed_pipe, demo_images):
     assert "not about one" in first["statement"]
 
 
-def test_the_pipeline_with_a_router(routed_pipe, demo_images):
+def test_the_pipeline_with_a_fallback_level(pipe, demo_images):
     images = list(demo_images[:4]["image"])
-    found = routed_pipe(images, sigma="auto", draws=40, seed=0)
-    assert [row["sigma"] in (0.25, 0.5) for row in found] == [True] * 4
-    assert all(sum(row["routing"]["votes"]) == 256 for row in found)
-    assert found == routed_pipe(images, sigma="auto", draws=40, seed=0, batch_size=5)
+    found = pipe(images, sigma="auto", draws=40, seed=0)
+    assert all(row["level_choice"]["levels"] == (0.5, 0.12) for row in found)
+    assert all(row["level_choice"]["agreement"] == 0.5 for row in found)
+    assert found == pipe(images, sigma="auto", draws=40, seed=0, batch_size=5)
+    other = pipe(images, sigma="auto", levels=(0.5, 0.25), agreement=0.6, draws=40, seed=0)
+    assert {row["sigma"] for row in other} == {0.5, 0.25}
     with pytest.raises(ValueError, match="method='sequential' has no meaning with sigma='auto'"):
-        routed_pipe(images, sigma="auto", radius=0.1)
-    one = SmoothedClassifier.from_pretrained(routed_pipe.model.name_or_path, "auto")
-    assert one.levels == (0.25, 0.5)
+        pipe(images, sigma="auto", radius=0.1)
+    one = SmoothedClassifier.from_pretrained(pipe.model.name_or_path, "auto", levels=(0.5, 0.25), agreement=0.6)
+    assert [row.radius for row in one.certify(images, draws=40, max_draws=300, seed=0)] == [
+        row["radius"] for row in other
+    ]
     assert one.predict(images)[0] in (-1, *range(10))

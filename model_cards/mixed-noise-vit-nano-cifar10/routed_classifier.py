@@ -1,1 +1,0 @@
-../../hf_smoothing/core/routed_classifier.py

@@ -1,1 +1,0 @@
-../../hf_smoothing/core/modeling_level_router.py
