@@ -77,12 +77,9 @@ def certify(
     Example: `hf-smoothing certify frog.png --model user/repo --sigma 0.5`
     """
     from ..core.image_loading import load_image
-    from ..core.noise import GaussianNoise
     from ..core.preprocessing import to_pixels
     from ..core.sampler import in_order
-    from ..core.smoothing import SmoothedClassifier
-    from ..core.weights import loading
-    from ..runs.identity import at_level
+    from ..runs.identity import at_level, load_classifier
     from ..runs.time_estimate import announce_time
 
     sigmas = sigma or [0.25]
@@ -92,14 +89,11 @@ def certify(
     settings = RunSettings(model, "pictures", sigmas, **chosen)  # checks them before it loads
     rules = [settings.rule(level)[0] for level in sigmas]
     pictures = [load_image(name) for name in images]
-    options: dict[str, Any] = {"noise_resolution": settings.resolution, "denoiser": denoiser, "count_head": count_head}
-    with loading(model):
-        smoothed = SmoothedClassifier.from_pretrained(
-            model, GaussianNoise((settings.single_levels or [1.0])[0]), batch_size=batch_size, device=device, **options
-        )
+    described = {**asdict(settings), "noise_resolution": settings.resolution}
+    smoothed = load_classifier(described, device or "cpu", batch_size)
     if delta is not None:
         smoothed.check_calibration()
-    classifiers = [at_level(smoothed, level, asdict(settings)) for level in sigmas]
+    classifiers = [at_level(smoothed, level, described) for level in sigmas]
     pixels = [to_pixels(picture, smoothed.preprocessing) for picture in pictures]
     takes_long = announce_time(rules[0], smoothed, pixels[0], len(sigmas) * len(pixels))
     shown = takes_long or sys.stderr.isatty()
