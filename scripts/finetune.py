@@ -69,7 +69,6 @@ def main() -> None:
         if accelerator.is_main_process:
             create_card(
                 Path(settings.output_dir),
-                summary=f"A {model.config.model_type.replace('_', '-')} model, finetuned.",
                 dataset=image_settings.dataset_name,
                 base_model=base.model_name_or_path,
             )

@@ -96,7 +96,6 @@ def main() -> None:
         if accelerator.is_main_process:
             create_card(
                 Path(settings.output_dir),
-                summary="A mixed-noise vision transformer, pretrained on a mixture of noise levels.",
                 dataset=image_settings.dataset_name,
                 finetune_first=True,
             )

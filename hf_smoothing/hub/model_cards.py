@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import zip_longest
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import yaml
 from jinja2 import UndefinedError
@@ -15,10 +15,13 @@ from ..reporting.rendering import render
 from ..reporting.results import name_of_figure
 from ..utils.files import read_json
 from .card_metadata import card_metadata, certified_points
-from .results_pages import TEMPLATES, Json, render_accuracy, render_results, render_results_file
+from .results_pages import ACCURACY, TEMPLATES, Json, render_accuracy, render_results, render_results_file
 
 WORDS = "card.yaml"
 TRAINING = "results/training.json"
+
+DEMO_CLASSES = set(["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"])
+"""Of the images that ship with the package, which show how to use a model of these classes."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +54,14 @@ class Page:
 class Words:
     """What `card.yaml` holds: the words of a card, and which results files its figures come from."""
 
-    summary: str
-    """What the model is, in two or three sentences of Markdown."""
     datasets: list[str]
     """Names on the Hub of what it was trained on."""
     sources: list[str]
     """In Markdown. The Hub lists the model on the page of each paper that is linked (`https://arxiv.org/abs/...`)."""
+    summary: str = ""
+    """What the model is, in two or three sentences of Markdown. Without it, the card says what its training tells."""
+    location: str = ""
+    """Where the examples find the model: the folder that holds its folder, or the name of a user on the Hub."""
     tagline: str = ""
     """The summary in a few words, for a table of models."""
     picture: Picture | None = None
@@ -123,6 +128,10 @@ class Card:
     points: list[Json]
 
     @property
+    def class_names(self) -> list[str]:
+        return list(self.config.get("id2label", {}).values())
+
+    @property
     def is_count_head(self) -> bool:
         """Whether the model predicts counts, and is no classifier."""
         return bool(self.config.get("count_sigmas"))
@@ -168,12 +177,16 @@ def render_card(folder: Path) -> dict[Path, str]:
             heading = next((name_of_figure(report["guarantee"]) for report in card.accuracy.values()), "")
             accuracy = render_accuracy(card.accuracy) if card.accuracy else ""
         shown = {"card": card, "words": words, "own": own, "heading": heading, "accuracy": accuracy}
+        classifier = Path(words.base_model or card.training["settings"].get("base") or "my-model").name
         text = render(
             "model_card",
             [TEMPLATES],
             **shown,
             metadata=card_metadata(card.name, published, tags, words.datasets, words.base_model),
-            classifier=words.base_model or Path(card.training["settings"].get("base") or "my-model").name,
+            summary=words.summary or _describe_training(card),
+            name=str(PurePosixPath(words.location, card.name)),
+            classifier=words.base_model or str(PurePosixPath(words.location, classifier)),
+            is_demo=set(card.class_names) <= DEMO_CLASSES,
             size=card.config.get("image_size"),
             training=render_results("training_summary", card.training),
         )
@@ -182,6 +195,26 @@ def render_card(folder: Path) -> dict[Path, str]:
     except (KeyError, UndefinedError) as error:
         raise ValueError(f"{folder}: a results file lacks what its template shows: {error}.") from error
     return {folder / "README.md": text, **pages}
+
+
+def _describe_training(card: Card) -> str:
+    """What the model is, how it was trained and how often it is right, from the results of its training."""
+    settings, evaluation = card.training["settings"], card.training.get("evaluation") or {}
+    dataset, base = str(settings.get("dataset_name")), card.words.base_model or card.training.get("base")
+    published = dataset in card.words.datasets
+    return render(
+        "model_summary",
+        [TEMPLATES],
+        training=card.training,
+        classes=card.class_names,
+        foundation=card.words.finetune_first,
+        base=base,
+        dataset=f"[{dataset}](https://huggingface.co/datasets/{dataset})" if published else f"`{Path(dataset).name}`",
+        accuracies={
+            key.removeprefix(ACCURACY): share for key, share in evaluation.items() if key.startswith(ACCURACY)
+        },
+        certified=bool(card.accuracy),
+    )
 
 
 def _render_page(folder: Path, name: str, page: Page) -> str:
@@ -236,8 +269,8 @@ def _differing_files(folder: Path) -> Iterator[tuple[Path, str, str]]:
 def create_card(
     folder: Path,
     *,
-    summary: str,
     dataset: str,
+    summary: str = "",
     base_model: str | None = None,
     sources: Sequence[str] = (),
     finetune_first: bool = False,
@@ -247,15 +280,15 @@ def create_card(
 
     Args:
         folder: of the model, with `results/training.json`.
-        summary: what it is, in a sentence.
         dataset: what it was trained on; named if it is on the Hub.
+        summary: what it is, in a sentence; by default what the results of its training tell.
         base_model: what it was trained from, likewise.
         sources: papers of this kind of model, besides those of all models here.
         finetune_first: whether it is a foundation to finetune.
     """
     if not (folder / WORDS).is_file():
         words = {
-            "summary": summary,
+            **({"summary": summary} if summary else {}),
             "datasets": [dataset] if _is_on_the_hub(dataset) else [],
             "sources": [
                 *sources,

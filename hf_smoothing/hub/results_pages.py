@@ -92,7 +92,7 @@ def training_data(results: Json) -> Json:
 
     Returns:
         `stages`: the results of each stage, with its `workers` and the `launcher` of its command; `rows`: a table of the
-        settings in which the stages differ, and of the results; `evaluated`: the first stage with accuracies, or None;
+        settings in which the stages differ, and of the results; `evaluated`: the stages with accuracies by their name;
         `held_out`: the share of the images that a count head was evaluated on, or None.
     """
     stages = [results]
@@ -111,24 +111,37 @@ def training_data(results: Json) -> Json:
     }
     evaluations = [stage.get("evaluation") or {} for stage in stages]
     for key in dict.fromkeys(key for evaluation in evaluations for key in evaluation):
-        if key in _MEASURES or key.startswith(_ACCURACY):
-            label, spec = _MEASURES.get(key, (f"accuracy at sigma {key.removeprefix(_ACCURACY)}", ".1%"))
+        if key in _MEASURES or key.startswith(ACCURACY):
+            label, spec = _MEASURES.get(key, (f"accuracy at sigma {key.removeprefix(ACCURACY)}", ".1%"))
             table[label] = [format(found[key], spec) if key in found else "-" for found in evaluations]
     return {
         "stages": [{**stage, "launcher": _launcher(stage), "workers": _workers(stage)} for stage in stages],
         "rows": [{" ": label, **dict(zip(names, cells))} for label, cells in table.items()],
-        "evaluated": next((stage for stage in stages if (stage.get("evaluation") or {}).keys() - _MEASURES), None),
+        "evaluated": {
+            name: stage for name, stage in zip(names, stages) if (stage.get("evaluation") or {}).keys() - _MEASURES
+        },
         "held_out": results["settings"]["eval_share"] if evaluations[-1].keys() & _MEASURES else None,
     }
 
 
-_ACCURACY = "majority_accuracy_sigma_"
+ACCURACY = "majority_accuracy_sigma_"
+"""What the accuracy at a noise level is named in the results of a training, before the level."""
+
 _MEASURES = {
     "jensen_shannon": ("Jensen-Shannon divergence, nats", ".4f"),
     "top1_disagreement": ("another most frequent class", ".1%"),
     "top_frequency_error": ("error of the top frequency", "+.4f"),
 }
 """What a count head is evaluated by on images that were held out."""
+
+
+def training_summary_data(results: Json) -> Json:
+    """As [`training_data`]; accuracies of earlier stages, which have other classes, only where the last stage has some."""
+    data = training_data(results)
+    if not results.get("evaluation"):
+        data["evaluated"] = {}
+        data["rows"] = [row for row in data["rows"] if not row[" "].startswith(("accuracy at sigma", "eval_"))]
+    return data
 
 
 def _differing(stages: Sequence[Json]) -> list[str]:
@@ -148,6 +161,8 @@ def _format_setting(value: Any) -> str:
         return "-"
     if isinstance(value, list):
         return " ".join(f"{item:g}" if isinstance(item, float) else str(item) for item in value)
+    if isinstance(value, str) and Path(value).is_absolute():
+        return Path(value).name  # folders of a machine mean nothing to others
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -175,7 +190,7 @@ _BESIDE = {
 
 _DERIVE: dict[str, Callable[[Json], Json]] = {
     "training": training_data,
-    "training_summary": training_data,
+    "training_summary": training_summary_data,
     "count_head": count_head_data,
     "count_head_accuracy": count_head_summary,
 }

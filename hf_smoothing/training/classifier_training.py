@@ -84,6 +84,8 @@ def train_classifier(
         "command": command_line(),
         "settings": {**asdict(settings), **asdict(image_settings), **asdict(evaluation)},
         **loop.run(),
+        "num_images": images.total,
+        "base": Path(base).name if base and Path(base).exists() else base,
         "versions": package_versions("accelerate", "datasets"),
         **_read_earlier_training(base),
     }

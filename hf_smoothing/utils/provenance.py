@@ -1,5 +1,6 @@
 """Where results come from: the command and the versions of the packages."""
 
+import re
 import shlex
 import sys
 from importlib.metadata import version
@@ -9,13 +10,17 @@ _PACKAGES = ("torch", "transformers", "timm", "numpy", "scipy", "hf-smoothing")
 
 
 def command_line() -> str:
-    """The command of this process as typed; an installed program without its folder, a script from `scripts` on."""
+    """
+    The command of this process, without folders of this machine: a script from `scripts` on, an installed program and
+    absolute paths by their names. All other words are as typed.
+    """
     program = Path(sys.argv[0])
-    name = sys.argv[0] if program.suffix == ".py" else program.name
-    if program.suffix == ".py" and program.is_absolute():
-        start = max((place for place, part in enumerate(program.parts[:-1]) if part == "scripts"), default=-1)
-        name = Path(*program.parts[start:]).as_posix()
-    return shlex.join([name, *sys.argv[1:]])
+    name = program.name
+    if program.suffix == ".py":
+        parts = program.absolute().parts
+        start = max((place for place, part in enumerate(parts[:-1]) if part == "scripts"), default=-1)
+        name = Path(*parts[start:]).as_posix()
+    return shlex.join([name, *(re.sub(r"^(--[\w-]+=)?[/~].*/(?=[^/])", r"\1", word) for word in sys.argv[1:])])
 
 
 def package_versions(*more: str) -> dict[str, str]:

@@ -52,7 +52,14 @@ def folder(tmp_path):
     }
     training = {
         "command": "scripts/finetune.py",
-        "settings": {"seed": 0},
+        "settings": {
+            "seed": 0,
+            "num_train_epochs": 1,
+            "max_train_steps": None,
+            "sigmas": [0.0, 0.25],
+            "dataset_name": "data/cifar10",
+        },
+        "num_images": 1280,
         "steps": 10,
         "images_seen": 1280,
         "final_loss": 1.25,
@@ -230,6 +237,9 @@ def test_words_that_make_no_card(folder, change, message):
 
 def test_a_trained_model_gets_a_first_card(folder):
     (folder / "card.yaml").unlink()
+    create_card(folder, dataset=str(folder), base_model="someone/foundation")
+    assert "Finetuned from `someone/foundation` on 1,280 images of `cifar10`, with Gaussian noise" in body(folder)
+    (folder / "card.yaml").unlink()
     create_card(folder, summary="A model.", dataset="uoft-cs/cifar10", base_model="someone/foundation")
     data = ModelCard((folder / "README.md").read_text()).data
     assert (data.datasets, data.base_model, data.eval_results) == (["uoft-cs/cifar10"], "someone/foundation", None)
@@ -241,6 +251,29 @@ def test_a_trained_model_gets_a_first_card(folder):
     data = ModelCard((folder / "README.md").read_text()).data
     assert data.datasets is data.base_model is None  # names of folders mean nothing elsewhere
     assert "scripts/finetune.py --model_name_or_path my-model" in body(folder)
+
+
+def test_a_card_tells_accuracies_of_the_model_not_of_its_pretraining(folder):
+    path = folder / "results" / "training.json"
+    training = json.loads(path.read_text())
+    settings = {**training["settings"], "eval_split": "valid", "eval_samples": 500, "eval_draws": 1}
+    earlier = {**training, "settings": settings, "evaluation": {"majority_accuracy_sigma_0": 0.3}}
+    path.write_text(json.dumps({**training, "evaluation": None, "continues": earlier}))
+    assert call(folder).exit_code == 0
+    assert "30.0%" not in body(folder)
+    assert "eval_" not in body(folder)
+    page = (folder / "results" / "training.md").read_text()
+    assert "The accuracies of 1. " in page
+    assert "the majority over 1 noisy copy, on at most 500 images of the split `valid`" in page
+
+
+@pytest.mark.parametrize("names", [{"0": "cat", "1": "dog"}, {"0": "felix", "1": "rex"}])
+def test_the_example_shows_a_picture_that_the_model_knows(folder, names):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "id2label": names}))
+    assert call(folder).exit_code == 0
+    assert ("load_demo_images" in body(folder)) == ("cat" in names.values())
+    assert ('image = "picture.jpg"' in body(folder)) == ("felix" in names.values())
 
 
 def test_a_folder_without_words(folder):

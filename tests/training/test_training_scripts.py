@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import signal
 import time
+from pathlib import Path
 
 import pytest
 from helpers.paths import ROOT, SHIPPED_MODEL
@@ -36,6 +38,19 @@ def test_finetune_prints_accuracies_and_where_it_wrote(trained):
     assert "Trained 8 steps in" in last[0]
     assert "% at sigma 0.25 (majority of 5 noisy copies, split 'train')" in last[0]
     assert last[1] == f"Wrote the model, its card and results/training.json to {folder}."
+
+
+def test_the_card_of_a_finetuned_model_tells_its_training(trained, model, parquet):
+    folder, _ = trained
+    model, parquet, text = Path(model), Path(parquet), (folder / "README.md").read_text()
+    assert (
+        f"Finetuned from `{model.name}` on 200 images of `{parquet.name}`, without noise: 2 epochs, 8 steps, in"
+        in text
+    )
+    assert re.search(r"It is right on [\d.]+% of images without noise and [\d.]+% at sigma 0.25 \(split `train`", text)
+    assert f"scripts/finetune.py --model_name_or_path {model.name} --dataset_name {parquet.name} --output_dir" in text
+    pages = "".join(path.read_text() for path in (folder, folder / "results") for path in path.glob("*.md"))
+    assert not re.search(r"[ `]/\w", pages)  # no path of this machine
 
 
 def test_the_same_command_is_refused_before_anything_is_loaded(processes, trained, tmp_path):
