@@ -184,7 +184,6 @@ def _workers(training: Json) -> str:
 
 _BESIDE = {
     "benchmark": ("engine", "single-pictures", "kills"),
-    "readme_benchmark": ("engine", "single-pictures"),
 }
 """By template: names of results files beside its own, which it shows under their name where they exist."""
 
