@@ -321,7 +321,9 @@ def _has_too_few_draws(entry: Json) -> bool:
     """Whether a table goes beyond the radii of images whose draws all agree: as many draws as allowed could prove more."""
     radii = entry.get("unanimous_radii")
     ceiling = entry.get("largest_radius") or math.inf
-    return bool(radii) and any(radii["smallest"] < share["radius"] <= ceiling for share in entry["certified_accuracy"])
+    return radii is not None and any(
+        radii["smallest"] < share["radius"] <= ceiling for share in entry["certified_accuracy"]
+    )
 
 
 def _ceilings(entries: Sequence[Json]) -> list[Json]:
