@@ -50,6 +50,7 @@ def compute_errors(comparison: Comparison, radii: Sequence[float], bins: int = 1
                 "up_to": None if np.isinf(high) else high,
                 "images": int(inside.sum()),
                 "overestimated": _mean(over[inside]),
+                "underestimated": _mean(under[inside]),
                 "mean_error": _mean(errors[inside]),
             }
             for low, high in pairwise(edges)

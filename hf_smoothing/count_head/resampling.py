@@ -1,6 +1,7 @@
 """What a count head's estimates are worth for guarantees, over many random choices of the certified images."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from ..core.rule_protocols import probabilities_proving
 from ..core.selection import count_selected_radii
 from ..metrics.certified_accuracy.shares import exact_interval, share_of_sample
 from .comparison import Comparison
+from .recalibration import Recalibration
 
 
 def evaluate_selection(
@@ -110,6 +112,68 @@ def evaluate_estimated_share(
         "width": width,
         "exact": {"coverage": _coverage(np.array(exact), truth), "width": float(np.mean(np.diff(exact)))},
         "times_fewer": _certificates_for_width(truth, width) / sample,
+    }
+
+
+def evaluate_few_certificates(
+    comparison: Comparison, radii: Sequence[float], sample: int, repeats: int, seed: int
+) -> dict[str, Any]:
+    """
+    Recalibrate a head with the certificates of a few random images and judge its certified accuracy on all other images,
+    repeatedly.
+
+    Args:
+        comparison: estimates and certificates.
+        radii: radii of the certified accuracy.
+        sample: number of certificates.
+        repeats: how many random samples.
+        seed: their seed.
+
+    Returns:
+        How far the certified accuracy of the other images is from that of Monte-Carlo, at the radius where the difference is
+        largest: its `mean` over the samples, its `quantile_95`, and `within`, the share of samples with at most
+        [`LARGEST_GAP`]. `recalibrated` is that of the recalibrated estimates, `post_stratified` that of the share which
+        [`share_of_sample`] computes from the same certificates and the estimates as they are.
+    """
+    generator = np.random.default_rng(seed)
+    right, estimated = comparison.predictions == comparison.labels, _claim(comparison, radii)
+    certified = right[:, None] & (comparison.certified_radii[:, None] >= np.array(radii))
+    images = len(right)
+    gaps: dict[str, list[float]] = {"recalibrated": [], "post_stratified": []}
+    for _ in range(repeats):
+        order = generator.permutation(images)
+        sampled = np.zeros(images, bool)
+        sampled[order[:sample]] = True
+        others = np.flatnonzero(~sampled)
+        fitted = Recalibration.fit(comparison.select(np.flatnonzero(sampled)))
+        claimed = _claim(fitted.apply(comparison.select(others)), radii)
+        gaps["recalibrated"].append(float(np.abs(claimed.mean(0) - certified[others].mean(0)).max()))
+        shares = [share_of_sample(c[sampled], e, sampled)[0] for c, e in zip(certified.T, estimated.T)]
+        # the certificates of the sample are known: the whole difference lies in the others
+        gap = np.abs(shares - certified.mean(0)).max() * images / len(others)
+        gaps["post_stratified"].append(float(gap))
+    return {"sample": sample, "repeats": repeats, **{name: _describe_gaps(values) for name, values in gaps.items()}}
+
+
+LARGEST_GAP = 0.03
+"""The difference of certified accuracies that an estimate should not exceed at any radius."""
+
+
+def _claim(comparison: Comparison, radii: Sequence[float]) -> NDArray[np.bool_]:
+    """Whether the estimate is right and has at least these radii, `(images, radii)`."""
+    noise = GaussianNoise(comparison.sigma)
+    needed = np.array([noise.probability_needed(radius) for radius in radii])
+    p_lower = estimate_lower_bound(comparison.probabilities.max(1), comparison.n, comparison.alpha)[:, None]
+    right = (comparison.predicted_classes == comparison.labels)[:, None]
+    # at radius 0 an answer counts only if its radius is above 0
+    return right & np.where(np.array(radii) > 0, p_lower >= needed, p_lower > needed)
+
+
+def _describe_gaps(gaps: list[float]) -> dict[str, float]:
+    return {
+        "mean": float(np.mean(gaps)),
+        "quantile_95": float(np.quantile(gaps, 0.95)),
+        "within": float(np.mean(np.array(gaps) <= LARGEST_GAP)),
     }
 
 

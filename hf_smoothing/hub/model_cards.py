@@ -168,11 +168,9 @@ def render_card(folder: Path) -> dict[Path, str]:
     ]
     try:
         if card.is_count_head:
-            heading = "Accuracy from one pass"
-            accuracy = "\n".join(
-                render_results("cohen_counts_accuracy" if "arms" in study else "count_head_accuracy", study)
-                for study in card.accuracy.values()
-            )
+            kinds = [_kind_of_study(study) for study in card.accuracy.values()]
+            heading = "Draws with the head" if "guided_runs_summary" in kinds else "Accuracy from one pass"
+            accuracy = "\n".join(render_results(*shown) for shown in zip(kinds, card.accuracy.values()))
         else:
             heading = next((name_of_figure(report["guarantee"]) for report in card.accuracy.values()), "")
             accuracy = render_accuracy(card.accuracy) if card.accuracy else ""
@@ -215,6 +213,12 @@ def _describe_training(card: Card) -> str:
         },
         certified=bool(card.accuracy),
     )
+
+
+def _kind_of_study(study: Json) -> str:
+    """The template that shows a study of a count head in a card."""
+    kinds = {"arms": "cohen_counts_accuracy", "pairs": "guided_runs_summary"}
+    return next((template for key, template in kinds.items() if key in study), "count_head_accuracy")
 
 
 def _render_page(folder: Path, name: str, page: Page) -> str:

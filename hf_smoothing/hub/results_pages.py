@@ -184,6 +184,7 @@ def _workers(training: Json) -> str:
 
 _BESIDE = {
     "benchmark": ("engine", "single-pictures", "kills"),
+    "cohen_counts": ("budgets",),
 }
 """By template: names of results files beside its own, which it shows under their name where they exist."""
 

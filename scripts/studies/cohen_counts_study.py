@@ -7,8 +7,8 @@ Example:
 
 The predictions come from `predict_counts.py` and `paper_surrogate.py`; the first ones are studied in full. Writes
 OUTPUT_DIR/cohen-counts.json and pictures: disagreement, over- and underestimation, certified accuracy and average certified
-radius beside Monte-Carlo's, as the head says and after a recalibration; the paper's own way of counting; conformal
-selection; certified accuracy from few certificates; seconds per image.
+radius beside Monte-Carlo's, as the head says and after a recalibration; how many certificates a recalibration takes; the
+paper's own way of counting; conformal selection; certified accuracy from few certificates; seconds per image.
 """
 
 import argparse
@@ -32,7 +32,12 @@ from hf_smoothing.count_head.evaluation import compute_errors
 from hf_smoothing.count_head.measured_counts import MeasuredCounts, read_count_table
 from hf_smoothing.count_head.prediction_tables import read_predictions
 from hf_smoothing.count_head.recalibration import recalibrate_by_halves
-from hf_smoothing.count_head.resampling import evaluate_estimated_share, evaluate_selection
+from hf_smoothing.count_head.resampling import (
+    LARGEST_GAP,
+    evaluate_estimated_share,
+    evaluate_few_certificates,
+    evaluate_selection,
+)
 from hf_smoothing.reporting.tables import print_table
 from hf_smoothing.utils.errors import exit_on_error
 from hf_smoothing.utils.files import write_json
@@ -253,10 +258,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--training_counts", help="Parquet file with the counts of the training images, split train")
     parser.add_argument("--count_head", help="count head of the first predictions, to measure its time")
     parser.add_argument("--samples", type=int, nargs="+", default=[100, 500], help="numbers of certificates")
+    parser.add_argument(
+        "--certificates", type=int, nargs="+", default=[100, 200, 500, 1000], help="to recalibrate with"
+    )
     parser.add_argument("--output_dir", required=True, help="folder for results and pictures")
     for flag, default, text in (
         ("--splits", 500, "random halves that calibrate the selection"),
         ("--resamplings", 2000, "random samples of certificates"),
+        ("--repeats", 200, "random samples to recalibrate with"),
         ("--batch_size", 256, "images per forward pass, to measure time"),
         ("--seed", 0, "seed of halves and samples"),
     ):
@@ -287,6 +296,15 @@ def main() -> None:
             "radii": RADII,
             "arms": arms,
             "training_images": certify_training_images(training) if training else None,
+            "largest_gap": LARGEST_GAP,
+            "few_certificates": [
+                {
+                    "sigma": comparison.sigma,
+                    **evaluate_few_certificates(comparison, RADII, certificates, args.repeats, args.seed),
+                }
+                for comparison in first
+                for certificates in args.certificates
+            ],
             "selection": [row for comparison in first for row in select_claims(comparison, args)],
             "estimated_shares": [row for comparison in first for row in estimate_shares(comparison, args)],
             "seconds_an_image": None if args.count_head is None else measure_seconds(args.count_head, args.batch_size),

@@ -11,7 +11,7 @@ from hf_smoothing.core.count_predictor import CountPredictor
 from hf_smoothing.count_head.comparison import predict_counts
 from hf_smoothing.count_head.measured_counts import read_count_table
 from hf_smoothing.count_head.prediction_tables import read_predictions, write_predictions
-from hf_smoothing.hub.results_pages import render_results
+from hf_smoothing.hub.results_pages import render_results, render_results_file
 
 SIGMAS = (0.25, 1.0)
 
@@ -65,6 +65,29 @@ def test_a_head_and_the_papers_surrogate_are_compared(table, measured, parquet, 
     predictor = CountPredictor.from_pretrained(tmp_path / "head")
     expected = predict_counts(predictor, measured, tmp_path / "head")
     np.testing.assert_allclose(read_predictions(measured, tmp_path / "ours.parquet"), expected)
+    for sigma in SIGMAS:
+        run(
+            "train_count_head", *data, "--model_name_or_path", model, "--max_train_steps", 2, "--loss", "probit",
+            "--sigmas", sigma, "--per_device_train_batch_size", 10, "--own_backbone",
+            "--output_dir", tmp_path / f"{sigma:g}",
+        )  # fmt: skip
+    heads = [tmp_path / f"{sigma:g}" for sigma in SIGMAS]
+    predict = ("--split", "train", "--output", tmp_path / "each.parquet", "--count_head")
+    run("studies/predict_counts", *data, *predict, *heads)
+    for head in heads:
+        predictor = CountPredictor.from_pretrained(head)
+        own = measured.select_sigmas(predictor.model.config.count_sigmas)
+        np.testing.assert_allclose(
+            read_predictions(own, tmp_path / "each.parquet"), predict_counts(predictor, own, head)
+        )
+    twice = processes.run("scripts/studies/predict_counts.py", *data, *predict, heads[0], tmp_path / "head")
+    assert twice.returncode
+    assert "learned the same noise level" in twice.stderr
+    run(
+        "studies/head_budgets", *data, "--split", "train", "--output_dir", tmp_path / "study",
+        "--heads", f"all={tmp_path / 'ours.parquet'}={tmp_path / 'head'}",
+        f"each={tmp_path / 'each.parquet'}={heads[0]},{heads[1]}",
+    )  # fmt: skip
     run(
         "studies/paper_surrogate", *data, "--test_counts", table, "--seconds", 0.1, "--batch_size", 10,
         "--output_dir", tmp_path / "paper",
@@ -74,7 +97,7 @@ def test_a_head_and_the_papers_surrogate_are_compared(table, measured, parquet, 
     assert all(training["updates"] >= 1 and training["seconds"] >= 0.1 for training in trainings)
     out = run(
         "studies/cohen_counts_study", *data, "--split", "train", "--training_counts", table, "--splits", 5,
-        "--resamplings", 5, "--samples", 10, 30,
+        "--resamplings", 5, "--samples", 10, 30, "--certificates", 20, 30, "--repeats", 3,
         "--predictions", f"ours={tmp_path / 'ours.parquet'}", f"paper={tmp_path / 'paper' / 'predictions.parquet'}",
         "--count_head", tmp_path / "head", "--batch_size", 2, "--output_dir", tmp_path / "study",
     )  # fmt: skip
@@ -96,7 +119,20 @@ def test_a_head_and_the_papers_surrogate_are_compared(table, measured, parquet, 
     assert {row["false_claims"] for row in study["selection"]} == {0.1, 0.2}
     assert {row["estimates"] for row in study["estimated_shares"]} == {"head", "useless"}
     assert study["seconds_an_image"]["ratio"] > 1
-    page = render_results("cohen_counts", study)
+    assert [(row["sigma"], row["sample"]) for row in study["few_certificates"]] == [
+        (s, n) for s in SIGMAS for n in (20, 30)
+    ]
+    page = render_results_file("cohen_counts", tmp_path / "study" / "cohen-counts.json")
+    for row in study["few_certificates"]:
+        assert f"| {row['sigma']:g} | {row['sample']} | {100 * row['recalibrated']['mean']:.1f} |" in page
+    budgets = json.loads((tmp_path / "study" / "budgets.json").read_text())["heads"]
+    assert [(row["heads"], row["steps"]) for row in budgets] == [(1, 20), (2, 4)]
+    # the same predictions as in the study
+    assert [row["disagreement"] for row in budgets[0]["levels"]] == [
+        row["estimate"]["disagreement"] for row in study["arms"]["ours"]
+    ]
+    assert page.count("| each | 40 |") == len(SIGMAS)
+    assert "One head for all" not in render_results("cohen_counts", study)
     for row in study["estimated_shares"]:
         assert f"| {row['estimates']} | {row['sample']} | {row['coverage']:.1%} |" in page
     assert page.count("| Monte-Carlo, training images |") == len(SIGMAS)

@@ -67,6 +67,8 @@ def test_errors_by_hand():
     assert accuracy["monte_carlo"] == {0.0: 0.75, 0.25: 0.5, 0.5: 0.5}
     assert accuracy["estimate"][0.0] == 0.5
     assert sum(row["images"] for row in found["by_radius"]) == 4
+    for share in ("overestimated", "underestimated"):
+        assert sum(row[share] * row["images"] for row in found["by_radius"]) == pytest.approx(4 * found[share])
     assert found["by_radius"][0]["up_to"] == 0  # where Monte-Carlo proves nothing
     assert [row["predicted"] for row in found["calibration_curve"]] == pytest.approx([0.625, 0.875])
     assert [row["measured"] for row in found["calibration_curve"]] == pytest.approx(

@@ -112,6 +112,46 @@ def test_a_study_of_a_head(run, folder, tmp_path):
     assert (tmp_path / "count-head.png").stat().st_size > 10_000
 
 
+def test_draws_with_and_without_a_head(processes, model, parquet, folder, tmp_path):
+    head = str(folder / "head")
+    for number, (name, count_head) in enumerate({"a": None, "b": None, "a-head": head, "b-head": head}.items()):
+        settings = {"split": "test", "every": 5, "max_draws": 60, "radii": [0.25], "seed": number}
+        certify_dataset(
+            RunSettings(model, parquet, (0.5,), count_head=count_head, **settings),
+            tmp_path / name,
+            accelerator=start_processes(),
+        )
+
+    def compare(*pairs):
+        return processes.run(
+            "scripts/studies/guided_runs.py", "--model", model, "--count_head", head, "--output_dir", tmp_path,
+            "--frequencies", folder / "sequential", "--repeats", 3, "--resamplings", 200, "--pairs", *pairs,
+        )  # fmt: skip
+
+    done = compare(f"{tmp_path / 'a'},{tmp_path / 'b'}={tmp_path / 'a-head'},{tmp_path / 'b-head'}")
+    assert done.returncode == 0, done.stderr
+    study = json.loads((tmp_path / "guided.json").read_text())
+    (row,) = study["pairs"]
+    assert (row["images"], row["runs"]) == (40, 2)
+    for side, names in (("without", ("a", "b")), ("with", ("a-head", "b-head"))):
+        records = [record for name in names for record in rows(tmp_path / name)]
+        assert row[side]["passes"] == pytest.approx(sum(record["num_samples"] for record in records) / 80)
+        right = [record["prediction"] == record["label"] and record["radius"] >= 0.25 for record in records]
+        assert row[side]["certified"] == sum(right) / 80
+    assert row["ratio"] == pytest.approx(row["without"]["passes"] / row["with"]["passes"])
+    assert row["interval_95"][0] < row["ratio"] < row["interval_95"][1]
+    assert all(1 < figures["mean"] <= 61 for figures in row["simulated"].values())
+    ratio = f"{row['ratio']:.2f} ({row['interval_95'][0]:.2f} to {row['interval_95'][1]:.2f})"
+    assert f"| sequential | 0.5 | r = 0.25 | {row['without']['passes']:.1f} | " in render_results("guided_runs", study)
+    assert f" | {ratio} | " in render_results("guided_runs_summary", study)
+    swapped = compare(f"{tmp_path / 'a-head'}={tmp_path / 'a'}")
+    assert swapped.returncode
+    assert "without a count head first" in swapped.stderr
+    others = compare(f"{folder / 'sequential'}={tmp_path / 'a-head'}")
+    assert others.returncode
+    assert "differ in" in others.stderr
+
+
 def test_a_run_selects_claims_among_all_of_its_images(model, parquet, folder, tmp_path):
     """However the run was interrupted: the claims are made from all records, at its end."""
     head = str(folder / "head")

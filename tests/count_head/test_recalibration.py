@@ -6,7 +6,12 @@ from hf_smoothing.core.bounds import clopper_pearson_lower
 from hf_smoothing.core.certificates import ABSTAIN
 from hf_smoothing.count_head.comparison import Comparison
 from hf_smoothing.count_head.recalibration import Recalibration, recalibrate_by_halves
-from hf_smoothing.count_head.resampling import evaluate_estimated_share, evaluate_selection
+from hf_smoothing.count_head.resampling import (
+    evaluate_estimated_share,
+    evaluate_few_certificates,
+    evaluate_selection,
+)
+from hf_smoothing.metrics.certified_accuracy.shares import share_of_sample
 
 RADII = (0.0, 0.25, 0.5, 0.75)
 
@@ -118,3 +123,32 @@ def test_a_share_from_few_certificates_and_how_many_the_exact_interval_takes():
     assert good["times_fewer"] == pytest.approx(0.24 / 0.09, rel=0.2)
     assert useless["times_fewer"] == pytest.approx(1, abs=0.15)
     assert good["share"] == right.mean()
+
+
+def test_how_few_certificates_a_recalibration_takes():
+    # were some classes wrong, no map could reach the accuracy of Monte-Carlo at radius 0
+    comparison = simulate(2000, np.random.default_rng(7), confused=0.0)
+    few, many = (evaluate_few_certificates(comparison, RADII, sample, 20, seed=0) for sample in (50, 1000))
+    for kind in ("recalibrated", "post_stratified"):
+        assert few[kind]["mean"] > 1.5 * many[kind]["mean"] > 0
+        assert few[kind]["within"] < many[kind]["within"]
+        assert few[kind]["mean"] < few[kind]["quantile_95"]
+
+
+def test_images_that_a_recalibration_was_fitted_to_do_not_judge_it():
+    comparison = simulate(300, np.random.default_rng(8))
+    figures = evaluate_few_certificates(comparison, RADII, 100, 1, seed=9)
+    order = np.random.default_rng(9).permutation(300)
+    others = np.sort(order[100:])
+    fitted = Recalibration.fit(comparison.select(order[:100]))
+    ours, theirs = certified_accuracy(fitted.apply(comparison.select(others))).T
+    assert figures["recalibrated"]["mean"] == pytest.approx(np.abs(ours - theirs).max())
+    sampled = np.isin(np.arange(300), order[:100])
+    gaps = []
+    for radius in RADII:
+        right = (comparison.predictions == comparison.labels) & (comparison.certified_radii >= radius)
+        estimated = (comparison.predicted_classes == comparison.labels) & (comparison.estimated_radii >= radius)
+        estimated &= comparison.estimated_radii > 0
+        share = share_of_sample(right[sampled], estimated, sampled)[0]
+        gaps.append(abs((300 * share - right[sampled].sum()) / 200 - right[others].mean()))
+    assert figures["post_stratified"]["mean"] == pytest.approx(max(gaps))
