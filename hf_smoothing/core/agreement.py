@@ -37,6 +37,7 @@ the class drawn most often. It is no less than that of the most probable class, 
 a_1 and a_2, is none of g. Nor may U see more draws until it is small enough.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -65,7 +66,7 @@ class AgreementRule(CountRule):
     method: ClassVar[str] = "agreement"
 
 
-def check_agreement(levels: tuple[float, ...], agreement: float) -> None:
+def check_agreement(levels: Sequence[float], agreement: float) -> None:
     """Raise a `ValueError` for levels that are not two, or an agreement out of range."""
     if len(levels) != 2 or levels[0] == levels[1]:
         raise ValueError(

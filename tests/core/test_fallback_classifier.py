@@ -101,13 +101,17 @@ WORLDS = {
 
 
 def pictures(world, count, seed):
-    """Half of them where certificates are weakest: at the edge where the level changes, or at the line of the fallback."""
+    """
+    Many of them where certificates are weakest: at the edge where the level changes, at the line of the fallback, and where
+    the fallback level is used.
+    """
     generator = np.random.default_rng(seed)
     x = generator.uniform(-1.5, 1.5, (count, 2))
     place = generator.integers(4, size=count)
     x[:, 0] = np.where(
         place == 0, world.edge * generator.choice([-1, 1], count) + generator.normal(0, 0.01, count), x[:, 0]
     )
+    x[:, 0] = np.where(place == 2, generator.uniform(-world.edge, world.edge, count), x[:, 0])
     gap = x @ world.direction - world.offset - generator.normal(0, 0.01, count)
     return np.where((place == 1)[:, None], x - gap[:, None] * world.direction, x).astype(np.float32)
 
@@ -179,7 +183,9 @@ def check_certificates(name, count, seed):
     x = pictures(world, count, seed)
     predictions, radii, found = certify(world.system(), x, seed)
     wrong = is_wrong(world, x, predictions, radii)
-    assert not is_too_many(wrong), wrong.mean()
+    for uses_fallback in (True, False):
+        part = (world.strips(x) == 1) == uses_fallback
+        assert not is_too_many(wrong[part]), (uses_fallback, wrong[part].mean())
     assert not (attack_level(world, x, predictions, radii) & ~wrong).any()
     assert (radii > 0.1).mean() > 0.2
     assert {row.sigma for row in found if row.radius > 0.03} == set(LEVELS)
