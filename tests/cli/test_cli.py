@@ -46,6 +46,17 @@ def test_certify_prints_json(pictures, tiny_model_dir):
     assert {(line["alpha"], line["seed"], line["method"]) for line in lines} == {(0.01, 5, "sequential")}
 
 
+def test_certify_at_two_levels_together(pictures, tiny_model_dir):
+    arguments = ("certify", *pictures, "--model", tiny_model_dir, "--sigma", "auto", "--max-draws", 60)
+    done = run(*arguments, "--levels", 0.25, 0.1, "--agreement", 0.6, "--json")
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert [(line["level_choice"]["levels"], line["level_choice"]["agreement"]) for line in lines] == [
+        ([0.25, 0.1], 0.6)
+    ] * 2
+    table = run(*arguments)
+    assert "(auto)" in table.output, table.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -54,6 +65,8 @@ def test_certify_prints_json(pictures, tiny_model_dir):
         (["--alpha", "2"], "alpha=2.0"),
         (["--radius", "0.7", "--max-draws", "50"], "at least"),
         (["--method", "surely"], "method='surely'"),
+        (["--agreement", "0.6"], "agreement=0.6 has no meaning without --sigma='auto'"),
+        (["--sigma", "auto", "--levels", "0.5"], "must be two noise levels"),
     ],
 )
 def test_errors_are_one_clear_line_and_an_exit_code(pictures, tiny_model_dir, arguments, said):
