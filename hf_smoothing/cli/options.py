@@ -47,7 +47,7 @@ def option(name: str) -> Any:
     )
 
 
-_SOURCES = ("model_name_or_path", "dataset_name", "count_head", "router")
+_SOURCES = ("model_name_or_path", "dataset_name", "count_head")
 """Fields that take a name on the Hub or a path."""
 
 
