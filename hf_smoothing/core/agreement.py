@@ -27,11 +27,12 @@ Hence it is below b_2, and g(x') = f_2(x') = c. []
 One of a_1 and a_2 is 0, since `L <= U`. So where the two classifiers predict different classes, at most one of them gets a
 radius: that of the level in use.
 
-**Probability.** Three bounds share alpha: the certificates of f_1 (L is one of its bounds) and of f_2 have two fifths each,
-U one fifth. If all three hold, so does the claim, whatever class, level and number of draws was chosen from which draws. By
-the union bound, this is so with probability at least 1 - alpha. Each needs no more than what it claims alone: the draws that
-U counts are fresh, or the counted draws of f_1, and their number does not depend on them. U is the Clopper-Pearson bound of
-the class drawn most often. It is no less than that of the most probable class, so no alpha is split over classes.
+**Probability.** Three bounds share alpha: the certificate of f_1 (L is one of its bounds), that of f_2, and U; see
+[`ALPHA_SHARES`]. If all three hold, so does the claim, whatever class, level and number of draws was chosen from which
+draws. By the union bound, this is so with probability at least 1 - alpha. Each needs no more than what it claims alone: the
+draws that U counts are fresh, or the counted draws of f_1, and their number does not depend on them. U is the
+Clopper-Pearson bound of the class drawn most often. It is no less than that of the most probable class, so no alpha is split
+over classes.
 
 **What would be wrong.** The level that a few votes show is not the level of the picture: so a radius of f_i alone, without
 a_1 and a_2, is none of g. Nor may U see more draws until it is small enough.
@@ -53,10 +54,11 @@ LEVELS = (0.5, 0.12)
 """The primary and the fallback level, where none are given."""
 AGREEMENT = 0.5
 
-LEVEL_SHARE = 0.4
-"""The part of alpha of the certificate at each level."""
-AGREEMENT_SHARE = 1 - 2 * LEVEL_SHARE
-"""The part of alpha that bounds the agreement from above."""
+ALPHA_SHARES = (0.8, 0.1, 0.1)
+"""
+The parts of alpha: of the certificate at the primary level, of that at the fallback level, of the bound of the agreement. The
+first has most, since large radii rest on it alone.
+"""
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,7 @@ import torch
 
 from .agreement import (
     AGREEMENT,
-    AGREEMENT_SHARE,
-    LEVEL_SHARE,
+    ALPHA_SHARES,
     AgreementRule,
     bound_agreement,
     check_agreement,
@@ -99,8 +98,8 @@ class FallbackClassifier(SmoothedClassifier):
                 f"method={rule.method!r} has no meaning with sigma='auto', which finds radii: use two-stage or fixed, "
                 "without radius and radii."
             )
-        for smoothed in (self.primary, self.fallback):
-            smoothed.check_rule(replace(rule, alpha=LEVEL_SHARE * rule.alpha))
+        for smoothed, share in zip((self.primary, self.fallback), ALPHA_SHARES):
+            smoothed.check_rule(replace(rule, alpha=share * rule.alpha))
 
     def _rule_to_predict(self, alpha: float, max_draws: int) -> Rule:
         return TwoStageRule(alpha=alpha, max_draws=max_draws)
@@ -121,10 +120,10 @@ class FallbackClassifier(SmoothedClassifier):
     def _certify_together(
         self, images: list[torch.Tensor], rule: TwoStageRule | FixedRule, seed: int
     ) -> list[Certificate]:
-        at_level = replace(rule, alpha=LEVEL_SHARE * rule.alpha)
-        fewer_draws = _with_fewer_draws(at_level)
+        at_primary, at_fallback = (replace(rule, alpha=share * rule.alpha) for share in ALPHA_SHARES[:2])
+        fewer_draws = _with_fewer_draws(at_fallback)
         pictures = []
-        for pixels, primary in zip(images, _draw(self.primary, images, at_level, seed)):
+        for pixels, primary in zip(images, _draw(self.primary, images, at_primary, seed)):
             noise = SampledNoise(self.primary.noise, pixels.numel())
             stays_primary = radius_of_primary(primary.p_lower, self.agreement, noise)
             pictures.append(_Picture(noise, primary, stays_primary))
@@ -135,11 +134,11 @@ class FallbackClassifier(SmoothedClassifier):
             for number, picture in enumerate(pictures)
             if 0 < picture.stays_primary < min(picture.primary.radius, in_reach)
         ]
-        for numbers, level_rule in ((unsure, at_level), (gaining, fewer_draws)):
+        for numbers, level_rule in ((unsure, at_fallback), (gaining, fewer_draws)):
             certificates = _draw(self.fallback, [images[number] for number in numbers], level_rule, seed)
             for number, certificate in zip(numbers, certificates):
                 pictures[number].fallback = certificate
-        self._bound_agreements(pictures, images, AGREEMENT_SHARE * rule.alpha, seed)
+        self._bound_agreements(pictures, images, ALPHA_SHARES[2] * rule.alpha, seed)
         return [self._combine(picture, rule.alpha) for picture in pictures]
 
     def _bound_agreements(self, pictures: list[_Picture], images: list[torch.Tensor], alpha: float, seed: int) -> None:
@@ -179,7 +178,7 @@ class FallbackClassifier(SmoothedClassifier):
             radius=stays_primary or stays_fallback,
             predictions=(primary.prediction, ABSTAIN if fallback is None else fallback.prediction),
             radii=(primary.radius, 0.0 if fallback is None else fallback.radius),
-            alphas=(LEVEL_SHARE * alpha, LEVEL_SHARE * alpha, AGREEMENT_SHARE * alpha),
+            alphas=(ALPHA_SHARES[0] * alpha, ALPHA_SHARES[1] * alpha, ALPHA_SHARES[2] * alpha),
             num_samples=draws,
         )
         claim: dict[str, Any] = {} if radius > 0 else {"prediction": ABSTAIN, "p_lower": 0.0, "p_upper": 1.0}

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from ..core.agreement import LEVEL_SHARE
+from ..core.agreement import ALPHA_SHARES
 from ..core.certificates import ABSTAIN
 from ..core.noise import GaussianNoise
 from ..core.rules import RULES, make_rule
@@ -109,8 +109,8 @@ class Result:
             return None
         sigma = self.sigma
         if sigma == AUTO:
-            sigma = max(self.settings["levels"])
-            settings["alpha"] *= LEVEL_SHARE
+            sigma = self.settings["levels"][0]
+            settings["alpha"] *= ALPHA_SHARES[0]
         return make_rule(self.settings["method"], **settings).largest_radius(GaussianNoise(sigma))
 
     @cached_property

@@ -12,7 +12,7 @@ import torch
 from scipy import special, stats
 
 from hf_smoothing import ABSTAIN, GaussianNoise, SmoothedClassifier, TwoStageRule, UniformNoise
-from hf_smoothing.core.agreement import radius_of_fallback, radius_of_primary
+from hf_smoothing.core.agreement import ALPHA_SHARES, radius_of_fallback, radius_of_primary
 from hf_smoothing.core.fallback_classifier import FallbackClassifier
 from hf_smoothing.core.fixed_rule import FixedRule
 
@@ -255,7 +255,7 @@ def test_it_never_loses_against_the_primary_level_where_more_than_half_must_agre
     system, x = world.system(), pictures(world, 300, 2)
     for rule in (RULE, FixedRule(alpha=ALPHA, n0=20, n=300)):
         *_, found = certify(system, x, rule=rule)
-        *_, primary = certify(system.primary, x, rule=replace(rule, alpha=0.4 * ALPHA))
+        *_, primary = certify(system.primary, x, rule=replace(rule, alpha=ALPHA_SHARES[0] * ALPHA))
         used = np.array([row.sigma == LEVELS[0] for row in found])
         for row, single in ((row, single) for row, single, uses in zip(found, primary, used) if uses):
             proved = GaussianNoise(LEVELS[0]).radius(single.p_lower)  # without the runner-up

@@ -5,7 +5,7 @@ import json
 import pytest
 from helpers.finished_runs import rows
 
-from hf_smoothing.core.agreement import LEVEL_SHARE
+from hf_smoothing.core.agreement import ALPHA_SHARES
 from hf_smoothing.core.noise import GaussianNoise
 from hf_smoothing.core.two_stage_rule import TwoStageRule
 from hf_smoothing.reporting.report import render_report, summarize
@@ -60,7 +60,7 @@ def test_a_report_shows_the_classifier_as_one_curve_beside_the_levels(certify, t
     certify(**SETTINGS | {"sigmas": (0.25, 0.5, "auto")})
     results = read_results([tmp_path / "run"])
     assert [result.title for result in results] == [f"run, sigma = {level}" for level in (0.25, 0.5, "auto")]
-    rule = TwoStageRule(draws=40, max_draws=300, alpha=LEVEL_SHARE * 0.001)
+    rule = TwoStageRule(draws=40, max_draws=300, alpha=ALPHA_SHARES[0] * 0.001)
     assert results[2].largest_radius == pytest.approx(rule.largest_radius(GaussianNoise(0.5)))
     report = summarize(results, [0.0, 0.1], envelope=True)
     low, high, both = report["results"]
