@@ -56,8 +56,8 @@ AGREEMENT = 0.5
 
 ALPHA_SHARES = (0.8, 0.1, 0.1)
 """
-The parts of alpha: of the certificate at the primary level, of that at the fallback level, of the bound of the agreement. The
-first has most, since large radii rest on it alone.
+The parts of alpha: of the certificate at the primary level, of that at the fallback level, of the bound of the agreement.
+The first has most, since large radii rest on it alone.
 """
 
 
