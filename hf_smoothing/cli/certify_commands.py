@@ -107,6 +107,12 @@ def certify(
         _print_counts(results, smoothed.class_names or ())
     else:
         _print_certificates(results, radius, noise_resolution)
+        print(_say_what_is_known(smoothed.class_names or ()))
+
+
+def _say_what_is_known(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+    return f"The model knows {len(names)} classes: {shown}. A certificate does not say that its answer is right."
 
 
 def _to_result(image: str, certificate: "Certificate", names: Sequence[str]) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def find_fatal_fault(smoothed: SmoothedClassifier, pixels: Pixels) -> Fault | No
             "no logits",
             f"It fails on a batch of {shape} pixels: {first_line}",
             "Give a callable from pixels (batch, channels, height, width) to logits (batch, classes), and the size of its "
-            "images (image_size).",
+            "images (image_size; --image-size on the command line).",
         )
     if not np.isfinite(logits).all():
         half = "16" in smoothed.base_classifier.precision

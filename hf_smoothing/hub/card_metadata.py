@@ -13,11 +13,16 @@ OPERATING_RADII = (0.0, 0.25, 0.5, 1.0)
 
 
 def card_metadata(
-    name: str, points: Sequence[Json], tags: Sequence[str], datasets: Sequence[str], base_model: str | None
+    name: str,
+    points: Sequence[Json],
+    tags: Sequence[str],
+    datasets: Sequence[str],
+    base_model: str | None,
+    license: str | None,
 ) -> str:
     """The front matter of a card, as YAML, with the certified accuracy at some of the points of [`certified_points`]."""
     metadata = ModelCardData(
-        license="apache-2.0",
+        license=license,
         library_name="transformers",
         pipeline_tag="image-classification",
         tags=list(tags),

@@ -75,6 +75,8 @@ class Words:
     """Whether it is a count head for classifiers that this package cannot load: it can guide or calibrate nothing."""
     base_model: str | None = None
     """The name on the Hub of what it was trained from."""
+    license: str | None = None
+    """Its identifier on the Hub. The owner of the model chooses it."""
     training: str = ""
     """Words on the training, besides what `results/training.json` holds."""
     pages: list[Page] = field(default_factory=list)
@@ -180,7 +182,7 @@ def render_card(folder: Path) -> dict[Path, str]:
             "model_card",
             [TEMPLATES],
             **shown,
-            metadata=card_metadata(card.name, published, tags, words.datasets, words.base_model),
+            metadata=card_metadata(card.name, published, tags, words.datasets, words.base_model, words.license),
             summary=words.summary or _describe_training(card),
             name=str(PurePosixPath(words.location, card.name)),
             classifier=words.base_model or str(PurePosixPath(words.location, classifier)),

@@ -108,7 +108,9 @@ class RunSettings:
         default=None,
     )
     levels: list[float] | None = _option(
-        "the primary and the fallback noise level, for `--sigma auto` (default: 0.5 0.12)", default=None
+        "the primary and the fallback noise level, for `--sigma auto` (default: 0.5 0.12); `--max-draws` holds at each of "
+        "them",
+        default=None,
     )
     agreement: float | None = _option(
         "share of the noisy copies at the primary level that must agree for their answer to count, from 0.5 to below 1; "

@@ -100,6 +100,12 @@ def test_tables_count_passes_that_include_the_clean_one(picture, tiny_model_dir)
     assert "draws" not in done.output
 
 
+def test_certify_says_which_classes_the_model_knows(picture, tiny_model_dir):
+    done = run("certify", picture, "--model", tiny_model_dir, "--max-draws", 50)
+    assert "The model knows 3 classes: cat, dog, frog." in done.output
+    assert "A certificate does not say that its answer is right." in done.output
+
+
 def test_nothing_says_that_weights_are_loading(processes, picture, tiny_model_dir):
     done = processes.run("hf-smoothing", "certify", picture, "--model", tiny_model_dir, "--max-draws", 50)
     assert done.returncode == 0, done.stderr
