@@ -66,7 +66,10 @@ class Result:
     def metric_columns(self) -> dict[str, Any]:
         """The columns of `certified_accuracy`."""
         names = {"predictions": "prediction", "references": "label", "radii": "radius", **self.optional_columns()}
-        return {name: self.column(column) for name, column in names.items()}
+        columns = {name: self.column(column) for name, column in names.items()}
+        if "counts" in columns:
+            columns["counts"] = [row["counts"] if _rests_on_counts(row) else None for row in self.rows]
+        return columns
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -121,7 +124,7 @@ class Result:
         """
         if self.decided_radii:
             return []
-        right = [row for row in self.rows if row.get("prediction") == row["label"] and row.get("counts")]
+        right = [row for row in self.rows if row.get("prediction") == row["label"] and _rests_on_counts(row)]
         return [row["radius"] for row in right if row["counts"][row["label"]] == sum(row["counts"]) > 0]
 
     def standing(self, radius: float) -> Standing:
@@ -208,6 +211,12 @@ class Result:
         if len(values) > 1:
             raise ValueError(f"{self.source} mixes {name} {', '.join(map(str, values))}: a run has one.")
         return values[0] if values else None
+
+
+def _rests_on_counts(row: Row) -> bool:
+    """Whether the counts bound the radius alone: where a fallback level is in use, the primary level bounds it too."""
+    choice = row.get("level_choice")
+    return bool(row.get("counts")) and (choice is None or row["sigma"] == choice["levels"][0])
 
 
 def read_results(

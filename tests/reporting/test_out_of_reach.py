@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +17,7 @@ from hf_smoothing.core.count_rule import CountRule
 from hf_smoothing.metrics.certified_accuracy import certified_accuracy
 from hf_smoothing.reporting.plots import draw_certified_accuracy, plot_certified_accuracy
 from hf_smoothing.reporting.report import render_notes, render_report, share_rows, summarize
-from hf_smoothing.reporting.results import read_results
+from hf_smoothing.reporting.results import Result, read_results
 
 NOISE = GaussianNoise(0.25)
 
@@ -186,3 +187,11 @@ def test_the_label_of_a_log_fits_beside_the_axis(tmp_path):
 def test_the_name_of_a_log_tells_its_sigma(tmp_path, name, sigma):
     (result,) = read_results([write_log(tmp_path / name)])
     assert result.sigma == sigma
+
+
+def test_counts_of_a_fallback_level_do_not_say_that_draws_ran_out():
+    row = {"prediction": 1, "label": 1, "radius": 0.1, "counts": [0, 50], "sigma": 0.12}
+    choice = {"levels": [0.5, 0.12]}
+    for level, expected in ((0.12, []), (0.5, [0.1])):
+        result = Result(Path("run"), "run", [{**row, "sigma": level, "level_choice": choice}], {})
+        assert result.unanimous_radii == expected
