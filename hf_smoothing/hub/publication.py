@@ -1,6 +1,7 @@
 """A folder as a repository on the Hub: which of its files belong to it, and what is added to load them there."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -66,18 +67,22 @@ class Publication:
         began = (self.folder / "training_log.jsonl").is_file() or any(self.folder.glob("step_*/settings.json"))
         return self.kind == "model" and began and not (self.folder / "results" / "training.json").is_file()
 
-    def stage(self, target: Path) -> None:
+    def stage(self, target: Path, repo_id: str) -> None:
         """
         Lay out the repository: links to the files of the folder, and what is added to them. A model gets the code that loads
         it where this package is not installed. A run gets a card that names its table for `load_dataset`.
 
         Args:
             target: an empty folder.
+            repo_id: the repository. The examples in the card of a model name it, in place of the folder.
         """
         for path, file in self.files.items():
             (target / path).parent.mkdir(parents=True, exist_ok=True)
             (target / path).symlink_to(file.absolute())
-        written = _add_code(self.facts, target) if self.kind == "model" else _card_of_run(self)
+        if self.kind == "model":
+            written = {**_add_code(self.facts, target), **_card_of_model(self, repo_id)}
+        else:
+            written = _card_of_run(self)
         for name, content in written.items():
             (target / name).unlink(missing_ok=True)  # a link: the file behind it stays unchanged
             (target / name).write_text(content, encoding="utf-8")
@@ -151,6 +156,15 @@ def _add_code(config: Json, target: Path) -> dict[str, str]:
 
 def _reference(class_of_code: type) -> str:
     return f"{class_of_code.__module__.rpartition('.')[2]}.{class_of_code.__name__}"
+
+
+def _card_of_model(publication: Publication, repo_id: str) -> dict[str, str]:
+    """The card of a model, where it names the folder: in its title, and in the names that its examples load."""
+    if (readme := publication.files.get("README.md")) is None:
+        return {}
+    name = publication.folder.resolve().name
+    text = re.sub(rf'"(?:[\w.-]+/)*{re.escape(name)}"', f'"{repo_id}"', readme.read_text(encoding="utf-8"))
+    return {"README.md": re.sub(rf"^# {re.escape(name)}$", f"# {repo_id.split('/')[-1]}", text, flags=re.MULTILINE)}
 
 
 def _card_of_run(publication: Publication) -> dict[str, str]:

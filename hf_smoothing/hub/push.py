@@ -45,7 +45,7 @@ def plan_push(folder: str | Path, repo_id: str, *, allow_unfinished: bool = Fals
     validate_repo_id(repo_id)
     publication = _check(publication_of(folder), allow_unfinished)
     with TemporaryDirectory() as stage:
-        publication.stage(Path(stage))
+        publication.stage(Path(stage), repo_id)
         files = sorted(file for file in Path(stage).rglob("*") if file.is_file())
         sizes = {file.relative_to(stage).as_posix(): file.stat().st_size for file in files}
     # code files that the folder already has are not skipped: the installed package's are uploaded in their place
@@ -84,7 +84,7 @@ def push(
     name = create_repository(repo_id, publication.kind, private)
     api = HfApi()
     with TemporaryDirectory() as stage, translate_hub_errors(f"{name} cannot be pushed"):
-        publication.stage(Path(stage))
+        publication.stage(Path(stage), name)
         if revision is not None:
             api.create_branch(name, branch=revision, repo_type=publication.kind, exist_ok=True)
         with warnings.catch_warnings():

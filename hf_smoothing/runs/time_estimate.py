@@ -70,7 +70,7 @@ def describe_time(rule: Rule, seconds_per_draw: float, images: int, processes: i
 def _count_draws(rule: Rule) -> tuple[int, str]:
     """The draws per image, and `at most ` where they are the largest number."""
     if isinstance(rule, TwoStageRule):
-        return rule.draws, ""
+        return min(rule.draws, rule.max_draws), ""
     return rule.budget, "" if rule.method in ("fixed", "counts") else "at most "
 
 

@@ -121,6 +121,10 @@ def test_nothing_says_that_weights_are_loading(processes, picture, tiny_model_di
             TwoStageRule(draws=20_000),
             "This takes about 40 seconds on average: 20,000 draws per image (one image takes 8 to 100,000), 1 image, 500",
         ),
+        (
+            TwoStageRule(draws=20_000, max_draws=15_000),
+            "This takes about 30 seconds on average: 15,000 draws per image",
+        ),
         (SequentialRule((0.1,), max_draws=20_000), "This takes at most about 40 seconds: at most 20,000 draws"),
     ],
 )

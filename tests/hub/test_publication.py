@@ -1,5 +1,8 @@
 """What folders become on the Hub, without one."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 from helpers.paths import ROOT, SHIPPED_MODEL
 
@@ -17,7 +20,7 @@ def test_a_run_keeps_the_card_that_it_has(tmp_path):
     stage = tmp_path / "stage"
     stage.mkdir()
     publication = publication_of(tmp_path)
-    publication.stage(stage)
+    publication.stage(stage, "user/mine")
     assert publication.left_out == ["shards/", "stage/"]
     card = (stage / "README.md").read_text()
     assert card.startswith("---\nlicense: cc0-1.0\nconfigs:\n")
@@ -28,8 +31,25 @@ def test_a_run_keeps_the_card_that_it_has(tmp_path):
 @pytest.mark.parametrize("folder", sorted(ROOT.glob("model_cards/*/")), ids=lambda folder: folder.name)
 def test_a_shipped_folder_is_what_would_be_published(folder, tmp_path):
     """So that `hf upload` of the folder is the whole publication."""
-    publication_of(folder).stage(tmp_path)
+    publication_of(folder).stage(tmp_path, f"user/{folder.name}")
     staged = {file.relative_to(tmp_path): file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     there = {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
     assert staged.keys() == there.keys()
+    card = Path("README.md")  # its examples load the folder, those of the published one the repository
+    assert staged.pop(card).decode() == there.pop(card).decode().replace(
+        f'"model_cards/{folder.name}"', f'"user/{folder.name}"'
+    )
     assert staged == there
+
+
+def test_a_published_card_names_the_repository(tmp_path):
+    folder, stage = tmp_path / "my-model", tmp_path / "stage"
+    shutil.copytree(SHIPPED_MODEL, folder, ignore=shutil.ignore_patterns("results"))
+    (folder / "README.md").write_text(
+        '# my-model\n\npipeline(model="user/my-model")\nload("my-model", "my-model-2")\n'
+    )
+    stage.mkdir()
+    publication_of(folder).stage(stage, "user/digits")
+    card = (stage / "README.md").read_text()
+    assert card == '# digits\n\npipeline(model="user/digits")\nload("user/digits", "my-model-2")\n'
+    assert "my-model" in (folder / "README.md").read_text()
