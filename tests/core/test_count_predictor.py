@@ -144,7 +144,7 @@ def test_what_cannot_be_asked_or_calibrated(head, model, fixed_run, certify, tmp
         certify(method="fixed", count_head=head)
     for arguments, message in (
         ([head, str(tmp_path)], "holds no finished run"),
-        ([str(tmp_path / "nothing"), str(fixed_run)], "is no folder"),
+        ([str(tmp_path / "nothing"), str(fixed_run)], "There is no"),
     ):
         done = CliRunner().invoke(app, ["calibrate", *arguments])
         assert done.exit_code == 2

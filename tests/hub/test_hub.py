@@ -180,7 +180,7 @@ def test_names_load_without_remote_code_where_the_package_is_and_a_run_is_a_data
     assert all(module.startswith("hf_smoothing.") for module in loaded["modules"])
     features = datasets.Features.from_arrow_schema(pq.read_schema(RUN / "certificates.parquet"))
     assert loaded["features"] == {name: str(feature) for name, feature in features.items()}
-    assert set(features) <= set(SCHEMA.names)
+    assert set(features) - {"routing"} <= set(SCHEMA.names)  # a column of an earlier version
     rows = pq.read_table(client.folder / "rows.parquet").to_pylist()
     assert rows == pq.read_table(RUN / "certificates.parquet").to_pylist()
 
@@ -205,8 +205,9 @@ def test_a_shipped_folder_uploaded_by_the_hub_library_is_what_push_publishes(hub
     assert client.call("upload_folder", SHIPPED_MODEL, "user/plain").returncode == 0
     assert client("push", SHIPPED_MODEL, "user/pushed").returncode == 0
     plain, pushed = (hub.repos["model", name].files() for name in ("user/plain", "user/pushed"))
-    assert plain.keys() > CODE
-    assert plain == pushed
+    assert plain.keys() == pushed.keys() > CODE
+    # the examples in the card of `push` name the repository
+    assert [path for path in plain if plain[path] != pushed[path]] == ["README.md"]
 
 
 def test_revisions_are_branches(hub, client, trained, head):
