@@ -19,7 +19,7 @@ def main() -> None:
         for link in folder.glob("*.py"):
             link.unlink()
         with TemporaryDirectory() as stage:
-            publication_of(folder).stage(Path(stage))
+            publication_of(folder).stage(Path(stage), f"user/{folder.name}")
             for code in Path(stage).glob("*.py"):
                 (folder / code.name).symlink_to(Path("../../hf_smoothing/core") / code.name)
             (folder / "config.json").write_text((Path(stage) / "config.json").read_text())
