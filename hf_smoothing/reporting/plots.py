@@ -158,14 +158,18 @@ def plot_draws(results: Sequence[Result], stem: Path) -> bool:
     }
     draws = {title: numbers for title, numbers in draws.items() if len(numbers)}
     if draws:
-        smallest, largest = (end(np.concatenate([*draws.values()])) for end in (np.min, np.max))
+        together = np.concatenate([*draws.values()])
+        low, high = together.min(), together.max() + 1
+        if high < 2 * low:  # the same number for nearly all images: keep it in the middle of an axis that is no point
+            low, high = max(1, low / np.sqrt(2)), high * np.sqrt(2)
         with _figure(stem, "forward passes per image", "share of images") as axes:
-            from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+            from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
-            _draw_histograms(axes, draws, np.geomspace(smallest, largest + 1, 31))
+            _draw_histograms(axes, draws, np.geomspace(low, high, 31))
             axes.set(xscale="log")
-            # on an axis shorter than a decade matplotlib writes 4 x 10^1
-            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if largest + 1 < 100 * smallest else (1,)))
+            # on an axis shorter than a decade matplotlib writes 4 x 10^1, and between integers the same integer twice
+            locator = MaxNLocator(6, integer=True) if high < 10 * low else LogLocator(subs=(1, 2, 5))
+            axes.xaxis.set_major_locator(LogLocator() if high >= 100 * low else locator)
             axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
             axes.xaxis.set_minor_formatter(NullFormatter())
     return bool(draws)
