@@ -56,7 +56,7 @@ def main() -> None:
         assert evaluate is not None
         started = time.monotonic()
         accuracies = evaluate(model)
-        total = min(evaluation.eval_samples, images.open(evaluation.eval_split).total or 0)
+        total = evaluate.num_images
         rows: list[dict[str, Any]] = [
             {
                 "sigma": float(key.removeprefix(MAJORITY_ACCURACY)),

@@ -63,6 +63,7 @@ def train_classifier(
     )
     settings = replace(settings, per_device_train_batch_size=batches.batch_size)
     config = model.config.to_dict()
+    evaluate = create_evaluation(evaluation, image_settings, class_names, preprocessing, accelerator)
     loop = TrainingLoop(
         model,
         batches,
@@ -78,13 +79,14 @@ def train_classifier(
             "frozen": sorted(name for name, parameter in model.named_parameters() if not parameter.requires_grad),
             "base": base,
         },
-        evaluate=create_evaluation(evaluation, image_settings, class_names, preprocessing, accelerator),
+        evaluate=evaluate,
     )
     results = {
         "command": command_line(),
         "settings": {**asdict(settings), **asdict(image_settings), **asdict(evaluation)},
         **loop.run(),
         "num_images": images.total,
+        "num_eval_images": None if evaluate is None else evaluate.num_images,
         "base": Path(base).name if base and Path(base).exists() else base,
         "versions": package_versions("accelerate", "datasets"),
         **_read_earlier_training(base),

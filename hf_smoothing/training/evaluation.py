@@ -1,6 +1,6 @@
 """Evaluating a classifier during its training: the accuracy of a majority of noisy copies, at each noise level."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,9 @@ class EvaluationSettings:
     """
 
     eval_split: str | None = HfArg(default=None, help="split to evaluate on after each epoch (default: no evaluation)")
-    eval_samples: int = HfArg(default=300, help="number of images to evaluate on; always the same images")
+    eval_samples: int = HfArg(
+        default=300, help="images to evaluate on, or all of a smaller split; always the same ones"
+    )
     eval_draws: int = HfArg(default=5, help="noisy copies per image; their majority answer counts")
     eval_sigmas: list[float] = HfArg(default_factory=lambda: [0.0, 0.25, 0.5, 1.0], help="noise levels of the copies")
 
@@ -66,16 +68,47 @@ def predict_majority(
     return torch.stack(votes).sum(0).argmax(1)
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """
+    Computes a model's accuracy at each noise level; each process evaluates its share of the images.
+
+    Attributes:
+        settings: how to evaluate.
+        preprocessing: the model's.
+        accelerator: of all processes.
+        pixels, labels: the images of this process.
+        num_images: number of images of all processes, which the split may limit.
+    """
+
+    settings: EvaluationSettings
+    preprocessing: Preprocessing
+    accelerator: Accelerator
+    pixels: torch.Tensor
+    labels: torch.Tensor
+    num_images: int
+
+    def __call__(self, model: Any) -> dict[str, float]:
+        def classify(pixels: torch.Tensor) -> Any:
+            return model(self.preprocessing.normalize(pixels))
+
+        accuracies, seed = {}, self.accelerator.process_index
+        for sigma in self.settings.eval_sigmas:
+            predictions = predict_majority(classify, self.pixels, sigma, draws=self.settings.eval_draws, seed=seed)
+            correct = self.accelerator.reduce((predictions == self.labels).sum(), "sum")
+            accuracies[f"{MAJORITY_ACCURACY}{sigma:g}"] = float(correct) / self.num_images
+        return accuracies
+
+
 def create_evaluation(
     evaluation: EvaluationSettings,
     image_settings: ImageSettings,
     class_names: Sequence[str],
     preprocessing: Preprocessing,
     accelerator: Accelerator,
-) -> Callable[[Any], dict[str, float]] | None:
+) -> Evaluation | None:
     """
-    A function that computes a model's accuracy at each noise level; each process evaluates its share of the images. `None`
-    without a split to evaluate on.
+    Load the images to evaluate a model on; `None` without a split to evaluate on.
 
     Raises:
         ValueError: for a split that is not there, or fewer images than processes.
@@ -94,18 +127,4 @@ def create_evaluation(
         raise ValueError(f"eval_samples={len(examples)} are fewer than the {accelerator.num_processes} processes.")
     pixels = torch.stack([image for image, _ in share]).to(accelerator.device)
     labels = torch.tensor([label for _, label in share]).to(accelerator.device)
-
-    def evaluate(model: Any) -> dict[str, float]:
-        def classify(pixels: torch.Tensor) -> Any:
-            return model(preprocessing.normalize(pixels))
-
-        accuracies = {}
-        for sigma in evaluation.eval_sigmas:
-            predictions = predict_majority(
-                classify, pixels, sigma, draws=evaluation.eval_draws, seed=accelerator.process_index
-            )
-            correct = accelerator.reduce((predictions == labels).sum(), "sum")
-            accuracies[f"{MAJORITY_ACCURACY}{sigma:g}"] = float(correct) / len(examples)
-        return accuracies
-
-    return evaluate
+    return Evaluation(evaluation, preprocessing, accelerator, pixels, labels, len(examples))

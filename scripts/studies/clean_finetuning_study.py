@@ -232,6 +232,7 @@ def study(settings: StudySettings, measurement: MeasurementSettings) -> None:
             config.image_size,
             measurement.processes,
         )
+    measurement.check_images(output_dir / "images" / "eval")
     arms = {
         arm.folder: arm for arm in list_arms(settings) if not (output_dir / arm.folder / "evaluations.json").exists()
     }

@@ -56,6 +56,13 @@ class MeasurementSettings:
         for sigma, values in radii.items():
             SequentialRule(tuple(values), self.alpha, self.max_draws).check(GaussianNoise(sigma))
 
+    def check_images(self, folder: Path) -> None:
+        """Raise a `ValueError` where the split has fewer decoded images in `folder` than the settings name."""
+        there = len(DecodedImages.load(folder).labels)
+        for name in ("eval_samples", "certify_samples"):
+            if getattr(self, name) > there:
+                raise ValueError(f"{name}={getattr(self, name)}: the split {self.eval_split!r} has {there} images.")
+
     @property
     def autocast(self) -> torch.dtype | None:
         return torch.bfloat16 if self.mixed_precision == "bf16" else None
@@ -204,7 +211,7 @@ def evaluate_model(
             # a wrong prediction is not even certified at radius 0
             certified[f"{sigma:g}"] = [
                 certificate.radius if certificate.prediction == label else -1.0
-                for certificate, label in zip(certificates, labels.tolist())
+                for certificate, label in zip(certificates, images.labels.tolist())
             ]
     return {"right": right, "certified_radius": certified}
 

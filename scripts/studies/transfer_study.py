@@ -329,6 +329,7 @@ def study(settings: StudySettings, measurement: MeasurementSettings) -> None:
         decode_images(
             output_dir / "images" / folder, dataset_name, split, samples, config.image_size, measurement.processes
         )
+    measurement.check_images(output_dir / "images" / "eval")
     arms = {arm.name: arm for arm in list_arms(settings) if not arm.is_finished(output_dir)}
     write = partial(write_results, settings, measurement, fixed_settings)
     run_arms(partial(run_arm, settings, measurement), arms, output_dir, measurement.processes, write)

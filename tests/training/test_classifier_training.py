@@ -9,6 +9,7 @@ from helpers.models import save_model
 from transformers import BertConfig
 
 from hf_smoothing import MixedNoiseViTForImageClassification
+from hf_smoothing.hub.results_pages import render_results
 from hf_smoothing.training.classifier_training import train_classifier
 from hf_smoothing.training.evaluation import EvaluationSettings, predict_majority
 from hf_smoothing.training.losses import consistency_loss
@@ -128,7 +129,7 @@ def test_training_saves_the_model_and_its_results(tiny_model_dir, demo_images, t
     settings = TrainingSettings(str(tmp_path / "out"), num_train_epochs=2, per_device_train_batch_size=20)
     images = image_settings.open()
     model, _ = load_for_finetuning(str(tiny_model_dir), find_class_names(images))
-    evaluation = EvaluationSettings("train", eval_samples=10, eval_draws=2, eval_sigmas=[0.0, 0.5])
+    evaluation = EvaluationSettings("train", eval_samples=5000, eval_draws=1, eval_sigmas=[0.0, 0.5])
     results = train_classifier(
         model, images, image_settings, settings, evaluation, settings.create_accelerator(), str(tiny_model_dir)
     )
@@ -136,6 +137,9 @@ def test_training_saves_the_model_and_its_results(tiny_model_dir, demo_images, t
     assert results["steps"] == 4
     assert results["images_seen"] == 80
     assert results["evaluation"].keys() == {"majority_accuracy_sigma_0", "majority_accuracy_sigma_0.5"}
+    assert results["num_eval_images"] == 200  # not the 5,000 that were asked for
+    for template in ("training", "training_summary"):
+        assert "on 200 images of the split `train`" in render_results(template, results)
     reloaded = MixedNoiseViTForImageClassification.from_pretrained(tmp_path / "out")
     assert reloaded.config.id2label[6] == "frog"
 

@@ -68,6 +68,21 @@ def test_intervals_are_over_seeds_or_with_one_seed_over_images(study_arms):
     assert "seeds" not in study_arms.compute_share(first[:1])
 
 
+def test_a_study_certifies_as_many_images_as_it_says(study_arms, tmp_path):
+    study_arms.decode_images(tmp_path / "images", DEMO, "train", 6, 32, processes=1)
+    decoded = study_arms.DecodedImages.load(tmp_path / "images")
+    model = MixedNoiseViTForImageClassification(MixedNoiseViTConfig(**SMALL)).eval()
+    settings = study_arms.MeasurementSettings(eval_samples=2, certify_samples=4, eval_draws=1, max_draws=20)
+    settings.check_images(tmp_path / "images")
+    found = study_arms.evaluate_model(model, decoded, settings, [0.0], {0.5: (0.0,)}, seed=0)
+    assert (len(found["right"]["0"]), len(found["certified_radius"]["0.5"])) == (2, 4)
+    for name in ("eval_samples", "certify_samples"):
+        with pytest.raises(ValueError, match=f"{name}=7: the split 'test' has 6 images"):
+            study_arms.MeasurementSettings(**{"eval_samples": 2, "certify_samples": 2, name: 7}).check_images(
+                tmp_path / "images"
+            )
+
+
 FAILING_ARM = """
 import sys
 from pathlib import Path
