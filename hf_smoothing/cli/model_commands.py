@@ -1,6 +1,5 @@
 """The commands that examine models: `calibrate`, `check` and `audit`."""
 
-import re
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -12,7 +11,7 @@ from rich.console import Console
 
 from ..runs.settings import NoiseLevel
 from ._errors import command
-from .options import Alpha, BatchSize, Denoiser, NoiseResolution, check_source
+from .options import Alpha, BatchSize, Denoiser, NoiseResolution, check_source, is_name_of_callable
 
 if TYPE_CHECKING:  # heavy: not for help
     from ..diagnostics.model_check import ModelCheck
@@ -109,7 +108,7 @@ def check(
 
     options: dict[str, Any] = {"device": device, "batch_size": batch_size, "denoiser": denoiser}
     noise = GaussianNoise(0.25)
-    if re.fullmatch(r"[\w.]+:[\w.]+", model) and not Path(model).exists():
+    if is_name_of_callable(model):
         smoothed = SmoothedClassifier(_import_callable(model), noise, **options)
     else:
         options["noise_resolution"] = parse_noise_resolution(noise_resolution)

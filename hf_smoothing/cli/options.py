@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -42,13 +43,9 @@ def option(name: str) -> Any:
     return typer.Option(
         *metadata.get("aliases", ()),
         parser=parser,
-        callback=check_source if name in _SOURCES else None,
+        callback=_SOURCES.get(name),
         help=f"{metadata['help'][0].upper()}{metadata['help'][1:]}.",
     )
-
-
-_SOURCES = ("model_name_or_path", "dataset_name", "count_head")
-"""Fields that take a name on the Hub or a path."""
 
 
 def check_source(name: str | None) -> str | None:
@@ -58,6 +55,24 @@ def check_source(name: str | None) -> str | None:
     if name.startswith((".", "/", "~")) or name.endswith(".parquet") or name.count("/") > 1:
         raise typer.BadParameter(f"There is no {name!r} here, and a name on the Hub is like `user/name`.")
     return name
+
+
+def is_name_of_callable(name: str) -> bool:
+    """Whether it reads `module:function`."""
+    return re.fullmatch(r"[\w.]+:[\w.]+", name) is not None and not Path(name).exists()
+
+
+def _check_model(name: str | None) -> str | None:
+    if name is not None and is_name_of_callable(name):
+        raise typer.BadParameter(
+            f"{name!r} names a Python callable, which `check` takes. To certify it, call "
+            "`SmoothedClassifier(function, GaussianNoise(sigma)).certify(images)` in Python."
+        )
+    return check_source(name)
+
+
+_SOURCES = {"model_name_or_path": _check_model, "dataset_name": check_source, "count_head": check_source}
+"""Checks of the fields that take a name on the Hub or a path."""
 
 
 def check_pictures(names: list[str]) -> list[str]:

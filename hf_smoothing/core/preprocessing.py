@@ -72,15 +72,16 @@ def to_pixels(image: Any, preprocessing: Preprocessing | None = None) -> torch.T
 
     Args:
         image: a tensor `(channels, height, width)`, float in `[0, 1]` or uint8; or anything that [`load_image`] takes.
-        preprocessing: converts pictures to pixels.
+        preprocessing: converts pictures to pixels. Without it, a picture keeps its size.
 
     Raises:
-        ValueError: for a tensor that does not hold pixels, or a picture without an image processor.
+        ValueError: for a tensor that does not hold pixels.
     """
     if not isinstance(image, torch.Tensor):
-        if preprocessing is None:
-            raise ValueError(f"A {type(image).__name__} needs an image processor: pass image_processor or tensors.")
-        image = preprocessing.picture_to_pixels(load_image(image))
+        picture = load_image(image)
+        image = (
+            functional.pil_to_tensor(picture) if preprocessing is None else preprocessing.picture_to_pixels(picture)
+        )
     if image.ndim != 3:
         raise ValueError(f"An image has shape {tuple(image.shape)}, but must have (channels, height, width).")
     side = preprocessing.noise_resolution if preprocessing is not None else None

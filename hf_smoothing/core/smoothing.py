@@ -28,7 +28,7 @@ from .sampler import CountHead, FinishedImages, Sampler, in_order
 from .sequential_rule import SequentialRule
 from .surrogate_rule import SurrogateRule
 from .validation import check_count
-from .weights import weights_digest
+from .weights import read_config, weights_digest
 
 if TYPE_CHECKING:
     from .fallback_classifier import FallbackClassifier
@@ -47,8 +47,8 @@ class SmoothedClassifier:
         noise: the smoothing distribution, such as `GaussianNoise(0.25)`.
         batch_size: draws per forward pass, of one image or of several.
         device: where draws are made and classified; by default where the module is, else the CPU.
-        image_processor: of transformers. With it, paths, addresses and PIL images are accepted besides tensors. Its
-            normalisation is applied after the noise.
+        image_processor: of transformers. It resizes pictures; its normalisation is applied after the noise. Without it,
+            the base classifier gets RGB pictures of their own size.
         noise_resolution: where noise is added: at the network's `"input"`, at the `"native"` size of the picture, or at a
             number of pixels a side. A radius is about these pixels; resizing them to the input is part of the classifier.
         denoiser: a [`Denoiser`], or the name of one ([`load_denoiser`]), part of the base classifier. With it a model
@@ -127,9 +127,10 @@ class SmoothedClassifier:
         are passed on to transformers' `from_pretrained`, with a `dtype` of `torch.float32` by default.
         """
         model_kwargs.setdefault("dtype", torch.float32)
-        model = AutoModelForImageClassification.from_pretrained(model_name_or_path, **model_kwargs)
         hub_options = {"revision", "token", "trust_remote_code", "subfolder", "cache_dir", "local_files_only"}
         hub_kwargs = {name: model_kwargs[name] for name in hub_options & model_kwargs.keys()}
+        model_kwargs.setdefault("config", read_config(model_name_or_path, **hub_kwargs))
+        model = AutoModelForImageClassification.from_pretrained(model_name_or_path, **model_kwargs)
         processor = AutoImageProcessor.from_pretrained(model_name_or_path, **hub_kwargs)
         if device is not None:
             model = model.to(device)

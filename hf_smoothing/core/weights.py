@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from transformers import AutoConfig
 
 
 @contextmanager
@@ -21,6 +22,17 @@ def loading(model: str) -> Iterator[None]:
         raise ValueError(f"The model {model!r} cannot be loaded. {where}{error}") from error
     except SafetensorError as error:
         raise ValueError(f"The model {model!r} cannot be loaded: its weights are damaged ({error}).") from error
+
+
+def read_config(model: str | Path, **hub_kwargs: Any) -> Any:
+    """
+    The config of a model. timm's `save_for_hf` writes the number of classes into `model_args` too, and transformers fails
+    because it gets it twice. It is dropped there.
+    """
+    config = AutoConfig.from_pretrained(model, **hub_kwargs)
+    if isinstance(arguments := getattr(config, "model_args", None), dict):
+        config.model_args = {name: value for name, value in arguments.items() if name != "num_classes"}
+    return config
 
 
 def check_loaded_weights(model: str, info: Mapping[str, Any], reinitialized: tuple[str, ...]) -> None:

@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 from scipy import stats
 from torch import nn
-from torchvision.transforms.v2.functional import pil_to_tensor
 
 from ..core.base_classifier import Classifier
 from ..core.bounds import clopper_pearson_lower
@@ -261,12 +260,9 @@ def _number_classes(images: LabelledImages, rows: Sequence[tuple[int, Row]]) -> 
 
 
 def _to_pixels(picture: Image.Image, smoothed: SmoothedClassifier, image_size: int | None) -> torch.Tensor:
-    if smoothed.preprocessing is not None:
-        return to_pixels(picture, smoothed.preprocessing)
-    picture = picture.convert("RGB")
-    if image_size is not None and picture.size != (image_size, image_size):
+    if smoothed.preprocessing is None and image_size is not None and picture.size != (image_size, image_size):
         picture = picture.resize((image_size, image_size), Image.Resampling.BICUBIC)
-    return to_pixels(pil_to_tensor(picture))
+    return to_pixels(picture, smoothed.preprocessing)
 
 
 def _check_level(

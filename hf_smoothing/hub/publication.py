@@ -8,7 +8,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
-from huggingface_hub import DatasetCard
+from huggingface_hub import DatasetCard, ModelCard
 from transformers.dynamic_module_utils import custom_object_save
 
 from ..core.configuration_mixed_noise_vit import MixedNoiseViTConfig
@@ -159,12 +159,16 @@ def _reference(class_of_code: type) -> str:
 
 
 def _card_of_model(publication: Publication, repo_id: str) -> dict[str, str]:
-    """The card of a model, where it names the folder: in its title, and in the names that its examples load."""
+    """The card of a model, with the repository's name where it names the folder: metadata, title, examples."""
     if (readme := publication.files.get("README.md")) is None:
         return {}
     name = publication.folder.resolve().name
     text = re.sub(rf'"(?:[\w.-]+/)*{re.escape(name)}"', f'"{repo_id}"', readme.read_text(encoding="utf-8"))
-    return {"README.md": re.sub(rf"^# {re.escape(name)}$", f"# {repo_id.split('/')[-1]}", text, flags=re.MULTILINE)}
+    published = repo_id.split("/")[-1]
+    card = ModelCard(re.sub(rf"^# {re.escape(name)}$", f"# {published}", text, flags=re.MULTILINE))
+    if card.data.model_name == name:
+        card.data.model_name = published
+    return {"README.md": str(card)}
 
 
 def _card_of_run(publication: Publication) -> dict[str, str]:

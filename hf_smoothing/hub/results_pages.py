@@ -15,6 +15,9 @@ TEMPLATES = Path(__file__).parent / "templates"
 _BOOKKEEPING = {"output_dir", "resume_from_checkpoint", "checkpointing_steps", "logging_steps", "report_to", "base"}
 """Settings of a training that change nothing in the model."""
 
+_SETTINGS_OF_CARD = {"dataset_name", "sigmas", "sigma_weights", "consistency_weight"}
+"""What a card shows of the settings of each stage: the images, the noise, and what is learned from it."""
+
 
 def render_results(template: str, results: Json) -> str:
     """
@@ -136,11 +139,16 @@ _MEASURES = {
 
 
 def training_summary_data(results: Json) -> Json:
-    """As [`training_data`]; accuracies of earlier stages, which have other classes, only where the last stage has some."""
+    """
+    As [`training_data`], for the card: of the settings only images and noise, and accuracies of earlier stages, which have
+    other classes, only where the last stage has some.
+    """
     data = training_data(results)
+    hidden = set(_differing(data["stages"])) - _SETTINGS_OF_CARD
+    data["rows"] = [row for row in data["rows"] if row[" "] not in hidden]
     if not results.get("evaluation"):
         data["evaluated"] = {}
-        data["rows"] = [row for row in data["rows"] if not row[" "].startswith(("accuracy at sigma", "eval_"))]
+        data["rows"] = [row for row in data["rows"] if not row[" "].startswith("accuracy at sigma")]
     return data
 
 
@@ -161,7 +169,7 @@ def _format_setting(value: Any) -> str:
         return "-"
     if isinstance(value, list):
         return " ".join(f"{item:g}" if isinstance(item, float) else str(item) for item in value)
-    if isinstance(value, str) and Path(value).is_absolute():
+    if isinstance(value, str) and value.startswith(("/", ".", "~")):
         return Path(value).name  # folders of a machine mean nothing to others
     return f"{value:g}" if isinstance(value, float) else str(value)
 

@@ -8,11 +8,11 @@ from typing import Any
 import timm
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessor
+from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessor
 
 from ..core.configuration_mixed_noise_vit import MixedNoiseViTConfig
 from ..core.modeling_mixed_noise_vit import MixedNoiseViTForImageClassification
-from ..core.weights import check_loaded_weights, check_weights, loading
+from ..core.weights import check_loaded_weights, check_weights, loading, read_config
 from .from_timm import from_timm
 
 
@@ -47,7 +47,7 @@ def load_for_finetuning(
         return timm_model, create_image_processor(timm_model.config.image_size)
     hub_kwargs: dict[str, Any] = {} if revision is None else {"revision": revision}
     with loading(model_name_or_path):
-        config = AutoConfig.from_pretrained(model_name_or_path, **hub_kwargs)
+        config = read_config(model_name_or_path, **hub_kwargs)
     same_classes = [config.id2label[index] for index in range(config.num_labels)] == list(class_names)
     model_class: Any = MixedNoiseViTForImageClassification
     if not isinstance(config, MixedNoiseViTConfig):

@@ -53,6 +53,7 @@ MODEL = "model_cards/mixed-noise-vit-nano-cifar10"
             "There is no 'gone.parquet' here",
         ),
         (["check", "../gone/model"], "There is no '../gone/model' here"),
+        (["certify", __file__, "--model", "module:function"], "names a Python callable, which `check` takes"),
         (["report", "gone"], "'gone' does not exist"),
         (["audit", "gone"], "'gone' does not exist"),
         (["calibrate", ".", "gone"], "'gone' does not exist"),

@@ -5,9 +5,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import timm
 import torch
 from helpers.models import LinearClassifier
 from PIL import Image
+from timm.models import save_for_hf
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -283,6 +285,19 @@ def test_what_finetuning_says_of_them(tmp_path):
         model, _ = load_for_finetuning(str(tmp_path), ["a", "b", "c"])
     with pytest.raises(ValueError, match="takes a mixed-noise ViT"):
         group_parameters(model, 1e-3, 0.0, layer_decay=0.5)
+
+
+def test_a_model_that_timm_saved_loads(tmp_path):
+    """transformers alone fails on the number of classes, which timm writes twice."""
+    saved = timm.create_model("test_vit", num_classes=3, img_size=SIDE).eval()
+    save_for_hf(saved, str(tmp_path), model_args={"img_size": SIDE})
+    smoothed = SmoothedClassifier.from_pretrained(tmp_path, GaussianNoise(0.25))
+    pixels = torch.rand(2, 3, SIDE, SIDE)
+    with torch.inference_mode():
+        expected = saved(smoothed.preprocessing.normalize(pixels))
+        assert torch.allclose(smoothed.base_classifier([pixels], 0.0), expected, atol=1e-5)
+    finetuned, _ = load_for_finetuning(str(tmp_path), ["a", "b"])
+    assert find_head(finetuned).out_features == 2
 
 
 def test_a_denoiser_that_is_a_module_is_in_evaluation_mode_and_named_by_its_weights():

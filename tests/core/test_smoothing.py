@@ -309,12 +309,21 @@ def test_impossible_settings_are_refused_before_an_image_is_read(linear, noise):
         (torch.full((3, 4, 4), float("nan")), "values from nan"),
         (torch.randn(3, 4, 4) * 3, "Undo the normalisation"),
         (torch.rand(4, 4), r"shape \(4, 4\)"),
-        ("frog.png", "needs an image processor"),
     ],
 )
 def test_images_that_are_no_pixels(linear, noise, image, message):
     with pytest.raises(ValueError, match=message):
         SmoothedClassifier(linear, noise).certify([torch.rand(3, 4, 4), image])
+
+
+def test_a_callable_takes_pictures_at_their_own_size(linear, noise, tmp_path):
+    pixels = torch.rand(3, 4, 4).mul(255).byte()
+    picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    picture.save(tmp_path / "picture.png")
+    smoothed = SmoothedClassifier(linear, noise)
+    images = [pixels, picture, tmp_path / "picture.png"]
+    assert all(torch.equal(to_pixels(image), to_pixels(pixels)) for image in images)
+    assert len(smoothed.certify(images, draws=100)) == 3
 
 
 def test_what_is_no_list_of_images_is_named(linear, noise):

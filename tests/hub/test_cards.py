@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import fields
 
 import pytest
 import yaml
@@ -12,7 +13,7 @@ from huggingface_hub import ModelCard
 from typer.testing import CliRunner
 
 from hf_smoothing.cli.app import app
-from hf_smoothing.hub.model_cards import create_card
+from hf_smoothing.hub.model_cards import Page, Picture, Words, create_card
 
 CARDS = sorted(path.parent for path in ROOT.glob("model_cards/*/card.yaml"))
 
@@ -235,6 +236,14 @@ def test_words_that_make_no_card(folder, change, message):
     assert "".join(message.split()) in "".join(done.stderr.split())
 
 
+def test_the_documented_keys_are_those_of_a_card():
+    documented = (ROOT / "model_cards" / "README.md").read_text()
+    example = yaml.safe_load(documented.split("```yaml\n")[1].split("```")[0])
+    assert example.keys() == {field.name for field in fields(Words)}
+    assert example["pages"][0].keys() == {field.name for field in fields(Page)}
+    assert example["picture"].keys() == {field.name for field in fields(Picture)}
+
+
 def test_a_trained_model_gets_a_first_card(folder):
     (folder / "card.yaml").unlink()
     create_card(folder, dataset=str(folder), base_model="someone/foundation")
@@ -257,12 +266,15 @@ def test_a_card_tells_accuracies_of_the_model_not_of_its_pretraining(folder):
     path = folder / "results" / "training.json"
     training = json.loads(path.read_text())
     settings = {**training["settings"], "eval_split": "valid", "eval_samples": 500, "eval_draws": 1}
+    settings |= {"dataset_name": ".data/photos", "learning_rate": 0.01}
     earlier = {**training, "settings": settings, "evaluation": {"majority_accuracy_sigma_0": 0.3}}
     path.write_text(json.dumps({**training, "evaluation": None, "continues": earlier}))
     assert call(folder).exit_code == 0
     assert "30.0%" not in body(folder)
-    assert "eval_" not in body(folder)
+    assert "| dataset_name | photos | data/cifar10 |" in body(folder)
+    assert not re.search("eval_|learning_rate", body(folder))
     page = (folder / "results" / "training.md").read_text()
+    assert "| learning_rate | 0.01 |" in page
     assert "The accuracies of 1. " in page
     assert "the majority over 1 noisy copy, on at most 500 images of the split `valid`" in page
 
@@ -332,8 +344,9 @@ def test_a_number_of_steps_hides_that_of_epochs(folder):
     training["settings"] = {"seed": 0, "num_train_epochs": 10, "max_train_steps": 500}
     path.write_text(json.dumps({**training, "continues": earlier}))
     assert call(folder).exit_code == 0
-    assert "| num_train_epochs | 3 | - |" in body(folder)
-    assert "| max_train_steps | - | 500 |" in body(folder)
+    page = (folder / "results" / "training.md").read_text()
+    assert "| num_train_epochs | 3 | - |" in page
+    assert "| max_train_steps | - | 500 |" in page
 
 
 @pytest.mark.parametrize(("seconds", "minutes"), [(22, "0.4"), (84, "1"), (1354, "23")])

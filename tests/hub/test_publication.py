@@ -45,11 +45,13 @@ def test_a_shipped_folder_is_what_would_be_published(folder, tmp_path):
 def test_a_published_card_names_the_repository(tmp_path):
     folder, stage = tmp_path / "my-model", tmp_path / "stage"
     shutil.copytree(SHIPPED_MODEL, folder, ignore=shutil.ignore_patterns("results"))
+    metadata = "---\nlicense: mit\nmodel_name: {}\n---\n\n"
     (folder / "README.md").write_text(
-        '# my-model\n\npipeline(model="user/my-model")\nload("my-model", "my-model-2")\n'
+        metadata.format("my-model") + '# my-model\n\npipeline(model="user/my-model")\nload("my-model", "my-model-2")\n'
     )
     stage.mkdir()
     publication_of(folder).stage(stage, "user/digits")
     card = (stage / "README.md").read_text()
-    assert card == '# digits\n\npipeline(model="user/digits")\nload("user/digits", "my-model-2")\n'
+    text = '# digits\n\npipeline(model="user/digits")\nload("user/digits", "my-model-2")\n'
+    assert card == metadata.format("digits") + text
     assert "my-model" in (folder / "README.md").read_text()
