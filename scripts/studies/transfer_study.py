@@ -129,27 +129,22 @@ class TransferArm:
 
 
 def list_arms(settings: StudySettings) -> list[TransferArm]:
-    """The arms of the study, those of the first seed first."""
-    mixtures = {
-        "mixture": settings.sigmas,
-        "clean": [0.0],
-        f"sigma {settings.single_sigma:g}": [settings.single_sigma],
-    }
-    arms = []
-    for seed in settings.seeds:
-        first = seed == settings.seeds[0]
-        main_finetunings = {"clean": [0.0], **({"mixture": settings.sigmas} if first else {})}
-        for pretraining in ("mixture", "clean"):
-            for norm in ("layernorm", "batchnorm"):
-                arms.append(TransferArm(pretraining, norm, seed, mixtures[pretraining], main_finetunings))
-        if first:
-            for pretraining, norm in (
-                ("mixture", "groupnorm"),
-                ("mixture", "rmsnorm"),
-                (list(mixtures)[2], "layernorm"),
-            ):
-                arms.append(TransferArm(pretraining, norm, seed, mixtures[pretraining], {"clean": [0.0]}))
-    return arms
+    """The arms of the study: those of all seeds, then those of the first seed only."""
+    clean, single, first = [0.0], f"sigma {settings.single_sigma:g}", settings.seeds[0]
+    mixtures = {"mixture": settings.sigmas, "clean": clean, single: [settings.single_sigma]}
+    finetunings = {seed: {"clean": clean} for seed in settings.seeds}
+    finetunings[first] = {"clean": clean, "mixture": settings.sigmas}
+    main = [
+        TransferArm(pretraining, norm, seed, mixtures[pretraining], finetunings[seed])
+        for seed in settings.seeds
+        for pretraining in ("mixture", "clean")
+        for norm in ("layernorm", "batchnorm")
+    ]
+    others = [
+        TransferArm(pretraining, norm, first, mixtures[pretraining], {"clean": clean})
+        for pretraining, norm in (("mixture", "groupnorm"), ("mixture", "rmsnorm"), (single, "layernorm"))
+    ]
+    return main + others
 
 
 def run_arm(settings: StudySettings, measurement: MeasurementSettings, arm: TransferArm) -> None:
