@@ -11,6 +11,26 @@ from .options import check_source
 
 app = typer.Typer()
 
+LogGuarantee = Annotated[
+    str | None,
+    typer.Option(
+        help="Guarantee of the certificates in logs, which do not contain it: `per_input`, ... (default: unknown)"
+    ),
+]
+LogAlpha = Annotated[
+    float | None,
+    typer.Option(
+        help="Alpha of the certificates in logs, which do not contain it (default: unknown). Different ones are refused."
+    ),
+]
+LogN = Annotated[
+    int | None,
+    typer.Option(
+        help="Counted draws of each image in logs, which do not contain it (default: unknown). With `--log-alpha`, radii "
+        "that these draws cannot prove are out of reach."
+    ),
+]
+
 
 @command(app)
 def report(
@@ -54,18 +74,17 @@ def report(
     split: Annotated[
         str | None, typer.Option(help="The split of `--images`. Without it: the one that the run certified.")
     ] = None,
-    log_guarantee: Annotated[
-        str | None,
+    log_guarantee: LogGuarantee = None,
+    log_alpha: LogAlpha = None,
+    log_n: LogN = None,
+    write_logs: Annotated[
+        bool,
         typer.Option(
-            help="Guarantee of the certificates in logs, which do not contain it: `per_input`, ... (default: unknown)"
+            "--write-logs",
+            help="Also write each run and sigma as a log (`idx label predict radius correct time`), for scripts that read "
+            "those of Cohen et al. A log does not contain guarantee, alpha and number of draws.",
         ),
-    ] = None,
-    log_alpha: Annotated[
-        float | None,
-        typer.Option(
-            help="Alpha of the certificates in logs, which do not contain it (default: unknown). Different ones are refused."
-        ),
-    ] = None,
+    ] = False,
 ) -> None:
     """
     Write tables and curves of certified accuracy from finished runs.
@@ -87,11 +106,14 @@ def report(
         split=split,
         log_guarantee=log_guarantee,
         log_alpha=log_alpha,
+        log_n=log_n,
+        write_logs=write_logs,
         estimates=estimates,
     )
     console = Console()
     print_report(summary, console)
-    console.print(f"Wrote {folder / 'report.md'}, report.json and the pictures.", markup=False, soft_wrap=True)
+    written = ", ".join([str(folder / "report.md"), "report.json", *summary["logs"]])
+    console.print(f"Wrote {written} and the pictures.", markup=False, soft_wrap=True)
 
 
 @command(app)

@@ -1,6 +1,7 @@
 """A report on finished runs: a summary ready for JSON, and from it alone the tables, the notes and the Markdown page."""
 
 import math
+import re
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -18,6 +19,7 @@ from .estimates import complete
 from .examples import load_pictures, picture_of_certificates
 from .plots import plot_certified_accuracy, plot_draws, plot_true_class_frequency, require_matplotlib
 from .rendering import format_number, render
+from .research_logs import write_log
 from .results import Result, name_of_figure, read_results, shared_guarantee_and_norm
 from .tables import print_table
 
@@ -37,14 +39,17 @@ def write_report(
     split: str | None = None,
     log_guarantee: str | None = None,
     log_alpha: float | None = None,
+    log_n: int | None = None,
     estimates: Path | None = None,
+    write_logs: bool = False,
 ) -> tuple[Json, Path]:
     """
     Write `report.json`, `report.md` and pictures on finished runs; return the report and the folder with its files.
 
-    [`read_results`] takes `runs`, `log_guarantee` and `log_alpha`; [`complete`] takes `estimates`, a run with estimates for
-    all images; [`summarize`] takes `radii` and `envelope`; [`load_pictures`] takes `images`, the dataset of example
-    pictures, and `split`. The folder is `output_dir`; by default the run folder if there is one run, else `report`.
+    [`read_results`] takes `runs`, `log_guarantee`, `log_alpha` and `log_n`; [`complete`] takes `estimates`, a run with
+    estimates for all images; [`summarize`] takes `radii` and `envelope`; [`load_pictures`] takes `images`, the dataset of
+    example pictures, and `split`. With `write_logs`, [`write_log`] also writes each run as logs of certificates. The folder
+    is `output_dir`; by default the run folder if there is one run, else `report`.
 
     Raises:
         ImportError: without matplotlib.
@@ -52,7 +57,7 @@ def write_report(
         ValueError: for runs that cannot be read or do not belong in one figure, and for images of another dataset.
     """
     require_matplotlib()
-    results = read_results(runs, log_guarantee, log_alpha)
+    results = read_results(runs, log_guarantee, log_alpha, log_n)
     if estimates is not None:
         results = complete(results, estimates)
     report = summarize(results, radii, envelope)
@@ -61,6 +66,7 @@ def write_report(
     report["pictures"] = _draw_curves(results, report, folder)
     if images is not None:
         report["pictures"] += _draw_examples(results, folder, images, split)
+    report["logs"] = _write_logs(results, folder) if write_logs else []
     report["command"] = command_line()
     write_json(report, folder / "report.json")
     (folder / "report.md").write_text(render_report(report), encoding="utf-8")
@@ -90,6 +96,17 @@ def _draw_examples(results: Sequence[Result], folder: Path, dataset: str, split:
             title = f"Examples from largest to smallest radius: {result.title}"
             pictures.append({"kind": "examples", "title": title, "file": file})
     return pictures
+
+
+def _write_logs(results: Sequence[Result], folder: Path) -> list[str]:
+    """Write each result of a run as a log; the names of the files. Logs are not written again."""
+    files = []
+    for result in results:
+        if not result.is_log:
+            level = "" if result.sigma is None else f"-sigma_{format_number(result.sigma)}"
+            files.append(re.sub(r"[^\w.-]+", "-", result.name).strip("-") + f"{level}.log")
+            write_log(result.rows, folder / files[-1])
+    return files
 
 
 def print_report(report: Json, console: Console) -> None:
@@ -132,6 +149,7 @@ def _summarize_result(result: Result, radii: Sequence[float], num_results: int) 
         "run": result.name,
         "title": result.title,
         "is_log": result.is_log,
+        "log_n": result.settings.get("n") if result.is_log else None,
         "model": result.settings.get("model_name_or_path"),
         "sigma": result.sigma,
         "sampling": result.sampling,
@@ -149,7 +167,9 @@ def _summarize_result(result: Result, radii: Sequence[float], num_results: int) 
         "median_counted_draws": median(counted) if counted else None,
         "mean_seconds": sum(seconds) / len(seconds) if seconds else None,
         "fallback": _summarize_fallback(result),
-        "made_by": {name: result.run[name] for name in ("command", "settings", "versions") if name in result.run},
+        "made_by": {}
+        if result.is_log
+        else {name: result.run[name] for name in ("command", "settings", "versions") if name in result.run},
     }
 
 

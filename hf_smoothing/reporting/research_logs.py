@@ -2,8 +2,12 @@
 
 import csv
 import re
+from collections.abc import Iterable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
+
+from ..core.certificates import ABSTAIN
 
 Row = dict[str, Any]
 
@@ -26,8 +30,8 @@ def read_log(source: Path, guarantee: str | None, alpha: float | None = None) ->
     Raises:
         ValueError: for missing columns, or a line that is not a certificate; the message names the line.
     """
-    named = _SIGMA.search(source.name)
-    shared = {"guarantee": guarantee, "alpha": alpha, "sigma": float(named[1]) if named else None}
+    named = _SIGMA.findall(source.name)  # the last one: a run may be named for another model's level
+    shared = {"guarantee": guarantee, "alpha": alpha, "sigma": float(named[-1]) if named else None}
     with source.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file, delimiter="\t")
         header = reader.fieldnames or []
@@ -44,6 +48,31 @@ def read_log(source: Path, guarantee: str | None, alpha: float | None = None) ->
     if not rows:
         raise ValueError(f"{source} has no certificates.")
     return rows
+
+
+def write_log(rows: Iterable[Row], path: Path) -> None:
+    """
+    Write certificates as such a log, in the order of `rows`; [`read_log`] reads the same values. Guarantee, alpha and number
+    of draws are lost. Images that failed become abstentions.
+
+    Args:
+        rows: records with `index`, `label`, `prediction` and `radius`, and `seconds` where known.
+        path: of the log.
+
+    Raises:
+        ValueError: for radii of another norm than l2, which a log cannot tell.
+    """
+    lines = ["\t".join((*LOG_COLUMNS, "correct", "time"))]
+    for row in rows:
+        if row.get("norm") not in (None, "l2"):
+            raise ValueError(f"Image {row['index']} has a radius in the norm {row['norm']!r}: logs hold l2 radii.")
+        failed = row["prediction"] is None
+        prediction, radius = (ABSTAIN, 0.0) if failed else (row["prediction"], float(row["radius"]))
+        seconds = row.get("seconds")
+        time = "" if seconds is None else timedelta(seconds=seconds)
+        values = (row["index"], row["label"], prediction, radius, int(prediction == row["label"]), time)
+        lines.append("\t".join(map(str, values)))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _certificate(row: dict[str, str]) -> Row:

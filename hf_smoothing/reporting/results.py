@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..core.agreement import ALPHA_SHARES
-from ..core.certificates import ABSTAIN
+from ..core.certificates import ABSTAIN, format_radius
+from ..core.fixed_rule import FixedRule
 from ..core.noise import GaussianNoise
 from ..core.rules import RULES, make_rule
 from ..core.sequential_rule import SequentialRule
@@ -220,7 +221,10 @@ def _rests_on_counts(row: Row) -> bool:
 
 
 def read_results(
-    sources: Sequence[Path], log_guarantee: str | None = None, log_alpha: float | None = None
+    sources: Sequence[Path],
+    log_guarantee: str | None = None,
+    log_alpha: float | None = None,
+    log_n: int | None = None,
 ) -> list[Result]:
     """
     Read run folders, Parquet files of certificates and logs: one result per source and noise level, in order.
@@ -229,10 +233,12 @@ def read_results(
         sources: folders with `certificates.parquet` (and maybe `run.json`), such files, or logs, see [`read_log`].
         log_guarantee: the guarantee of the certificates in logs; a log does not say.
         log_alpha: their alpha; a log does not say either.
+        log_n: the counted draws of each image in logs, from which the largest radius follows that they can prove.
 
     Raises:
         FileNotFoundError: for a source that does not exist.
-        ValueError: for a file without certificates or with an image twice, and a source that is given twice.
+        ValueError: for a file without certificates or with an image twice, a source that is given twice, and a `log_n` that
+            proves no radius or smaller ones than a log has.
     """
     tables = [(RunFolder(source).table if source.is_dir() else source).resolve() for source in sources]
     results: list[Result] = []
@@ -244,7 +250,7 @@ def read_results(
         if source.is_dir() or source.suffix == ".parquet":
             results += _read_run(source, name)
         elif source.is_file():
-            results.append(Result(source, name, read_log(source, log_guarantee, log_alpha), {}, is_log=True))
+            results.append(_read_log(source, name, log_guarantee, log_alpha, log_n))
         else:
             raise FileNotFoundError(f"There is no run folder or log at {str(source)!r}.")
     for result in results:
@@ -253,6 +259,31 @@ def read_results(
                 f"{result.source} has image {twice[0]} twice: a table has one row per image and noise level."
             )
     return results
+
+
+_LOG_PRECISION = 0.005
+"""Research scripts print three digits: the largest relative error of a rounded radius."""
+
+
+def _read_log(source: Path, name: str, guarantee: str | None, alpha: float | None, n: int | None) -> Result:
+    rows = read_log(source, guarantee, alpha)
+    if n is None:
+        return Result(source, name, rows, {}, is_log=True)
+    if alpha is None or rows[0]["sigma"] is None:
+        missing = (
+            "log_alpha (--log-alpha)" if alpha is None else "a name of the log that tells sigma, such as sigma_0.25"
+        )
+        raise ValueError(f"{source}: log_n={n} tells which radii are out of reach only with {missing}.")
+    settings = {"method": FixedRule.method, "n": n, "alpha": alpha}
+    result = Result(source, name, rows, {"settings": settings}, is_log=True)
+    farthest, reach = max(rows, key=lambda row: row["radius"]), result.largest_radius or 0.0
+    if farthest["radius"] > reach * (1 + _LOG_PRECISION):
+        raise ValueError(
+            f"{source}: log_n={n} draws prove at most radius {format_radius(max(reach, 0.0))} at sigma "
+            f"{farthest['sigma']:g} and alpha {alpha:g}, but image {farthest['index']} has {farthest['radius']:g}. Give "
+            "the number of draws that were counted for each image."
+        )
+    return result
 
 
 def _read_run(source: Path, name: str) -> list[Result]:

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from hf_smoothing import GaussianNoise
 from hf_smoothing.count_head.measured_counts import read_count_table
+from hf_smoothing.reporting.research_logs import write_log
 from hf_smoothing.utils.errors import exit_on_error
 
 LARGEST_SHARE = 1 - 1e-12
@@ -44,13 +45,14 @@ def main() -> None:
         for sigma in np.unique(counts.sigmas):
             noise = GaussianNoise(float(sigma))
             rows = np.flatnonzero((counts.sigmas == sigma) & (positions % args.every == 0))
-            lines = ["idx\tlabel\tpredict\tradius\tcorrect"]
+            certificates = []
             for row in rows[np.argsort(positions[rows])]:
                 label, prediction = int(counts.labels[row]), int(counts.predictions[row])
                 radius = noise.radius(min(float(counts.p_lower[row]), LARGEST_SHARE)) if prediction >= 0 else 0.0
-                lines.append(f"{positions[row]}\t{label}\t{prediction}\t{radius:.6g}\t{int(label == prediction)}")
+                certificate = {"index": int(positions[row]), "label": label, "prediction": prediction}
+                certificates.append({**certificate, "radius": radius})
             path = Path(args.output_dir) / f"{args.name}-sigma_{sigma:g}.log"
-            path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            write_log(certificates, path)
             print(f"{path}: {len(rows)} images")
 
 

@@ -8,11 +8,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers.finished_runs import write_log, write_run
+from helpers.finished_runs import LOG, write_log, write_run
 from matplotlib.figure import Figure
 from PIL import Image
+from typer.testing import CliRunner
 
 from hf_smoothing import CertifiedAccuracy, FixedRule, GaussianNoise, SequentialRule, TwoStageRule
+from hf_smoothing.cli.app import app
 from hf_smoothing.core.count_rule import CountRule
 from hf_smoothing.metrics.certified_accuracy import certified_accuracy
 from hf_smoothing.reporting.plots import draw_certified_accuracy, plot_certified_accuracy
@@ -187,6 +189,42 @@ def test_the_label_of_a_log_fits_beside_the_axis(tmp_path):
 def test_the_name_of_a_log_tells_its_sigma(tmp_path, name, sigma):
     (result,) = read_results([write_log(tmp_path / name)])
     assert result.sigma == sigma
+
+
+def test_a_log_is_out_of_reach_beyond_what_its_draws_prove(tmp_path):
+    log = write_log(tmp_path / "sigma_0.25.log", LOG.replace("0.747", "0.45"))
+    for n, text in ((None, "0.0%"), (200, "out of reach")):  # 200 draws prove 0.455
+        (result,) = read_results([log], "per_input", 0.001, n)
+        report = summarize([result], [0.25, 0.5])
+        (row,) = share_rows(report)
+        assert row["r = 0.5"].startswith(text)
+        assert row["r = 0.25"].startswith("50.0%")
+        page = render_report(report)
+        assert ("no image can have a radius above 0.45" in page) == (n is not None)
+        assert ("Its number of draws is the value of --log-n, 200." in page) == (n is not None)
+        assert "How the runs were made" not in page
+
+
+def test_draws_of_a_log_that_say_nothing_or_cannot_be_are_refused(tmp_path):
+    log = write_log(tmp_path / "sigma_0.25.log")
+    with pytest.raises(ValueError, match=r"log_n=100 .* only with log_alpha \(--log-alpha\)"):
+        read_results([log], "per_input", None, 100)
+    with pytest.raises(ValueError, match=r"log_n=100 .* only with a name of the log that tells sigma"):
+        read_results([write_log(tmp_path / "cohen.tsv")], "per_input", 0.001, 100)
+    with pytest.raises(ValueError, match=r"log_n=100 draws prove at most radius 0\.375 .* image 0 has 0\.747"):
+        read_results([log], "per_input", 0.001, 100)
+    with pytest.raises(ValueError, match="n=0"):
+        read_results([log], "per_input", 0.001, 0)
+    with pytest.raises(ValueError, match=r"log_n=5 draws prove at most radius 0\.000"):
+        read_results([log], "per_input", 0.001, 5)
+
+
+def test_the_command_takes_the_draws_of_logs(tmp_path):
+    log = write_log(tmp_path / "sigma_0.25.log", LOG.replace("0.747", "0.45"))
+    options = ["--log-alpha", "0.001", "--log-n", "200", "--output-dir", str(tmp_path / "report")]
+    done = CliRunner().invoke(app, ["report", str(log), *options])
+    assert done.exit_code == 0, done.output
+    assert "out of reach" in done.output
 
 
 def test_counts_of_a_fallback_level_do_not_say_that_draws_ran_out():
