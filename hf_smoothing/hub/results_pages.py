@@ -64,8 +64,13 @@ def render_accuracy(reports: dict[str, Json]) -> str:
     The table of a card: certified accuracy at each radius, from the content of `report.json` files by label.
 
     Raises:
-        ValueError: for reports of different guarantees or alphas, which do not belong in one table.
+        ValueError: for reports of different guarantees or alphas, which do not belong in one table, and for one on different
+            images, whose best shares mean nothing.
     """
+    for label, report in reports.items():
+        if len(sets := report.get("image_sets", [])) > 1:
+            each = "; ".join(f"{', '.join(images['titles'])}: {images['num_images']}" for images in sets)
+            raise ValueError(f"The runs of {label!r} have different images: report those of each alone. {each}.")
     tables = [{"label": label, **_accuracy_table(report)} for label, report in reports.items()]
     if len({(table["guarantee"], table["alpha"]) for table in tables}) > 1:
         kinds = "; ".join(f"{table['label']}: {table['guarantee']}, alpha = {table['alpha']}" for table in tables)

@@ -19,6 +19,12 @@ class CompletedResult(Result):
 
     estimates: Result | None = None
 
+    @property
+    def labels(self) -> dict[int, int]:
+        """The class of each image with an estimate, by its index."""
+        assert self.estimates is not None
+        return self.estimates.labels
+
     def metric_columns(self) -> dict[str, list[Any]]:
         """The columns of `certified_accuracy`: one value per image with an estimate, None where it was not sampled."""
         assert self.estimates is not None
@@ -61,8 +67,8 @@ def complete(results: Sequence[Result], estimates: Path) -> list[Result]:
             ours, theirs = result.settings.get(name), estimate.settings.get(name)
             if ours != theirs:
                 raise ValueError(f"{estimates} has estimates for {name}={theirs!r}, but {result.title} has {ours!r}.")
-        labels = dict(zip(estimate.column("index"), estimate.column("label")))
-        for index, label in zip(result.column("index"), result.column("label")):
+        labels = estimate.labels
+        for index, label in result.labels.items():
             if labels.get(index, -1) != label:
                 raise ValueError(
                     f"{estimates} lacks an estimate for image {index} with label {label} of {result.title}."

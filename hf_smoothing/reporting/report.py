@@ -17,6 +17,7 @@ from ..utils.files import write_json
 from ..utils.provenance import command_line, package_versions
 from .estimates import complete
 from .examples import load_pictures, picture_of_certificates
+from .image_sets import group_by_images, have_same_images
 from .plots import plot_certified_accuracy, plot_draws, plot_true_class_frequency, require_matplotlib
 from .rendering import format_number, render
 from .research_logs import write_log
@@ -134,7 +135,7 @@ def summarize(results: Sequence[Result], radii: Sequence[float] | None = None, e
     entries = [_summarize_result(result, radii, len(results)) for result in results]
     best = _summarize_envelope(results, entries) if envelope else None
     report = {"guarantee": guarantee, "norm": norm, "results": entries, "envelope": best}
-    return report | {"versions": package_versions()}
+    return report | {"image_sets": group_by_images(results), "versions": package_versions()}
 
 
 def _summarize_result(result: Result, radii: Sequence[float], num_results: int) -> Json:
@@ -207,9 +208,8 @@ def _summarize_envelope(all_results: Sequence[Result], all_entries: Sequence[Jso
     entries = [entry for entry in all_entries if entry["sigma"] != AUTO]
     if len(results) < 2:
         raise ValueError("An envelope takes two results or more; there is one.")
-    first = {(row["index"], row["label"]) for row in results[0].rows}
     for result in results:
-        if {(row["index"], row["label"]) for row in result.rows} != first:
+        if not have_same_images(results[0], result):
             raise ValueError(
                 f"An envelope takes results for the same images; {result.title} has others than {results[0].title}."
             )

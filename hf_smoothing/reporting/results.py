@@ -49,6 +49,11 @@ class Result:
     run: dict[str, Any]
     is_log: bool = False
 
+    @property
+    def labels(self) -> dict[int, int]:
+        """The class of each image that the result is about, by its index."""
+        return dict(zip(self.column("index"), self.column("label")))
+
     def column(self, name: str) -> list[Any]:
         """One value per image; None where unknown."""
         return [row.get(name) for row in self.rows]

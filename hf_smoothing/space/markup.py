@@ -271,7 +271,8 @@ def curves(drawn: Curves) -> str:
         f"({escape(drawn.norm)}, [0, 1] pixels).</caption>"
     )
     table = f'<table class="hs-table">{caption}<thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody></table>'
-    return f'{images}<div class="hs-scroll" tabindex="0" role="region" aria-label="Table of the curves">{table}</div>'
+    note = f"<p>{escape(drawn.note)}</p>" if drawn.note else ""
+    return f'{images}<div class="hs-scroll" tabindex="0" role="region" aria-label="Table of the curves">{table}</div>{note}'
 
 
 def notice(text: str) -> str:

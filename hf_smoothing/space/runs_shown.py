@@ -11,7 +11,9 @@ from PIL import Image
 from ..core.certificates import ABSTAIN
 from ..data.demo_images import DEMO_IMAGES
 from ..reporting.examples import load_pictures
+from ..reporting.image_sets import group_by_images
 from ..reporting.plots import draw_certified_accuracy
+from ..reporting.rendering import render
 from ..reporting.report import format_share, summarize
 from ..reporting.research_logs import Row
 from ..reporting.results import Result, name_of_figure, shared_guarantee_and_norm
@@ -73,6 +75,7 @@ class Curves:
         pictures: the same figure as SVG, for a light and a dark page.
         radii: of the table.
         shares: the title of each result, and its shares at these radii as text.
+        note: says so where the results are not about the same images; otherwise empty.
     """
 
     name: str
@@ -80,6 +83,7 @@ class Curves:
     pictures: dict[str, str]
     radii: list[float]
     shares: list[tuple[str, list[str]]]
+    note: str
 
 
 def draw_curves(results: Sequence[Result]) -> Curves:
@@ -100,7 +104,8 @@ def draw_curves(results: Sequence[Result]) -> Curves:
         (entry,) = summarize([result], radii)["results"]
         shares.append((result.title, [format_share(share) for share in entry["certified_accuracy"]]))
     pictures = {theme: _plot(results, name, norm, color) for theme, color in _THEMES.items()}
-    return Curves(name, norm, pictures, radii, shares)
+    note = render("image_sets", image_sets=group_by_images(results)).strip()
+    return Curves(name, norm, pictures, radii, shares, note)
 
 
 def _plot(results: Sequence[Result], name: str, norm: str, color: str) -> str:

@@ -132,3 +132,8 @@ def test_the_table_of_a_card_says_what_its_certificates_rest_on(tmp_path):
         render_accuracy({"CIFAR-10": {**two, "results": [*two["results"], *other["results"]]}})
     with pytest.raises(ValueError, match=r"B: per_input, alpha = 0\.01"):
         render_accuracy({"A": two, "B": other})
+    fewer = summarize(read_results([runs[0], write_run(tmp_path / "fewer", images=30)]), [0, 0.25])
+    with pytest.raises(
+        ValueError, match=r"The runs of 'A' have different images.*two, sigma = 0\.5: 60; fewer.*: 30\."
+    ):
+        render_accuracy({"A": fewer})

@@ -139,6 +139,18 @@ def test_curves_come_with_a_table_of_their_figures():
     assert curves.shares[0][1][-1] == "out of reach"
 
 
+def test_curves_of_different_images_say_so():
+    first, second = read_results([EXAMPLE_RUN])
+    assert draw_curves([first, second]).note == ""
+    assert "not about the same images" not in markup.curves(draw_curves([first, second]))
+    page = markup.curves(draw_curves([first, replace(second, rows=second.rows[:50])]))
+    assert "<p>The rows are not about the same images, so" in page
+    assert (
+        "sigma = 0.5: 50 images, 50 of them among those of example_run, sigma = 0.25 (same index and class).</p>"
+        in page
+    )
+
+
 def test_results_of_different_alphas_make_no_curves():
     first, second = read_results([EXAMPLE_RUN])
     rows = [{**row, "alpha": 0.01} for row in second.rows]
