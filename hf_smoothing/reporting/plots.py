@@ -168,7 +168,9 @@ def plot_draws(results: Sequence[Result], stem: Path) -> bool:
             _draw_histograms(axes, draws, np.geomspace(low, high, 31))
             axes.set(xscale="log")
             # on an axis shorter than a decade matplotlib writes 4 x 10^1, and between integers the same integer twice
-            locator = MaxNLocator(6, integer=True) if high < 10 * low else LogLocator(subs=(1, 2, 5))
+            locator = (
+                MaxNLocator(6, steps=(1, 2, 5, 10), integer=True) if high < 10 * low else LogLocator(subs=(1, 2, 5))
+            )
             axes.xaxis.set_major_locator(LogLocator() if high >= 100 * low else locator)
             axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
             axes.xaxis.set_minor_formatter(NullFormatter())
