@@ -156,8 +156,8 @@ def _print_check(result: "ModelCheck", n: int) -> None:
     for number, fault in enumerate(result.all_faults, 1):
         console.print(f"{number}. {fault.cause}", highlight=False, markup=False)
         console.print(f"   Fix: {fault.fix}", highlight=False, markup=False)
-    if verdict := result.verdict():
-        console.print(verdict, highlight=False)
+    for sentence in filter(None, (result.omissions(), result.verdict())):
+        console.print(sentence, highlight=False, markup=False)
 
 
 @command(app)

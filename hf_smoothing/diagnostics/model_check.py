@@ -23,8 +23,9 @@ from .model_faults import (
     Fault,
     compute_logits,
     find_budget_faults,
+    find_draws_fault,
     find_fatal_fault,
-    find_input_fault,
+    find_input_faults,
     find_resize_fault,
 )
 
@@ -35,6 +36,14 @@ _MIN_SHARE_KEPT = 0.75
 
 _EXPLAIN_PREDICTIONS = {"normalization", "normalized twice", "0 to 255", "channel order"}
 """Faults that explain wrong or unstable predictions."""
+
+_ROWS, _INPUT, _GUESSES, _NOISE = (
+    "whether rows depend on each other",
+    "which pixels it expects",
+    "whether it guesses",
+    "whether it keeps its predictions under noise",
+)
+"""What a fault may keep from being judged."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,7 @@ class ModelCheck:
             labels are unknown; and `largest_radius`, the largest radius that the draws can certify.
         images, answers, classes: number of images, of different predictions without noise, and of the model's classes.
         sigma: the noise level that was asked about.
+        not_judged: what the faults keep from being judged.
     """
 
     norm_layers: dict[str, int] = field(default_factory=dict)
@@ -61,6 +71,7 @@ class ModelCheck:
     answers: int = 0
     classes: int = 0
     sigma: float | None = None
+    not_judged: list[str] = field(default_factory=list)
 
     @property
     def all_faults(self) -> list[Fault]:
@@ -70,21 +81,26 @@ class ModelCheck:
         return [*self.faults, *([] if judged is None else [judged])]
 
     def advice(self) -> list[str]:
-        """Causes with their fixes, and the verdict."""
-        verdict = self.verdict()
-        return [*map(str, self.all_faults), *([] if verdict is None else [verdict])]
+        """Causes with their fixes, what they keep from being judged, and the verdict."""
+        return [*map(str, self.all_faults), *filter(None, (self.omissions(), self.verdict()))]
+
+    def omissions(self) -> str | None:
+        """What the faults keep from being judged, in a sentence; None where they leave nothing out."""
+        if not self.not_judged:
+            return None
+        return f"Not judged because of that: {', '.join(self.not_judged)}. Check again after the fix."
 
     def verdict(self) -> str | None:
         """Up to where it is worth smoothing; None where a fault says that it is not."""
         if {fault.kind for fault in self.all_faults} & (
             _EXPLAIN_PREDICTIONS | {"guesses", "noise"}
-        ) or not self.levels:
+        ) or not self._robust_sigmas():
             return None
         return f"It keeps its predictions up to sigma {max(self._robust_sigmas()):g}: worth smoothing there."
 
     @property
     def _clean_accuracy(self) -> float | None:
-        return self.levels[0]["accuracy"] if self.levels[0]["sigma"] == 0 else None
+        return self.levels[0]["accuracy"] if self.levels and self.levels[0]["sigma"] == 0 else None
 
     def _robust_sigmas(self) -> list[float]:
         accuracy = self._clean_accuracy
@@ -112,16 +128,22 @@ class ModelCheck:
                 "predictions mean nothing.",
                 "Is it trained, and for these classes in this order?",
             )
+        noisy = {level["sigma"]: level for level in self.levels if level["sigma"] > 0}
         robust, asked = self._robust_sigmas(), self.sigma
-        if asked is not None and asked not in robust and (lower := [level for level in robust if level < asked]):
+        if (
+            asked is not None
+            and asked in noisy
+            and asked not in robust
+            and (lower := [level for level in robust if level < asked])
+        ):
             return Fault(
                 "units of sigma",
                 f"It loses its predictions at sigma {asked:g}, and keeps them at {max(lower):g}: is that in other units?",
                 "Give sigma for pixels in [0, 1]: half of that for [-1, 1]; that for normalized pixels times their std.",
             )
-        if robust:
+        if robust or not noisy:
             return None
-        lowest = next(level for level in self.levels if level["sigma"] > 0)
+        lowest = noisy[min(noisy)]
         correct = "" if lowest["accuracy"] is None else f" and is right about {lowest['accuracy']:.0%}"
         return Fault(
             "noise",
@@ -184,15 +206,24 @@ def check_model(
         result.faults.append(_blame_batch_statistics(result.batch_statistics))
     pictures, labels = _read_images(smoothed, images, count)
     pixels = [_to_pixels(picture, smoothed, image_size) for picture in pictures]
+    result.faults.extend(find_resize_fault(smoothed, pictures, pixels))
     if fatal := find_fatal_fault(smoothed, pixels):
-        return replace(result, faults=[*result.faults, fatal], images=len(pixels))
+        not_judged = [_ROWS, _INPUT, _GUESSES, _NOISE]
+        return replace(result, faults=[*result.faults, fatal], not_judged=not_judged, images=len(pixels))
     logits = compute_logits(smoothed, pixels)
     if any(label is not None and label >= logits.shape[1] for label in labels):
         labels = [None] * len(labels)
-    for fault in (find_resize_fault(smoothed, pictures, pixels), find_input_fault(smoothed, pixels, labels, logits)):
-        result.faults.extend([] if fault is None else [fault])
-    asked = [] if sigma is None else [sigma, sigma / 2, sigma / 4]
-    levels = [_check_level(smoothed, pixels, logits, labels, level, draws) for level in sorted({*sigmas, *asked})]
+    if input_faults := find_input_faults(smoothed, pixels, labels):
+        result.faults.extend(input_faults)
+        result.not_judged.extend([_GUESSES, _NOISE])
+    levels: list[dict[str, Any]] = []
+    for checked in sorted({*sigmas, *([] if sigma is None else [sigma, sigma / 2, sigma / 4])}):
+        if checked > 0 and (fault := find_draws_fault(smoothed, pixels, checked)):
+            result.faults.append(fault)
+            result.not_judged.extend([_ROWS] if fault.kind == "randomness" else [])
+            result.not_judged.extend([] if _NOISE in result.not_judged else [f"{_NOISE} from sigma {checked:g} on"])
+            break
+        levels.append(_check_level(smoothed, pixels, logits, labels, checked, draws))
     p_lower = float(clopper_pearson_lower(n, n, alpha))
     for level in levels:
         level["largest_radius"] = GaussianNoise(level["sigma"]).radius(p_lower) if level["sigma"] > 0 else 0.0

@@ -50,16 +50,19 @@ def compute_logits(smoothed: SmoothedClassifier, pixels: Pixels) -> NDArray[np.f
     return torch.cat(logits).cpu().numpy()
 
 
+_FAILURES = (RuntimeError, TypeError, ValueError, IndexError, AttributeError)
+"""What a classifier raises that does not take its input."""
+
+
 def find_fatal_fault(smoothed: SmoothedClassifier, pixels: Pixels) -> Fault | None:
-    """A fault that makes certificates impossible: the model fails, or its logits are not finite or not reproducible."""
+    """A fault without whose fix nothing else can be said of a model: it fails, or its logits are not finite."""
     try:
-        logits = compute_logits(smoothed, pixels[:2])
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+        logits = compute_logits(smoothed, pixels)
+    except _FAILURES as error:
         shape = "x".join(map(str, pixels[0].shape))
-        first_line = next(iter(str(error).splitlines()), type(error).__name__)
         return Fault(
             "no logits",
-            f"It fails on a batch of {shape} pixels: {first_line}",
+            f"It fails on a batch of {shape} pixels: {_first_line(error)}",
             "Give a callable from pixels (batch, channels, height, width) to logits (batch, classes), and the size of its "
             "images (image_size; --image-size on the command line).",
         )
@@ -72,12 +75,27 @@ def find_fatal_fault(smoothed: SmoothedClassifier, pixels: Pixels) -> Fault | No
             if half
             else "The checkpoint is broken or a layer divides by 0: look at the weights.",
         )
+    return None
+
+
+def find_draws_fault(smoothed: SmoothedClassifier, pixels: Pixels, sigma: float) -> Fault | None:
+    """A fault that makes draws at noise level `sigma` worthless: logits that depend on each other, are random, or none."""
     try:
-        smoothed.base_classifier.prepare(pixels[0].to(smoothed.device), smoothed.noise.sigma)
+        smoothed.base_classifier.prepare(pixels[0].to(smoothed.device), sigma)
     except (DependentRowsError, RandomLogitsError) as error:
         cause, _, fix = str(error).rpartition(". ")
         return Fault("rows" if isinstance(error, DependentRowsError) else "randomness", f"{cause}.", fix)
+    except _FAILURES as error:
+        return Fault(
+            "noisy copies",
+            f"It fails on noisy copies at sigma {sigma:g}: {_first_line(error)}",
+            "Noise takes pixels out of [0, 1]: take any values, and batches of any size.",
+        )
     return None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 _NORMALIZATIONS = {
@@ -91,19 +109,43 @@ _MIN_EVIDENCE = 0.002
 """Largest probability with which chance alone makes another input look better."""
 
 
-def find_input_fault(
-    smoothed: SmoothedClassifier, pixels: Pixels, labels: Sequence[int | None], logits: NDArray[np.float32]
-) -> Fault | None:
-    """The fault of a classifier that expects other values than `[0, 1]` pixels: it is right more often about those."""
+Change = Callable[[torch.Tensor], torch.Tensor]
+"""Another input in place of the pixels of an image."""
+
+
+def find_input_faults(smoothed: SmoothedClassifier, pixels: Pixels, labels: Sequence[int | None]) -> list[Fault]:
+    """
+    The faults of a classifier that expects other values than `[0, 1]` pixels: it is right more often about those.
+
+    There are two at most: another order of the channels, and other values of the pixels.
+    """
     if None in labels or pixels[0].shape[0] != 3:
-        return None
-    right, faults = logits.argmax(1) == labels, dict[float, Fault]()
-    for fault, change in _other_inputs(smoothed):
+        return []
+    inputs = _other_inputs(smoothed)
+    if (first := _find_input_fault(smoothed, pixels, labels, inputs)) is None:
+        return []
+    fault, change = first
+    order = fault.kind == "channel order"
+    further = [(other, by) for other, by in inputs if (other.kind == "channel order") != order]
+    second = _find_input_fault(smoothed, [change(image) for image in pixels], labels, further, " with that")
+    return [fault] if second is None else [fault, second[0]]
+
+
+def _find_input_fault(
+    smoothed: SmoothedClassifier,
+    pixels: Pixels,
+    labels: Sequence[int | None],
+    inputs: Sequence[tuple[Fault, Change]],
+    given: str = "",
+) -> tuple[Fault, Change] | None:
+    """The one that makes most of the difference, with its change, if chance is no explanation."""
+    right, faults = compute_logits(smoothed, pixels).argmax(1) == labels, dict[float, tuple[Fault, Change]]()
+    for fault, change in inputs:
         changed = compute_logits(smoothed, [change(image) for image in pixels]).argmax(1) == labels
         better, worse = int((changed & ~right).sum()), int((~changed & right).sum())
         chance = float(stats.binom.sf(better - 1, better + worse, 0.5)) if better else 1.0
-        figures = f"{right.mean():.0%} of {len(pixels)} images are right, and {changed.mean():.0%} so."
-        faults.setdefault(chance, Fault(fault.kind, f"{fault.cause}: {figures}", fault.fix))
+        figures = f"{right.mean():.0%} of {len(pixels)} images are right{given}, and {changed.mean():.0%} so."
+        faults.setdefault(chance, (Fault(fault.kind, f"{fault.cause}: {figures}", fault.fix), change))
     least = min(faults)
     return faults[least] if least < _MIN_EVIDENCE else None
 
@@ -112,10 +154,10 @@ def _normalize(image: torch.Tensor, center: torch.Tensor, scale: torch.Tensor) -
     return (image - center) / scale
 
 
-def _other_inputs(smoothed: SmoothedClassifier) -> list[tuple[Fault, Callable[[torch.Tensor], torch.Tensor]]]:
+def _other_inputs(smoothed: SmoothedClassifier) -> list[tuple[Fault, Change]]:
     """What a classifier may expect in place of `[0, 1]` pixels."""
     inside = "Do that inside the classifier, after the noise: sigma and radii are in [0, 1] pixels."
-    inputs: list[tuple[Fault, Callable[[torch.Tensor], torch.Tensor]]] = [
+    inputs: list[tuple[Fault, Change]] = [
         (Fault("0 to 255", "It expects pixels from 0 to 255", inside), lambda image: image * 255),
         (Fault("channel order", "It expects the channels as blue, green, red", inside), lambda image: image.flip(0)),
     ]
@@ -167,19 +209,21 @@ _MUCH_SMALLER = 1.5
 """Pictures that are this many times larger than what the noise is added to make a radius mean something else."""
 
 
-def find_resize_fault(smoothed: SmoothedClassifier, pictures: Sequence[Image.Image], pixels: Pixels) -> Fault | None:
+def find_resize_fault(smoothed: SmoothedClassifier, pictures: Sequence[Image.Image], pixels: Pixels) -> list[Fault]:
     """The fault of noise that is added to a picture after it was made much smaller."""
     if smoothed.noise_resolution == "native":
-        return None
+        return []
     sizes = [(picture.width, picture.height) for picture in pictures]
     ratios = [max(width / image.shape[2], height / image.shape[1]) for (width, height), image in zip(sizes, pixels)]
     if np.median(ratios) < _MUCH_SMALLER:
-        return None
+        return []
     (width, height), (_, rows, columns) = sizes[0], pixels[0].shape
-    return Fault(
-        "resized",
-        f"Pictures such as the first, {width}x{height}, are resized to {columns}x{rows} before the noise is added, so a "
-        f"radius is a distance between {columns}x{rows} pictures: in the original, the same change is about "
-        f"{ratios[0]:.1f} times as large.",
-        "Say so with the radius, or pass noise_resolution='native'.",
-    )
+    return [
+        Fault(
+            "resized",
+            f"Pictures such as the first, {width}x{height}, are resized to {columns}x{rows} before the noise is added, so a "
+            f"radius is a distance between {columns}x{rows} pictures: in the original, the same change is about "
+            f"{ratios[0]:.1f} times as large.",
+            "Say so with the radius, or pass noise_resolution='native'.",
+        )
+    ]

@@ -4,11 +4,14 @@ import pytest
 import torch
 from helpers.paths import SHIPPED_MODEL
 from torch import nn
+from torchvision.transforms.v2.functional import pil_to_tensor
 from transformers import AutoModelForImageClassification, ConvNextImageProcessor, ViTImageProcessor
 from typer.testing import CliRunner
 
 from hf_smoothing import GaussianNoise, SmoothedClassifier, load_demo_images
 from hf_smoothing.cli.app import app
+from hf_smoothing.core.preprocessing import to_pixels
+from hf_smoothing.data.labelled_images import LabelledImages
 from hf_smoothing.diagnostics.model_check import check_model
 
 MEAN, STD = (torch.tensor(values).view(3, 1, 1) for values in ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)))
@@ -43,6 +46,21 @@ class Offset(nn.Module):
 
     def forward(self, logits):
         return logits + 0.2 * logits.mean(0)
+
+
+class Roll(nn.Module):
+    """Takes the classes in another order."""
+
+    def forward(self, logits):
+        return logits.roll(3, 1)
+
+
+def fails_in_much_noise(pixels):
+    return torch.where(pixels.amin() < -0.6, torch.nan, pixels)
+
+
+def demo_pixels():
+    return [to_pixels(pil_to_tensor(picture.convert("RGB"))) for picture in load_demo_images()["image"]]
 
 
 def half(logits):
@@ -107,6 +125,74 @@ def test_a_planted_fault_is_named_and_no_other(model, names, kind, parts, settin
     assert fault.fix.strip()
 
 
+def normalize(pixels):
+    return pixels * STD + MEAN
+
+
+def of_caffe(pixels):
+    """As models of Caffe expect them: from 0 to 255, blue first."""
+    return pixels.flip(1) / 255
+
+
+ROWS, INPUT, GUESSES = "whether rows depend on each other", "which pixels it expects", "whether it guesses"
+NOISE = "whether it keeps its predictions under noise"
+SEVERAL = [
+    (["normalization", "rows"], {"change": normalize, "after": Offset()}, {}, [GUESSES, NOISE]),
+    (
+        ["rows", "guesses"],
+        {"after": nn.Sequential(Roll(), Offset())},
+        {},
+        [f"{NOISE} from sigma 0.12 on"],
+    ),
+    (
+        ["too few draws", "batch statistics", "randomness", "guesses"],
+        {"change": batch_norm(3), "after": lambda logits: logits.roll(3, 1) + torch.randn_like(logits)},
+        {"n": 9},
+        [ROWS, f"{NOISE} from sigma 0.12 on"],
+    ),
+    (["0 to 255", "channel order"], {"change": of_caffe}, {"count": 200}, [GUESSES, NOISE]),
+    (["too few draws", "not finite"], {"after": half}, {"n": 9}, [ROWS, INPUT, GUESSES, NOISE]),
+    (["noisy copies"], {"change": lambda pixels: pixels.sqrt().square()}, {}, [f"{NOISE} from sigma 0.12 on"]),
+    (
+        ["noisy copies", "guesses"],
+        {"change": lambda pixels: pixels.sqrt(), "after": lambda logits: 0 * logits},
+        {},
+        [f"{NOISE} from sigma 0.12 on"],
+    ),
+    (["noisy copies"], {"change": fails_in_much_noise}, {}, [f"{NOISE} from sigma 0.25 on"]),
+]
+
+
+@pytest.mark.parametrize(("wanted", "parts", "settings", "not_judged"), SEVERAL, ids=[str(row[0]) for row in SEVERAL])
+def test_faults_beside_others_are_named_too(model, names, wanted, parts, settings, not_judged):
+    found = check_model(Wrapped(model, **parts), class_names=names, **{**SMALL, **settings})
+    assert kinds(found) == wanted
+    assert found.not_judged == not_judged
+    said = " ".join(found.advice())
+    assert all(name in said for name in ("Not judged because of that: ", *not_judged))
+    assert found.verdict() is None or not_judged == [f"{NOISE} from sigma 0.25 on"]
+
+
+def test_one_picture_without_finite_logits_is_enough(model, names):
+    """The brightest of them, not the first two."""
+    brightest = max(float(pixels.mean()) for pixels in demo_pixels())
+
+    def after_brightness(pixels):
+        return torch.where(pixels.mean((1, 2, 3), keepdim=True) > brightest - 1e-4, torch.nan, pixels)
+
+    assert kinds(check_model(Wrapped(model, after_brightness), class_names=names, **{**SMALL, "count": 200})) == [
+        "not finite"
+    ]
+
+
+def test_a_callable_that_fails_may_have_pictures_that_are_too_large(tmp_path):
+    large = load_demo_images().map(lambda row: {"image": row["image"].resize((96, 96))}, keep_in_memory=True)
+    large.to_parquet(tmp_path / "large.parquet")
+    images = LabelledImages(str(tmp_path / "large.parquet"))
+    found = check_model(lambda pixels: pixels.mean((1, 2, 3)), images, image_size=32, **SMALL)
+    assert kinds(found) == ["resized", "no logits"]
+
+
 def test_a_model_in_float16_overflows(names):
     class Large(nn.Module):
         def __init__(self):
@@ -134,8 +220,6 @@ def test_a_processor_may_normalize_what_the_model_normalizes(model):
 def test_a_picture_may_be_made_much_smaller_before_the_noise(model, tmp_path):
     large = load_demo_images().map(lambda row: {"image": row["image"].resize((96, 96))}, keep_in_memory=True)
     large.to_parquet(tmp_path / "large.parquet")
-    from hf_smoothing.data.labelled_images import LabelledImages
-
     images = LabelledImages(str(tmp_path / "large.parquet"))
     processor = ConvNextImageProcessor(size={"shortest_edge": 32}, crop_pct=1.0, do_normalize=False)
     processor = ViTImageProcessor(size={"height": 32, "width": 32}, do_normalize=False)
@@ -172,9 +256,10 @@ def test_a_python_callable_on_the_command_line(tmp_path, monkeypatch):
     assert "1. Everything abstains: 5 draws prove nothing at alpha = 0.001" in said
     assert "Fix: Take 10 draws or more" in said
     assert "It keeps its predictions up to sigma" in said
-    assert "fails on a batch of 3x32x32 pixels: no such thing" in " ".join(
-        check("planted_module:fails").output.split()
-    )
+    failed = " ".join(check("planted_module:fails", "--n", 5).output.split())
+    assert "1. Everything abstains" in failed
+    assert "2. It fails on a batch of 3x32x32 pixels: no such thing" in failed
+    assert "Not judged because of that: whether rows depend on each other, which pixels it expects, whether" in failed
     for name, problem in (("nothing", "has no attribute 'nothing'"), ("number", "is a int, and no callable")):
         refused = check(f"planted_module:{name}")
         assert refused.exit_code == 2
