@@ -166,8 +166,8 @@ def _card_of_model(publication: Publication, repo_id: str) -> dict[str, str]:
     text = re.sub(rf'"(?:[\w.-]+/)*{re.escape(name)}"', f'"{repo_id}"', readme.read_text(encoding="utf-8"))
     published = repo_id.split("/")[-1]
     card = ModelCard(re.sub(rf"^# {re.escape(name)}$", f"# {published}", text, flags=re.MULTILINE))
-    if card.data.model_name == name:
-        card.data.model_name = published
+    if card.data.get("model_name") == name:
+        card.data["model_name"] = published
     return {"README.md": str(card)}
 
 
