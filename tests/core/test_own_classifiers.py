@@ -287,6 +287,12 @@ def test_what_finetuning_says_of_them(tmp_path):
         group_parameters(model, 1e-3, 0.0, layer_decay=0.5)
 
 
+def test_settings_of_the_config_are_passed_on(tiny_model_dir):
+    labels = {0: "a", 1: "b", 2: "c"}
+    smoothed = SmoothedClassifier.from_pretrained(tiny_model_dir, GaussianNoise(0.25), id2label=labels)
+    assert smoothed.class_names == ["a", "b", "c"]
+
+
 def test_a_model_that_timm_saved_loads(tmp_path):
     """transformers alone fails on the number of classes, which timm writes twice."""
     saved = timm.create_model("test_vit", num_classes=3, img_size=SIDE).eval()
