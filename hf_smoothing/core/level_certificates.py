@@ -81,21 +81,26 @@ def certify_levels(
         smoothed: the classifier; its noise level does not matter, the kind of noise does.
         images: a batch or a list, as for [`SmoothedClassifier.certify`].
         sigmas: the noise levels.
-        method: the rule.
+        method: the rule; its guarantee must be `per_input`.
         alpha: probability that any certificate of an image is wrong.
         seed: seed of the noise.
         progress: show a progress bar for each level.
         **settings: of the method.
 
     Raises:
-        ValueError: for noise levels that repeat, and as [`SmoothedClassifier.certify`].
+        ValueError: for noise levels that repeat, another guarantee, and as [`SmoothedClassifier.certify`].
     """
     if not sigmas or len(set(sigmas)) < len(sigmas):
         raise ValueError(f"sigmas={list(sigmas)} must be one or more different noise levels.")
     check_share("alpha", alpha)
     levels = [smoothed.with_noise(type(smoothed.noise)(sigma)) for sigma in sigmas]
     for level in levels:  # before the first draw at any level
-        level.make_rule(method, alpha=alpha / len(sigmas), **settings).check(level.noise)
+        rule = level.make_rule(method, alpha=alpha / len(sigmas), **settings)
+        if rule.guarantee != "per_input":
+            raise ValueError(
+                f"method={method!r} does not guarantee per_input, as sigmas must: give one sigma at a time."
+            )
+        rule.check(level.noise)
     images = list(images)  # an iterator is read once
     shared = {"alpha": alpha / len(sigmas), "seed": choose_seed() if seed is None else seed, "progress": progress}
     columns = [level.certify(images, method, **shared, **settings) for level in levels]

@@ -1,6 +1,7 @@
 """Several noise levels of one picture: `certify(sigmas=...)`, and the pipeline's `sigmas` and `sigma="auto"`."""
 
 import pytest
+import torch
 from transformers import pipeline
 
 from hf_smoothing import GaussianNoise, SmoothedClassifier
@@ -36,6 +37,17 @@ def test_best_of_has_the_largest_radius_of_each_class(linear, small_images, nois
 def test_levels_must_differ(linear, small_images, noise, sigmas):
     with pytest.raises(ValueError, match="must be one or more different noise levels"):
         SmoothedClassifier(linear, noise).certify(small_images, sigmas=sigmas)
+
+
+@pytest.mark.parametrize("method", ["surrogate", "counts"])
+def test_what_is_no_certificate_is_no_statement_about_all_levels(linear, small_images, noise, method):
+    """Its words would say that all estimates hold at once with probability 1 - alpha."""
+
+    def head(pixels, sigma):
+        return torch.full((len(pixels), 2), 0.5)
+
+    with pytest.raises(ValueError, match=f"method='{method}' does not guarantee per_input"):
+        SmoothedClassifier(linear, noise, count_head=head).certify(small_images, method, sigmas=[0.25, 0.5])
 
 
 def test_the_pipeline_with_several_levels(pipe, demo_images):
