@@ -35,7 +35,10 @@ _LESS = 4
 """Where the level is primary, the fallback's certificate only adds to it: it is planned for so many times fewer draws."""
 
 _LEAST_DRAWS = 256
-"""Draws that bound the agreement, at least; otherwise half of those of the fallback's certificate."""
+"""
+Draws that bound the agreement: so many, or up to half of those of the fallback's certificate where that is more; in any case
+no more than one certificate may take.
+"""
 
 _VOTES = 128
 """Draws that estimate the level of a picture, where nothing is claimed."""
@@ -138,18 +141,21 @@ class FallbackClassifier(SmoothedClassifier):
             certificates = _draw(self.fallback, [images[number] for number in numbers], level_rule, seed)
             for number, certificate in zip(numbers, certificates):
                 pictures[number].fallback = certificate
-        self._bound_agreements(pictures, images, ALPHA_SHARES[2] * rule.alpha, seed)
+        self._bound_agreements(pictures, images, rule, seed)
         return [self._combine(picture, rule.alpha) for picture in pictures]
 
-    def _bound_agreements(self, pictures: list[_Picture], images: list[torch.Tensor], alpha: float, seed: int) -> None:
+    def _bound_agreements(
+        self, pictures: list[_Picture], images: list[torch.Tensor], rule: TwoStageRule | FixedRule, seed: int
+    ) -> None:
         """Set `p_upper` of the pictures where it can enlarge the radius."""
+        alpha = ALPHA_SHARES[2] * rule.alpha
         needed: dict[int, list[int]] = {}
         for number, picture in enumerate(pictures):
             fallback, counts = picture.fallback, np.array(picture.primary.counts)
             if picture.stays_primary or fallback is None or fallback.radius <= _radius_for(picture.primary, fallback):
                 continue
             # how many draws is decided before any of them is seen; a power of two, so that images share batches
-            draws = 1 << (max(_LEAST_DRAWS, fallback.num_samples // 2).bit_length() - 1)
+            draws = 1 << (min(max(_LEAST_DRAWS, fallback.num_samples // 2), rule.budget).bit_length() - 1)
             if counts.sum() >= draws:
                 picture.p_upper = bound_agreement(counts, alpha)
             elif not counts.sum() or counts.max() < self.agreement * counts.sum():  # else there is no hope

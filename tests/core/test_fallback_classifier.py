@@ -12,7 +12,7 @@ import torch
 from scipy import special, stats
 
 from hf_smoothing import ABSTAIN, GaussianNoise, SmoothedClassifier, TwoStageRule, UniformNoise
-from hf_smoothing.core.agreement import ALPHA_SHARES, radius_of_fallback, radius_of_primary
+from hf_smoothing.core.agreement import ALPHA_SHARES, bound_agreement, radius_of_fallback, radius_of_primary
 from hf_smoothing.core.fallback_classifier import FallbackClassifier
 from hf_smoothing.core.fixed_rule import FixedRule
 
@@ -265,11 +265,24 @@ def test_it_never_loses_against_the_primary_level_where_more_than_half_must_agre
 
 
 def test_counted_draws_of_the_primary_level_bound_the_agreement_where_they_are_enough():
-    world = WORLDS["three classes"]
-    *_, found = certify(world.system(), pictures(world, 100, 0), rule=FixedRule(alpha=ALPHA, n0=20, n=1000))
+    world, rule = WORLDS["three classes"], FixedRule(alpha=ALPHA, n0=20, n=1000)
+    system, x = world.system(), pictures(world, 100, 0)
+    *_, found = certify(system, x, rule=rule)
+    *_, primary = certify(system.primary, x, rule=replace(rule, alpha=ALPHA_SHARES[0] * ALPHA))
     bounds = [row.level_choice.p_upper for row in found if row.sigma == LEVELS[1]]
     assert min(bounds) < 0.5
+    expected = [bound_agreement(single.counts, ALPHA_SHARES[2] * ALPHA) for single in primary]
+    assert all(row.level_choice.p_upper in (1, bound) for row, bound in zip(found, expected))
     assert {row.level_choice.num_samples[2] for row in found} == {0}
+
+
+def test_the_bound_of_the_agreement_takes_no_more_draws_than_allowed():
+    world = WORLDS["three classes, most must agree"]
+    rule = TwoStageRule(alpha=ALPHA, draws=40, max_draws=100)
+    *_, found = certify(world.system(), pictures(world, 200, 0), rule=rule)
+    drawn = np.array([row.level_choice.num_samples for row in found])
+    assert drawn.max() <= 100
+    assert drawn[:, 2].any()
 
 
 def test_any_callable_has_a_fallback(linear, small_images, noise):
