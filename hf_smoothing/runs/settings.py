@@ -108,8 +108,8 @@ class RunSettings:
         default=None,
     )
     levels: list[float] | None = _option(
-        "the primary and the fallback noise level, for `--sigma auto` (default: 0.5 0.12); `--max-draws` holds at each of "
-        "them",
+        "the primary and the fallback noise level, for `--sigma auto` (default: 0.5 0.12); `--max-draws` holds for "
+        "the certificate at each of them, and for the draws that bound the agreement",
         default=None,
     )
     agreement: float | None = _option(
@@ -204,6 +204,7 @@ class RunSettings:
         The rule at one sigma, and the radii that it decides: those that `max_draws` can show there. With several sigmas the
         larger radii are for the larger sigmas; deciding them at a smaller one would be an error.
         """
+        from ..core.agreement import ALPHA_SHARES
         from ..core.noise import GaussianNoise
 
         # with `auto` there are no radii, and draws that suffice at one level do so at all
@@ -211,14 +212,16 @@ class RunSettings:
         reachable = None if radii is None else tuple(radius for radius in radii if self._can_show(radius, noise))
         rule = self._make_rule(reachable or radii)
         rule.check(noise)
+        if sigma == AUTO:
+            self._make_rule(None, alpha=min(ALPHA_SHARES) * self.alpha).check(noise)
         return rule, reachable
 
-    def _make_rule(self, radii: Sequence[float] | None) -> "Rule":
+    def _make_rule(self, radii: Sequence[float] | None, **changes: Any) -> "Rule":
         from ..core.rules import make_rule
 
         names = ("draws", "max_draws", "alpha", "n0", "n", "delta", "false_claims")
         options = {name: getattr(self, name) for name in names}
-        return make_rule(self.method, radii=radii, calibration=self._calibration, **options)
+        return make_rule(self.method, radii=radii, calibration=self._calibration, **options | changes)
 
     @cached_property
     def _calibration(self) -> "Calibration | None":

@@ -108,6 +108,9 @@ def test_settings_of_a_fallback(model):
         settings(sigmas=["auto"], radii=[0.5])
     with pytest.raises(ValueError, match=r"agreement=0\.7 has no meaning without sigma='auto'"):
         settings(sigmas=[0.5], agreement=0.7)
+    with pytest.raises(ValueError, match="max_draws=20 draws can never certify radius 0"):
+        settings(sigmas=["auto"], max_draws=20)  # at a tenth of alpha, which the fallback level has
+    assert settings(sigmas=[0.5], max_draws=20).max_draws == 20
     with pytest.raises(ValueError, match="must be two noise levels"):
         settings(sigmas=["auto"], levels=[0.5])
 
