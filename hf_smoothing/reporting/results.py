@@ -113,14 +113,16 @@ class Result:
             return self.decided_radii[-1] if self.radii_out_of_reach else None
         names = ("alpha", "draws", "max_draws", "n0", "n")
         settings = {name: self.settings[name] for name in names if self.settings.get(name) is not None}
-        unknown = self.sigma is None or self.delta is not None or self.settings.get("method") not in RULES
+        method = self.settings.get("method")
+        unknown = self.sigma is None or self.delta is not None or method not in RULES
         if unknown or "alpha" not in settings:
             return None
-        sigma = self.sigma
-        if sigma == AUTO:
-            sigma = self.settings["levels"][0]
-            settings["alpha"] *= ALPHA_SHARES[0]
-        return make_rule(self.settings["method"], **settings).largest_radius(GaussianNoise(sigma))
+        # the radius of two levels is at most that of the certificate at one of them
+        levels = zip(self.settings["levels"], ALPHA_SHARES) if self.sigma == AUTO else [(self.sigma, 1.0)]
+        return max(
+            make_rule(method, **settings | {"alpha": share * settings["alpha"]}).largest_radius(GaussianNoise(sigma))
+            for sigma, share in levels
+        )
 
     @cached_property
     def unanimous_radii(self) -> list[float]:

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from hf_smoothing import CertifiedAccuracy, FixedRule, GaussianNoise, SequentialRule, TwoStageRule
 from hf_smoothing.cli.app import app
+from hf_smoothing.core.agreement import ALPHA_SHARES
 from hf_smoothing.core.count_rule import CountRule
 from hf_smoothing.metrics.certified_accuracy import certified_accuracy
 from hf_smoothing.reporting.plots import draw_certified_accuracy, plot_certified_accuracy
@@ -225,6 +226,16 @@ def test_the_command_takes_the_draws_of_logs(tmp_path):
     done = CliRunner().invoke(app, ["report", str(log), *options])
     assert done.exit_code == 0, done.output
     assert "out of reach" in done.output
+
+
+@pytest.mark.parametrize("levels", [[0.5, 0.12], [0.12, 0.5]])
+def test_two_levels_reach_as_far_as_the_larger_one(levels):
+    choice = {"levels": levels}
+    row = {"prediction": 1, "label": 1, "radius": 0.1, "sigma": levels[1], "level_choice": choice}
+    settings = {"method": "fixed", "alpha": 0.001, "n0": 100, "n": 1000, "levels": levels}
+    result = Result(Path("run"), "run", [row], {"settings": settings})
+    share = ALPHA_SHARES[levels.index(0.5)]
+    assert result.largest_radius == FixedRule(100, 1000, share * 0.001).largest_radius(GaussianNoise(0.5))
 
 
 def test_counts_of_a_fallback_level_do_not_say_that_draws_ran_out():
