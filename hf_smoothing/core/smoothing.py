@@ -130,9 +130,7 @@ class SmoothedClassifier:
         hub_options = {"revision", "token", "trust_remote_code", "subfolder", "cache_dir", "local_files_only"}
         hub_kwargs = {name: model_kwargs[name] for name in hub_options & model_kwargs.keys()}
         config = read_config(model_name_or_path, **hub_kwargs)
-        if "config" not in model_kwargs and hasattr(
-            config, "model_args"
-        ):  # transformers reads the rest with its settings
+        if "config" not in model_kwargs and hasattr(config, "model_args"):  # the rest is read with model_kwargs
             model_kwargs.setdefault("model_args", config.model_args)
         model = AutoModelForImageClassification.from_pretrained(model_name_or_path, **model_kwargs)
         processor = AutoImageProcessor.from_pretrained(model_name_or_path, **hub_kwargs)
