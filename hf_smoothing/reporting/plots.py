@@ -42,7 +42,8 @@ def plot_certified_accuracy(results: Sequence[Result], stem: Path, envelope: str
         draw_certified_accuracy(axes, results, envelope)
         right = axes.get_xlim()[1]
         axes.set(xlim=(-0.02 * right, right), ylim=(0, 1), title=f"guarantee: {guarantee or 'unknown'}")
-        axes.legend(fontsize=8)
+        # below the curves: above them it would hide the notes at the largest radii that draws can prove
+        axes.figure.legend(fontsize=8, ncols=2, loc="outside lower center")
 
 
 def draw_certified_accuracy(axes: Any, results: Sequence[Result], envelope: str | None = None) -> None:
@@ -85,9 +86,9 @@ def _draw_curve(axes: Any, result: Result) -> None:
     if ceiling is not None and largest > 0.9 * ceiling:
         axes.axvline(ceiling, color=color, lw=0.8, ls=":")
         label = f"draws prove at most {format_radius(ceiling, 2)}"
-        axes.annotate(
-            label, (ceiling, 0.98), xycoords=("data", "axes fraction"), rotation=90, ha="right", va="top", fontsize=7
-        )
+        if label not in {text.get_text() for text in axes.texts}:  # two at one place cannot be read
+            place = {"xycoords": ("data", "axes fraction"), "rotation": 90, "ha": "right", "va": "top"}
+            axes.annotate(label, (ceiling, 0.98), fontsize=7, **place)
 
 
 def _draw_envelope(axes: Any, all_results: Sequence[Result], label: str) -> None:
