@@ -20,7 +20,8 @@ def command_line() -> str:
         parts = program.absolute().parts
         start = max((place for place, part in enumerate(parts[:-1]) if part == "scripts"), default=-1)
         name = Path(*parts[start:]).as_posix()
-    return shlex.join([name, *(re.sub(r"^(--[\w-]+=)?[/~].*/(?=[^/])", r"\1", word) for word in sys.argv[1:])])
+    # an absolute path is a word, or a part of one between `=` and `,`
+    return shlex.join([name, *(re.sub(r"(^|[=,])[/~][^=,]*/(?=[^/=,])", r"\1", word) for word in sys.argv[1:])])
 
 
 def package_versions(*more: str) -> dict[str, str]:
