@@ -1,5 +1,5 @@
 """
-How one classifier uses two noise levels: it backs off to the smaller one where the noisy copies do not agree.
+How one classifier uses two noise levels: it backs off to the second one where the noisy copies do not agree.
 
 **The system.** f_1 and f_2 are the classifier smoothed with Gaussian noise of the primary level s_1 and of the fallback
 level s_2. Let p_c(x) be the probability of class c at s_1, and q in [1/2, 1) the agreement. Then

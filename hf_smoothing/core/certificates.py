@@ -76,7 +76,7 @@ class Certificate:
         false_claims: `selected` only: the largest expected share of wrong claims among those at a radius, over the images of
             one call or run: Monte-Carlo would not prove this radius for the prediction.
         level_choice: only with `sigma="auto"`: how the level was chosen. `sigma`, `counts`, `p_lower`, `p_upper` are those
-            of the level in use; `num_samples` counts all passes.
+            of the level that is proved to be in use, else of the fallback level; `num_samples` counts all passes.
     """
 
     prediction: int

@@ -1,4 +1,4 @@
-"""One classifier of two noise levels: it backs off to the smaller one where the noisy copies do not agree."""
+"""One classifier of two noise levels: it backs off to the second one where the noisy copies do not agree."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace

@@ -280,7 +280,7 @@ class SmoothedClassifier:
     ) -> list[int] | Iterator[int]:
         """
         The smoothed classifier's answers without a radius, as class indices: each is wrong with probability at most `alpha`.
-        Takes as few draws as that needs, see [`SequentialRule`]; `ABSTAIN` (-1) where `max_draws` leave doubt.
+        `ABSTAIN` (-1) where `max_draws` leave doubt. Takes few draws, see [`SequentialRule`]; `"auto"` takes more.
 
         Takes images and returns a list or an iterator as [`certify`] does.
         """

@@ -187,7 +187,7 @@ def _summarize_radii(radii: Sequence[float]) -> Json | None:
 
 
 def _summarize_fallback(result: Result) -> Json | None:
-    """How often a classifier of two levels used the fallback, and its passes over those at the level in use."""
+    """The share of certificates at the fallback level, and all passes over those at the level of each certificate."""
     rows = [row for row in result.rows if row.get("level_choice") is not None and row.get("error") is None]
     if not rows:
         return None

@@ -5,6 +5,7 @@ import time
 
 import torch
 
+from ..core.fallback_classifier import FallbackClassifier
 from ..core.rule_protocols import Rule
 from ..core.smoothing import SmoothedClassifier
 from ..core.two_stage_plan import STAGES
@@ -47,6 +48,8 @@ def announce_time(
     if not rule.uses_base_classifier or images * _count_draws(rule)[0] < _FEW_DRAWS:
         return False
     notice = describe_time(rule, measure_seconds_per_draw(smoothed, pixels), images, processes)
+    if notice is not None and isinstance(smoothed, FallbackClassifier):
+        notice += " Images whose noisy copies do not agree need draws at both levels, up to about twice as many."
     if notice is not None:
         print(notice, file=sys.stderr, flush=True)
     return notice is not None

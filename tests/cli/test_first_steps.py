@@ -4,14 +4,15 @@ import os
 import re
 
 import pytest
+import torch
 from helpers.finished_runs import write_run
 from PIL import Image
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from hf_smoothing import FixedRule, SequentialRule, TwoStageRule
+from hf_smoothing import FixedRule, GaussianNoise, SequentialRule, SmoothedClassifier, TwoStageRule
 from hf_smoothing.cli.app import app
-from hf_smoothing.runs.time_estimate import describe_time, format_seconds
+from hf_smoothing.runs.time_estimate import announce_time, describe_time, format_seconds
 
 COMMANDS = get_command(app).commands
 
@@ -132,6 +133,15 @@ def test_long_work_says_how_long_before_it_starts(rule, said):
     notice = describe_time(rule, 0.002, images=1)
     assert notice is None if said is None else notice.startswith(said)
     assert describe_time(rule, 1e-9, images=1) is None
+
+
+def test_the_time_of_two_levels_may_be_twice_that_of_one(capsys):
+    smoothed = SmoothedClassifier(lambda pixels: pixels.mean((2, 3)), GaussianNoise(0.5))
+    rule, pixels = FixedRule(n=10**12), torch.rand(3, 8, 8)
+    assert announce_time(rule, smoothed, pixels, images=1)
+    assert "at both levels" not in capsys.readouterr().err
+    assert announce_time(rule, smoothed.with_fallback(), pixels, images=1)
+    assert "need draws at both levels, up to about twice as many" in capsys.readouterr().err
 
 
 def test_times_are_rounded():
