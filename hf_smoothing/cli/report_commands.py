@@ -24,10 +24,11 @@ LogAlpha = Annotated[
     ),
 ]
 LogN = Annotated[
-    int | None,
+    list[int] | None,
     typer.Option(
-        help="Counted draws of each image in logs, which do not contain it (default: unknown). With `--log-alpha`, radii "
-        "that these draws cannot prove are out of reach."
+        help="Counted draws of each image in logs, which do not contain it (default: unknown): one number for all logs, or "
+        "one for each. With `--log-alpha` and a sigma in the file name (`sigma_0.25`), radii that these draws cannot prove "
+        "are out of reach."
     ),
 ]
 
@@ -106,7 +107,7 @@ def report(
         split=split,
         log_guarantee=log_guarantee,
         log_alpha=log_alpha,
-        log_n=log_n,
+        log_n=log_n or (),
         write_logs=write_logs,
         estimates=estimates,
     )

@@ -63,7 +63,7 @@ def find_fatal_fault(smoothed: SmoothedClassifier, pixels: Pixels) -> Fault | No
         return Fault(
             "no logits",
             f"It fails on a batch of {shape} pixels: {_first_line(error)}",
-            "Give a callable from pixels (batch, channels, height, width) to logits (batch, classes), and the size of its "
+            "Give a callable from RGB pixels (batch, 3, height, width) to logits (batch, classes), and the size of its "
             "images (image_size; --image-size on the command line).",
         )
     if not np.isfinite(logits).all():

@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from accelerate import Accelerator
-from huggingface_hub import HfApi, get_token
+from huggingface_hub import HfApi, ModelCard, get_token
 from huggingface_hub.utils import validate_repo_id
 from transformers.hf_argparser import HfArg
 
@@ -111,6 +111,12 @@ def _check(publication: Publication, allow_unfinished: bool) -> Publication:
     if publication.kind == "model" and "README.md" not in publication.files:
         warnings.warn(
             f"{folder} has no card (README.md): nobody will know what the model is. `hf-smoothing card` writes one.",
+            stacklevel=3,
+        )
+    elif publication.kind == "model" and not ModelCard.load(publication.files["README.md"]).data.get("license"):
+        warnings.warn(
+            f"The card of {folder} names no license, so others may not use the model. Choose one: `license: ...` in "
+            "card.yaml, then `hf-smoothing card`.",
             stacklevel=3,
         )
     return publication

@@ -15,8 +15,8 @@ def group_by_images(results: Sequence[Result]) -> list[dict[str, Any]]:
     decide, unless they are sorted, which those of other images may be too; then the indices must be the same as well.
 
     Returns:
-        A dict per group, ready for JSON: `titles` of the results, `num_images`, and `in_common`, the number of images whose
-        index and class are those of an image of the first group.
+        A dict per group, ready for JSON: `titles` of the results, `num_images`, and `in_common`, the number of images of the
+        first group that are in this one too, by index and class; None where images of one index have different classes.
     """
     groups: list[list[Result]] = []
     for result in results:
@@ -49,12 +49,12 @@ def _is_one_dataset(first: Result, second: Result) -> bool:
     return fingerprint is not None and fingerprint == second.settings.get("dataset_fingerprint")
 
 
-def _count_common(first: Result, second: Result) -> int:
+def _count_common(first: Result, second: Result) -> int | None:
     shared = sorted(first.labels.keys() & second.labels.keys())
     same = _is_one_dataset(first, second) or (
         _number_classes(first.labels, shared) == _number_classes(second.labels, shared)
     )
-    return len(shared) if same else 0
+    return len(shared) if same else None
 
 
 def _number_classes(labels: dict[int, int], indices: Sequence[int]) -> list[int]:

@@ -40,7 +40,7 @@ def write_report(
     split: str | None = None,
     log_guarantee: str | None = None,
     log_alpha: float | None = None,
-    log_n: int | None = None,
+    log_n: Sequence[int] = (),
     estimates: Path | None = None,
     write_logs: bool = False,
 ) -> tuple[Json, Path]:
@@ -158,6 +158,7 @@ def _summarize_result(result: Result, radii: Sequence[float], num_results: int) 
         "false_claims": result.false_claims,
         "calibration": sorted({calibration for calibration in result.column("calibration") if calibration}),
         "noise_resolution": result.noise_resolution,
+        "dimensions": result.dimensions,
         "denoiser": result.denoiser,
         "decided_radii": result.decided_radii,
         "radii_out_of_reach": result.radii_out_of_reach,

@@ -181,6 +181,12 @@ class Result:
         """The resolution whose pixels the radii belong to. Old runs do not name it: theirs is the input's."""
         return self._only("noise_resolution") or "input"
 
+    @cached_property
+    def dimensions(self) -> int | None:
+        """The number of pixel values that get noise; None where unknown, or where pictures differ in size."""
+        values = {row["dimensions"] for row in self.rows if row.get("dimensions") is not None}
+        return values.pop() if len(values) == 1 else None
+
     @property
     def denoiser(self) -> str | None:
         """The denoiser before the classifier, if any."""
@@ -231,7 +237,7 @@ def read_results(
     sources: Sequence[Path],
     log_guarantee: str | None = None,
     log_alpha: float | None = None,
-    log_n: int | None = None,
+    log_n: Sequence[int] = (),
 ) -> list[Result]:
     """
     Read run folders, Parquet files of certificates and logs: one result per source and noise level, in order.
@@ -240,15 +246,17 @@ def read_results(
         sources: folders with `certificates.parquet` (and maybe `run.json`), such files, or logs, see [`read_log`].
         log_guarantee: the guarantee of the certificates in logs; a log does not say.
         log_alpha: their alpha; a log does not say either.
-        log_n: the counted draws of each image in logs, from which the largest radius follows that they can prove.
+        log_n: the counted draws of each image in logs, from which the largest radius follows that they can prove: one number
+            for all logs, or one for each; none where unknown.
 
     Raises:
         FileNotFoundError: for a source that does not exist.
         ValueError: for a file without certificates or with an image twice, a source that is given twice, and a `log_n` that
-            proves no radius or smaller ones than a log has.
+            proves no radius or smaller ones than a log has, or has another length than the logs.
     """
     tables = [(RunFolder(source).table if source.is_dir() else source).resolve() for source in sources]
     results: list[Result] = []
+    draws_of_logs = _draws_of_logs([source for source in sources if _is_log(source)], log_n)
     for number, source in enumerate(sources):
         if tables[number] in tables[:number]:
             raise ValueError(f"{str(source)!r} is given twice: name each run once.")
@@ -256,8 +264,8 @@ def read_results(
         name = str(source) if sum(other.name == source.name for other in sources) > 1 else source.name or str(source)
         if source.is_dir() or source.suffix == ".parquet":
             results += _read_run(source, name)
-        elif source.is_file():
-            results.append(_read_log(source, name, log_guarantee, log_alpha, log_n))
+        elif _is_log(source):
+            results.append(_read_log(source, name, log_guarantee, log_alpha, draws_of_logs[source]))
         else:
             raise FileNotFoundError(f"There is no run folder or log at {str(source)!r}.")
     for result in results:
@@ -266,6 +274,17 @@ def read_results(
                 f"{result.source} has image {twice[0]} twice: a table has one row per image and noise level."
             )
     return results
+
+
+def _is_log(source: Path) -> bool:
+    return source.is_file() and source.suffix != ".parquet"
+
+
+def _draws_of_logs(logs: Sequence[Path], log_n: Sequence[int]) -> dict[Path, int | None]:
+    """The counted draws of the images in each log, None where unknown."""
+    if len(log_n) not in (0, 1, len(logs)):
+        raise ValueError(f"log_n has {len(log_n)} numbers for {len(logs)} logs: give one for all, or one for each.")
+    return dict(zip(logs, log_n if len(log_n) == len(logs) else [*log_n, None][:1] * len(logs)))
 
 
 _LOG_PRECISION = 0.005
@@ -277,10 +296,10 @@ def _read_log(source: Path, name: str, guarantee: str | None, alpha: float | Non
     if n is None:
         return Result(source, name, rows, {}, is_log=True)
     if alpha is None or rows[0]["sigma"] is None:
-        missing = (
-            "log_alpha (--log-alpha)" if alpha is None else "a name of the log that tells sigma, such as sigma_0.25"
+        raise ValueError(
+            f"{source}: log_n={n} tells which radii are out of reach only together with alpha and sigma. Give log_alpha "
+            "(--log-alpha), and a name like my-log-sigma_0.25.tsv to the file: a log does not contain its sigma."
         )
-        raise ValueError(f"{source}: log_n={n} tells which radii are out of reach only with {missing}.")
     settings = {"method": FixedRule.method, "n": n, "alpha": alpha}
     result = Result(source, name, rows, {"settings": settings}, is_log=True)
     farthest, reach = max(rows, key=lambda row: row["radius"]), result.largest_radius or 0.0

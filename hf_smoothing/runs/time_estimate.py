@@ -8,7 +8,6 @@ import torch
 from ..core.fallback_classifier import FallbackClassifier
 from ..core.rule_protocols import Rule
 from ..core.smoothing import SmoothedClassifier
-from ..core.two_stage_plan import STAGES
 from ..core.two_stage_rule import TwoStageRule
 
 SHORT_SECONDS = 20.0
@@ -64,7 +63,7 @@ def describe_time(rule: Rule, seconds_per_draw: float, images: int, processes: i
     time, speed = format_seconds(seconds), f"{processes / seconds_per_draw:,.0f} draws per second"
     pictures = "1 image" if images == 1 else f"{images:,} images"
     if isinstance(rule, TwoStageRule):
-        one = f"one image takes {STAGES[0]} to {rule.max_draws:,}"
+        one = f"an easy one takes more, at most {rule.max_draws:,}; more --draws prove larger radii"
         return f"This takes about {time} on average: {draws:,} draws per image ({one}), {pictures}, {speed}."
     each = "" if images == 1 else "each of "
     return f"This takes {at_most}about {time}: {at_most}{draws:,} draws for {each}{pictures}, {speed}."

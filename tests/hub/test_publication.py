@@ -1,12 +1,14 @@
 """What folders become on the Hub, without one."""
 
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
 from helpers.paths import ROOT, SHIPPED_MODEL
 
 from hf_smoothing.hub.publication import publication_of
+from hf_smoothing.hub.push import plan_push
 
 RUN = SHIPPED_MODEL / "results" / "cifar10" / "sigma-0.25"
 
@@ -55,3 +57,14 @@ def test_a_published_card_names_the_repository(tmp_path):
     text = '# digits\n\npipeline(model="user/digits")\nload("user/digits", "my-model-2")\n'
     assert card == metadata.format("digits") + text
     assert "my-model" in (folder / "README.md").read_text()
+
+
+def test_a_card_without_a_license_is_published_with_a_warning(tmp_path):
+    folder = tmp_path / "my-model"
+    shutil.copytree(SHIPPED_MODEL, folder, ignore=shutil.ignore_patterns("results"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plan_push(folder, "user/my-model")
+    (folder / "README.md").write_text("---\nlibrary_name: transformers\n---\n\n# my-model\n")
+    with pytest.warns(UserWarning, match=r"my-model names no license, .*`license: \.\.\.` in card\.yaml"):
+        plan_push(folder, "user/my-model")

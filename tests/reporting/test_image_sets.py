@@ -22,6 +22,8 @@ def result(labels, indices=None, fingerprint=None, name="run"):
     return Result(None, name, rows, {"settings": {"dataset_fingerprint": fingerprint}})
 
 
+NONE = object()
+"""Nothing can be said of common images: those of one index have different classes."""
 MIXED, SORTED = [0, 1, 2, 1, 0, 2], [0, 0, 1, 1, 2, 2]
 OTHERS = range(10, 16)
 
@@ -35,7 +37,7 @@ OTHERS = range(10, 16)
         (result(MIXED, fingerprint="a"), result(MIXED, OTHERS, fingerprint="b"), 1, None),  # a copy, numbered anew
         (result(MIXED, fingerprint="a"), result([2, 1, 0, 1, 2, 0]), 1, 6),  # a log that numbers the classes otherwise
         (result(MIXED, fingerprint="a"), result(MIXED[2:], range(2, 6), fingerprint="b"), 2, 4),
-        (result(MIXED, fingerprint="a"), result(MIXED[::-1], fingerprint="b"), 2, 0),  # another dataset
+        (result(MIXED, fingerprint="a"), result(MIXED[::-1], fingerprint="b"), 2, NONE),  # another dataset
         (result(SORTED, fingerprint="a"), result(SORTED, OTHERS, fingerprint="b"), 2, 0),
         (result(SORTED, fingerprint="a"), result(SORTED), 1, 6),
         (result(MIXED), result(MIXED[:3]), 2, 3),
@@ -45,7 +47,7 @@ def test_results_are_grouped_by_their_images(first, second, groups, in_common):
     found = group_by_images([first, second])
     assert len(found) == groups
     if in_common is not None:
-        assert found[-1]["in_common"] == in_common
+        assert found[-1]["in_common"] == (None if in_common is NONE else in_common)
 
 
 def test_a_completed_result_is_about_all_images():
@@ -73,7 +75,25 @@ def test_a_report_says_which_rows_are_about_which_images(tmp_path):
     assert json.loads((tmp_path / "report" / "report.json").read_text())["image_sets"] == report["image_sets"]
 
 
+def test_a_report_says_that_all_rows_are_about_the_same_images(tmp_path):
+    runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b")]
+    assert "All rows are about the same 60 images." in render_notes(summarize(read_results(runs)))
+
+
+def test_radii_in_pictures_of_different_sizes_are_not_compared_without_a_word(tmp_path):
+    small, large = read_results([write_run(tmp_path / "small"), write_run(tmp_path / "large")])
+    for rows, dimensions in ((small.rows, 784), (large.rows, 3072)):
+        for row in rows:
+            row["dimensions"] = dimensions
+    notes = render_notes(summarize([small, large]))
+    assert "small, sigma = 0.25 to 784 pixel values; large, sigma = 0.25 to 3,072 pixel values" in notes
+    assert "radii of these rows are not comparable" in notes
+
+
 def test_a_log_of_other_images(tmp_path):
     log = write_log(tmp_path / "published.tsv", LOG.replace("8\t1", "4\t1"))
     notes = render_notes(summarize(read_results([write_run(tmp_path / "run"), log], "per_input", 0.001)))
-    assert "run, sigma = 0.25: 60 images; published.tsv: 4 images, none of them among those of run" in notes
+    assert (
+        "run, sigma = 0.25: 60 images; published.tsv: 4 images, with other classes at the same indices than run"
+        in notes
+    )

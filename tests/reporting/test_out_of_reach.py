@@ -194,30 +194,44 @@ def test_the_name_of_a_log_tells_its_sigma(tmp_path, name, sigma):
 
 def test_a_log_is_out_of_reach_beyond_what_its_draws_prove(tmp_path):
     log = write_log(tmp_path / "sigma_0.25.log", LOG.replace("0.747", "0.45"))
-    for n, text in ((None, "0.0%"), (200, "out of reach")):  # 200 draws prove 0.455
+    for n, text in ((), "0.0%"), ((200,), "out of reach"):  # 200 draws prove 0.455
         (result,) = read_results([log], "per_input", 0.001, n)
         report = summarize([result], [0.25, 0.5])
         (row,) = share_rows(report)
         assert row["r = 0.5"].startswith(text)
         assert row["r = 0.25"].startswith("50.0%")
         page = render_report(report)
-        assert ("no image can have a radius above 0.45" in page) == (n is not None)
-        assert ("Its number of draws is the value of --log-n, 200." in page) == (n is not None)
+        assert ("no image can have a radius above 0.45" in page) == bool(n)
+        assert ("Its number of draws is the value of --log-n, 200." in page) == bool(n)
         assert "How the runs were made" not in page
 
 
 def test_draws_of_a_log_that_say_nothing_or_cannot_be_are_refused(tmp_path):
     log = write_log(tmp_path / "sigma_0.25.log")
-    with pytest.raises(ValueError, match=r"log_n=100 .* only with log_alpha \(--log-alpha\)"):
-        read_results([log], "per_input", None, 100)
-    with pytest.raises(ValueError, match=r"log_n=100 .* only with a name of the log that tells sigma"):
-        read_results([write_log(tmp_path / "cohen.tsv")], "per_input", 0.001, 100)
+    with pytest.raises(
+        ValueError,
+        match=r"log_n=100 .* only together with alpha and sigma\. Give log_alpha",
+    ):
+        read_results([log], "per_input", None, [100])
+    with pytest.raises(ValueError, match=r"log_n=100 .* only together with alpha and sigma"):
+        read_results([write_log(tmp_path / "cohen.tsv")], "per_input", 0.001, [100])
+    with pytest.raises(ValueError, match=r"log_n has 2 numbers for 1 logs"):
+        read_results([log], "per_input", 0.001, [100, 200])
     with pytest.raises(ValueError, match=r"log_n=100 draws prove at most radius 0\.375 .* image 0 has 0\.747"):
-        read_results([log], "per_input", 0.001, 100)
+        read_results([log], "per_input", 0.001, [100])
     with pytest.raises(ValueError, match="n=0"):
-        read_results([log], "per_input", 0.001, 0)
+        read_results([log], "per_input", 0.001, [0])
     with pytest.raises(ValueError, match=r"log_n=5 draws prove at most radius 0\.000"):
-        read_results([log], "per_input", 0.001, 5)
+        read_results([log], "per_input", 0.001, [5])
+
+
+def test_each_log_has_its_own_draws(tmp_path):
+    logs = [write_log(tmp_path / f"{name}-sigma_0.25.log", LOG.replace("0.747", "0.45")) for name in ("few", "many")]
+    few, many = read_results(logs, "per_input", 0.001, [200, 10_000])
+    assert few.largest_radius < 0.5 < many.largest_radius
+    report = summarize([few, many], [0.5])
+    assert [row["r = 0.5"].split("\n")[0].split("<")[0] for row in share_rows(report)] == ["out of reach", "0.0%"]
+    assert "the value of --log-n, 200, 10,000." in render_report(report)
 
 
 def test_the_command_takes_the_draws_of_logs(tmp_path):

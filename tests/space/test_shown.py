@@ -141,7 +141,7 @@ def test_curves_come_with_a_table_of_their_figures():
 
 def test_curves_of_different_images_say_so():
     first, second = read_results([EXAMPLE_RUN])
-    assert draw_curves([first, second]).note == ""
+    assert draw_curves([first, second]).note == "All rows are about the same 200 images."
     assert "not about the same images" not in markup.curves(draw_curves([first, second]))
     page = markup.curves(draw_curves([first, replace(second, rows=second.rows[:50])]))
     assert "<p>The rows are not about the same images, so" in page
