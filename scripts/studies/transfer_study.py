@@ -275,7 +275,9 @@ def plot(settings: StudySettings, measurement: MeasurementSettings, arms: list[d
                 axis, style = (main_axis if is_main else axis_of_others), "-" if curve is arm else ":"
                 errors = (shares - low, high - shares)
                 axis.errorbar(settings.levels, shares, errors, marker="o", capsize=2, label=name, linestyle=style)
-    main_axis.set(title=f"Finetuned on clean images; 95 % interval over {len(settings.seeds)} seeds", ylim=(0, None))
+    seeds = max(len(arm["seeds"]) for arm in arms)
+    measured = "images" if seeds == 1 else f"up to {seeds} seeds"
+    main_axis.set(title=f"Finetuned on clean images; 95 % interval over {measured}", ylim=(0, None))
     axis_of_others.set(title="One seed; 95 % interval over images")
     for axis in (main_axis, axis_of_others):
         axis.legend(fontsize=7)
