@@ -80,10 +80,12 @@ def test_ctrl_c_says_how_to_resume(processes, model, parquet, tmp_path):
         assert plan_push(folder, "user/stopped", allow_unfinished=True).repo_type == "model"
 
 
-def test_a_finished_training_is_published_without_a_word(trained, recwarn):
+def test_a_finished_training_is_published_and_asks_for_a_license_only(trained):
     folder, _ = trained
-    assert "model.safetensors" in plan_push(folder, "user/my-model").sizes
-    assert not [warning for warning in recwarn if "card" in str(warning.message)]
+    with pytest.warns(UserWarning, match="card") as warned:
+        assert "model.safetensors" in plan_push(folder, "user/my-model").sizes
+    (said,) = [str(warning.message) for warning in warned if "card" in str(warning.message)]
+    assert "names no license" in said
 
 
 def test_idle_cores_are_named(processes, model, parquet, tmp_path):
