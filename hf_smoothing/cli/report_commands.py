@@ -31,6 +31,14 @@ LogN = Annotated[
         "are out of reach."
     ),
 ]
+WriteLogs = Annotated[
+    bool,
+    typer.Option(
+        "--write-logs",
+        help="Also write each run and sigma as a log (`idx label predict radius correct time`), for scripts that read those "
+        "of Cohen et al. A log does not contain guarantee, alpha and number of draws.",
+    ),
+]
 
 
 @command(app)
@@ -78,14 +86,7 @@ def report(
     log_guarantee: LogGuarantee = None,
     log_alpha: LogAlpha = None,
     log_n: LogN = None,
-    write_logs: Annotated[
-        bool,
-        typer.Option(
-            "--write-logs",
-            help="Also write each run and sigma as a log (`idx label predict radius correct time`), for scripts that read "
-            "those of Cohen et al. A log does not contain guarantee, alpha and number of draws.",
-        ),
-    ] = False,
+    write_logs: WriteLogs = False,
 ) -> None:
     """
     Write tables and curves of certified accuracy from finished runs.
