@@ -87,7 +87,8 @@ def to_pixels(image: Any, preprocessing: Preprocessing | None = None) -> torch.T
     side = preprocessing.noise_resolution if preprocessing is not None else None
     if isinstance(side, int) and tuple(image.shape[1:]) != (side, side):
         raise ValueError(f"A tensor of shape {tuple(image.shape)} is not {side} pixels a side: pass a picture.")
-    image = image.detach().to("cpu")
+    # in one memory order for all images: a GPU rounds differently in another one
+    image = image.detach().to("cpu").contiguous()
     image = image.float() / 255 if image.dtype == torch.uint8 else image.float()
     low, high = float(image.min()), float(image.max())
     if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):  # NaN fails this too

@@ -60,7 +60,7 @@ def test_the_pipeline_with_several_levels(pipe, demo_images):
 
 
 def test_the_pipeline_with_a_fallback_level(pipe, demo_images):
-    images = list(demo_images[:4]["image"])
+    images = list(demo_images[:8]["image"])
     found = pipe(images, sigma="auto", draws=40, seed=0)
     assert all(row["level_choice"]["levels"] == (0.5, 0.12) for row in found)
     assert all(row["level_choice"]["agreement"] == 0.5 for row in found)

@@ -102,7 +102,7 @@ def picture():
 def test_logits_without_noise_are_those_of_the_models_own_pipeline(folder, picture):
     own = pipeline("image-classification", model=str(folder))
     with torch.inference_mode():
-        expected = own.model(**own.image_processor(picture, return_tensors="pt")).logits
+        expected = own.model(**own.image_processor(picture, return_tensors="pt").to(own.device)).logits
     smoothed = SmoothedClassifier.from_pretrained(folder, GaussianNoise(0.25))
     pixels = to_pixels(picture, smoothed.preprocessing)
     assert 0 <= float(pixels.min()) <= float(pixels.max()) <= 1
@@ -264,7 +264,7 @@ def test_they_learn_from_noisy_images_with_their_normalisation_after_the_noise(f
         model, opened, images, settings, looked, settings.create_accelerator(), str(folder), processor
     )
     assert not any(
-        torch.equal(parameter, before[name]) for name, parameter in model.named_parameters() if parameter.ndim > 1
+        torch.equal(parameter.cpu(), before[name]) for name, parameter in model.named_parameters() if parameter.ndim > 1
     )
     # what the training saw of it at last is what the saved model's own pipeline says
     own = pipeline("image-classification", model=str(tmp_path), top_k=1)

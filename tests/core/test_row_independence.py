@@ -164,6 +164,20 @@ def test_the_shipped_model_passes_in_every_precision(settings, sigma, demo_image
             smoothed.base_classifier.prepare(to_pixels(picture, smoothed.preprocessing), sigma)
 
 
+def test_all_batches_lie_in_memory_alike(linear, small_images):
+    """On a GPU, a convolution of another memory order rounds differently, which looked like rows that depend on each other."""
+    strides = set()
+
+    def classify(pixels):
+        strides.add(pixels.stride()[1:])
+        return linear(pixels)
+
+    image = small_images[0].permute(1, 2, 0).contiguous().permute(2, 0, 1)  # as pictures are decoded
+    assert not image.is_contiguous()
+    SmoothedClassifier(classify, GaussianNoise(0.5)).certify([image, small_images[1]], max_draws=40)
+    assert strides == {small_images[1].stride()}
+
+
 def test_classifiers_that_do_not_look_at_their_rows_pass(small_images):
     """Constant logits, large ones that hardly differ, and pixels of one class."""
     certify(lambda pixels: torch.tensor([[0.0, 1.0]]).expand(len(pixels), 2), small_images)
