@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from ..utils.files import write_json
 from ..utils.provenance import command_line, package_versions
 from .evaluation import EvaluationSettings, create_evaluation
 from .losses import consistency_loss
-from .pretrained_classifiers import create_image_processor
+from .pretrained_classifiers import average_with_base, create_image_processor
 from .training_images import ImageSettings, TrainingBatches
 from .training_loop import TrainingLoop, TrainingSettings
 
@@ -31,6 +32,7 @@ def train_classifier(
     accelerator: Accelerator,
     base: str | None = None,
     processor: Any = None,
+    base_share: float = 0.0,
 ) -> dict[str, Any]:
     """
     Train a model on images with noise of a random level each. Saves the model and its image processor to
@@ -38,6 +40,7 @@ def train_classifier(
 
     The model has the classes of the dataset. `base` is the pretrained model, if any: the record of its training becomes part
     of the results. The normalization of `processor`, by default that of a mixed-noise ViT, is applied after the noise.
+    `base_share` is the share of the weights from before the training in the saved ones, see [`average_with_base`].
 
     Returns:
         The content of `results/training.json`.
@@ -63,6 +66,10 @@ def train_classifier(
     )
     settings = replace(settings, per_device_train_batch_size=batches.batch_size)
     config = model.config.to_dict()
+    finish = None
+    if base_share:
+        weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        finish = partial(average_with_base, base_weights=weights, base_share=base_share)
     evaluate = create_evaluation(evaluation, image_settings, class_names, preprocessing, accelerator)
     loop = TrainingLoop(
         model,
@@ -78,12 +85,14 @@ def train_classifier(
             "config": {name: value for name, value in config.items() if name != "transformers_version"},
             "frozen": sorted(name for name, parameter in model.named_parameters() if not parameter.requires_grad),
             "base": base,
+            "base_share": base_share,
         },
         evaluate=evaluate,
+        finish=finish,
     )
     results = {
         "command": command_line(),
-        "settings": {**asdict(settings), **asdict(image_settings), **asdict(evaluation)},
+        "settings": {**asdict(settings), **asdict(image_settings), **asdict(evaluation), "base_share": base_share},
         **loop.run(),
         "num_images": images.total,
         "num_eval_images": None if evaluate is None else evaluate.num_images,

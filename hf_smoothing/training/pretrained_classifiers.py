@@ -1,7 +1,8 @@
 """Loading a pretrained classifier for finetuning, with a head for the classes of a dataset."""
 
+import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,28 @@ def find_head(model: Any) -> nn.Linear:
     if not layers or layers[-1].out_features != model.config.num_labels:
         raise ValueError(f"A {model.config.model_type} model does not end with a linear layer: its head is unknown.")
     return layers[-1]
+
+
+@torch.no_grad()
+def average_with_base(model: Any, base_weights: Mapping[str, torch.Tensor], base_share: float) -> Any:
+    """
+    A copy of a finetuned model whose weights are averaged with those before finetuning, except for the head.
+
+    It keeps more of the robustness of the base, and less of the accuracy on clean images.
+
+    Args:
+        model: the finetuned model.
+        base_weights: the state dict of the model before finetuning; that of its head is left out.
+        base_share: share of the base in the average, from 0 to 1.
+
+    Source: Wortsman et al. 2022, "Robust fine-tuning of zero-shot models" (arXiv 2109.01903).
+    """
+    averaged = copy.deepcopy(model)
+    head = {id(parameter) for parameter in find_head(averaged).parameters()}
+    for name, weights in averaged.state_dict(keep_vars=True).items():
+        if weights.is_floating_point() and id(weights) not in head:
+            weights.lerp_(base_weights[name].to(weights.device, weights.dtype), base_share)
+    return averaged
 
 
 def _warn_of_batch_norm(model: nn.Module, name: str) -> None:

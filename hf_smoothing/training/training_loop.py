@@ -126,6 +126,7 @@ class TrainingLoop:
         processor: image processor to save with the model.
         fixed_settings: further settings that must stay the same when the training is resumed, as plain values.
         evaluate: computes figures to log from the model that is then saved; called on all processes.
+        finish: makes the model that is evaluated and saved from the trained one, which it leaves as it is.
 
     Raises:
         ValueError: for a missing checkpoint or one of a training with other settings, a folder that holds a training
@@ -143,8 +144,10 @@ class TrainingLoop:
         fixed_settings: dict[str, Any],
         processor: Any = None,
         evaluate: Callable[[Any], dict[str, float]] | None = None,
+        finish: Callable[[Any], Any] | None = None,
     ):
         self.batches, self.compute_loss, self.evaluate, self.processor = batches, compute_loss, evaluate, processor
+        self.finish = finish
         self.settings, self.accelerator, self.output_dir = settings, accelerator, Path(settings.output_dir)
         self.num_steps = _count_steps(settings, batches)
         all_settings = {
@@ -271,14 +274,15 @@ class TrainingLoop:
         """Evaluate and save the model, and save a checkpoint where one is due."""
         state = self.state
         self.log.check_finite(state, self.final_model)
+        model = self.final_model if self.finish is None else self.finish(self.final_model)
         if self.evaluate is not None:
-            self.final_model.eval()
-            figures = self.evaluate(self.final_model)
+            model.eval()
+            figures = self.evaluate(model)
             self.log.write(state, "evaluation", figures)
             if self.accelerator.is_main_process:
                 progress_bar.write(f"epoch {state.epoch + 1}: {describe_figures(figures)}")
         if self.accelerator.is_main_process:
-            for saved in (self.final_model, self.processor):
+            for saved in (model, self.processor):
                 if saved is not None:
                     saved.save_pretrained(self.output_dir)
         finished = state.step == self.num_steps

@@ -33,7 +33,7 @@ from transformers.hf_argparser import HfArg
 from hf_smoothing import MixedNoiseViTForImageClassification
 from hf_smoothing.core.configuration_mixed_noise_vit import MixedNoiseViTConfig
 from hf_smoothing.reporting.tables import print_table
-from hf_smoothing.training.pretrained_classifiers import find_head, load_for_finetuning
+from hf_smoothing.training.pretrained_classifiers import average_with_base, find_head, load_for_finetuning
 from hf_smoothing.training.training_images import ImageSettings
 from hf_smoothing.training.training_loop import TrainingSettings
 from hf_smoothing.utils.argument_parser import argument_parser
@@ -134,26 +134,15 @@ def run_arm(settings: StudySettings, measurement: MeasurementSettings, arm: Fine
         model = str(folder / stage)
     eval_images = DecodedImages.load(output_dir / "images" / "eval")
     evaluations = []
+    base = MixedNoiseViTForImageClassification.from_pretrained(settings.model_name_or_path, dtype=torch.float32)
+    base_weights = base.state_dict()
     for share in (0.0, *settings.base_shares) if arm.epochs else (0.0,):
-        tuned = load_arm(Path(model))
-        average_encoders(tuned, settings.model_name_or_path, share)
+        tuned = average_with_base(load_arm(Path(model)), base_weights, share)
         evaluation = evaluate_model(
             tuned, eval_images, measurement, settings.sigmas, settings.radii_by_sigma, settings.seed
         )
         evaluations.append({"base_share": share, **evaluation})
     write_json({"evaluations": evaluations}, folder / "evaluations.json")
-
-
-@torch.no_grad()
-def average_encoders(model: Any, base: str, base_share: float) -> None:
-    """
-    Average the encoder of a finetuned model with that of its base; the head stays (Wortsman et al. 2022, arXiv 2109.01903).
-    """
-    base_model = MixedNoiseViTForImageClassification.from_pretrained(base, dtype=torch.float32)
-    base_weights = base_model.mixed_noise_vit.state_dict()
-    for name, weights in model.mixed_noise_vit.state_dict().items():
-        if weights.is_floating_point():
-            weights.lerp_(base_weights[name].to(weights.device), base_share)
 
 
 def write_results(settings: StudySettings, measurement: MeasurementSettings, fixed_settings: dict[str, Any]) -> None:

@@ -264,7 +264,9 @@ def test_they_learn_from_noisy_images_with_their_normalisation_after_the_noise(f
         model, opened, images, settings, looked, settings.create_accelerator(), str(folder), processor
     )
     assert not any(
-        torch.equal(parameter.cpu(), before[name]) for name, parameter in model.named_parameters() if parameter.ndim > 1
+        torch.equal(parameter.cpu(), before[name])
+        for name, parameter in model.named_parameters()
+        if parameter.ndim > 1
     )
     # what the training saw of it at last is what the saved model's own pipeline says
     own = pipeline("image-classification", model=str(tmp_path), top_k=1)

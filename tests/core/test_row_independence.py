@@ -165,7 +165,7 @@ def test_the_shipped_model_passes_in_every_precision(settings, sigma, demo_image
 
 
 def test_all_batches_lie_in_memory_alike(linear, small_images):
-    """On a GPU, a convolution of another memory order rounds differently, which looked like rows that depend on each other."""
+    """On a GPU, a convolution of another memory order rounds differently: it looked like rows that depend on each other."""
     strides = set()
 
     def classify(pixels):

@@ -3,10 +3,11 @@ import math
 import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from helpers.models import save_model
-from transformers import BertConfig
+from transformers import BertConfig, pipeline
 
 from hf_smoothing import MixedNoiseViTForImageClassification
 from hf_smoothing.hub.results_pages import render_results
@@ -64,6 +65,40 @@ def test_the_loss_grows_with_the_consistency_weight(demo_images, tmp_path):
     divergence = (losses[1] - losses[0]) / 10
     assert divergence > 0.003  # the predictions for two noisy copies differ
     assert (losses[2] - losses[1]) / 20 == pytest.approx(divergence, rel=1e-4)
+
+
+def test_a_share_of_the_base_is_saved_and_evaluated(demo_images, tmp_path):
+    """The saved weights lie between those of the base and of a training without the share, but the head is trained."""
+    path = tmp_path / "images.parquet"
+    demo_images.select(range(0, 200, 10)).to_parquet(path)
+    base = save_model(tmp_path / "base", ["a", "b", "c"])
+    images, models, results = ImageSettings(str(path)), {}, {}
+    evaluation = EvaluationSettings("train", eval_samples=20, eval_sigmas=[0.0])
+    for share in (0.0, 0.25):
+        opened, folder = images.open(), str(tmp_path / f"share-{share}")
+        settings = TrainingSettings(
+            folder, num_train_epochs=2, per_device_train_batch_size=10, learning_rate=0.05, ema_decay=0.5
+        )
+        torch.manual_seed(0)  # for the head
+        model, _ = load_for_finetuning(base, find_class_names(opened))
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        results[share] = train_classifier(
+            model, opened, images, settings, evaluation, settings.create_accelerator(), base, base_share=share
+        )
+        models[share] = MixedNoiseViTForImageClassification.from_pretrained(folder)
+    trained = models[0.0].state_dict()
+    for name, weights in models[0.25].state_dict().items():
+        head = name.startswith("classifier")
+        expected = trained[name] if head else 0.75 * trained[name] + 0.25 * before[name]
+        torch.testing.assert_close(weights, expected)
+    assert not torch.allclose(trained["classifier.weight"], before["classifier.weight"], atol=0.01)
+    assert results[0.25]["settings"]["base_share"] == 0.25
+    chosen = demo_images.select(range(0, 200, 10))
+    names = chosen.features["label"].names
+    for share, result in results.items():
+        classify = pipeline("image-classification", model=str(tmp_path / f"share-{share}"), top_k=1)
+        right = [classify(row["image"])[0]["label"] == names[row["label"]] for row in chosen]
+        assert result["evaluation"]["majority_accuracy_sigma_0"] == pytest.approx(np.mean(right))
 
 
 def test_the_head_is_kept_only_for_the_same_classes(tiny_model_dir):
