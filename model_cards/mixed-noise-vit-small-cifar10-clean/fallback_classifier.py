@@ -1,0 +1,1 @@
+../../hf_smoothing/core/fallback_classifier.py

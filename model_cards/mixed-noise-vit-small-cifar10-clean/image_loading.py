@@ -1,0 +1,1 @@
+../../hf_smoothing/core/image_loading.py

@@ -1,0 +1,1 @@
+../../hf_smoothing/core/modeling_count_prediction.py

@@ -1,0 +1,1 @@
+../../hf_smoothing/core/modeling_mixed_noise_vit.py

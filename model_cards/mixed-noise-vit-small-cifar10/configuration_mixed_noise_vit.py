@@ -1,0 +1,1 @@
+../../hf_smoothing/core/configuration_mixed_noise_vit.py

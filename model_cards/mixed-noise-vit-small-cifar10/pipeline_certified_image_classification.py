@@ -1,0 +1,1 @@
+../../hf_smoothing/core/pipeline_certified_image_classification.py

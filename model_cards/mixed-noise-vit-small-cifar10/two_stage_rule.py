@@ -1,0 +1,1 @@
+../../hf_smoothing/core/two_stage_rule.py
