@@ -4,6 +4,7 @@ import math
 import multiprocessing
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -285,7 +286,16 @@ def _run_logged(run_arm: Callable[[Arm], None], arm: Arm, log: Path, threads: in
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
     torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_the_study, daemon=True).start()
     run_arm(arm)
+
+
+def _end_with_the_study() -> None:
+    """However the study ends: an arm that trains on would meet the same arm of the resumed study."""
+    study = multiprocessing.parent_process()
+    assert study is not None
+    study.join()
+    os._exit(1)
 
 
 def check_settings(output_dir: Path, settings: dict[str, Any]) -> None:

@@ -1,3 +1,5 @@
+import os
+import signal
 import sys
 
 import pytest
@@ -97,6 +99,38 @@ def run_arm(arm):
 if __name__ == "__main__":
     run_arms(run_arm, dict(zip("abc", "abc")), Path(__file__).parent, 2, lambda: print("results"))
 """
+
+
+ORPHANED_ARM = """
+import multiprocessing, sys, time
+from pathlib import Path
+sys.path.insert(0, "scripts/studies")
+from study_arms import run_arms
+
+FOLDER = Path(__file__).parent
+
+def run_arm(arm):
+    if arm == "a":
+        with (FOLDER / "fifo").open("w") as fifo:
+            print("runs", file=fifo, flush=True)
+            multiprocessing.parent_process().join()
+            time.sleep(5)
+            print("runs on without the study", file=fifo)
+
+if __name__ == "__main__":
+    run_arms(run_arm, {"a": "a", "b": "b"}, FOLDER, 2, print)
+"""
+
+
+def test_arms_end_with_a_study_that_is_killed(processes, tmp_path):
+    (tmp_path / "script.py").write_text(ORPHANED_ARM)
+    os.mkfifo(tmp_path / "fifo")
+    study = processes.start(tmp_path / "script.py")
+    with (tmp_path / "fifo").open() as fifo:
+        assert fifo.readline() == "runs\n"
+        os.kill(study.pid, signal.SIGKILL)
+        assert fifo.read() == ""  # until the arm has ended
+    study.finish()
 
 
 def test_an_arm_that_fails_loses_only_itself(processes, tmp_path):
