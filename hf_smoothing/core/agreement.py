@@ -78,6 +78,14 @@ def check_agreement(levels: Sequence[float], agreement: float) -> None:
         raise ValueError(f"agreement={agreement} must be a share of the noisy copies from 0.5 to below 1.")
 
 
+def refuse_levels(levels: Sequence[float], agreement: float) -> None:
+    """Raise a `ValueError` where a classifier of one noise level was given others, or an agreement."""
+    if tuple(levels) != LEVELS or agreement != AGREEMENT:
+        raise ValueError(
+            'levels and agreement are for sigma="auto", one classifier of two noise levels: leave them out.'
+        )
+
+
 def bound_agreement(counts: ArrayLike, alpha: float) -> float:
     """
     An upper bound of the probability of the most probable class.

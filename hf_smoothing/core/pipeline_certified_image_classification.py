@@ -9,7 +9,7 @@ import torch
 from PIL.Image import Image
 from transformers import Pipeline
 
-from .agreement import AGREEMENT, LEVELS
+from .agreement import AGREEMENT, LEVELS, refuse_levels
 from .certificates import Certificate
 from .count_predictor import CountPredictor
 from .denoisers import Denoiser
@@ -142,6 +142,7 @@ class CertifiedImageClassificationPipeline(Pipeline):
             )
         if sigma == "auto":
             return self._classifiers[key].with_fallback(levels, agreement)
+        refuse_levels(levels, agreement)
         return self._classifiers[key].with_noise(noise)
 
     def preprocess(self, input_: Any, smoothed: SmoothedClassifier) -> torch.Tensor:

@@ -11,7 +11,7 @@ from PIL.Image import Image
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from .agreement import AGREEMENT, LEVELS, check_agreement
+from .agreement import AGREEMENT, LEVELS, check_agreement, refuse_levels
 from .base_classifier import BaseClassifier, Classifier
 from .calibration import Calibration
 from .certificates import Certificate
@@ -134,8 +134,7 @@ class SmoothedClassifier:
             model_kwargs.setdefault("model_args", config.model_args)
         model = AutoModelForImageClassification.from_pretrained(model_name_or_path, **model_kwargs)
         processor = AutoImageProcessor.from_pretrained(model_name_or_path, **hub_kwargs)
-        if device is not None:
-            model = model.to(device)
+        model = model if device is None else model.to(device)
         names = [name for _, name in sorted(model.config.id2label.items())]
         shared: dict[str, Any] = {"class_names": names, "image_processor": processor}
         head = None if count_head is None else CountPredictor.from_pretrained(count_head, device=device, **shared)
@@ -143,6 +142,7 @@ class SmoothedClassifier:
         shared |= {"count_head": head, "noise_resolution": noise_resolution}
         if noise == "auto":
             return cls(model, GaussianNoise(levels[0]), **shared).with_fallback(levels, agreement)
+        refuse_levels(levels, agreement)
         return cls(model, noise, **shared)
 
     def with_noise(self, noise: SmoothingNoise) -> "SmoothedClassifier":
