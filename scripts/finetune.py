@@ -49,6 +49,8 @@ class BaseSettings:
     def __post_init__(self) -> None:
         if not 0 <= self.base_share < 1:
             raise ValueError(f"base_share={self.base_share} must be 0 or above, and below 1.")
+        if self.base_share and self.freeze_backbone:
+            raise ValueError("base_share does nothing with freeze_backbone, which trains only the head: choose one.")
 
 
 def main() -> None:

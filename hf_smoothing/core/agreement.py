@@ -38,9 +38,9 @@ over classes.
 a_1 and a_2, is none of g. Nor may U see more draws until it is small enough.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -78,11 +78,16 @@ def check_agreement(levels: Sequence[float], agreement: float) -> None:
         raise ValueError(f"agreement={agreement} must be a share of the noisy copies from 0.5 to below 1.")
 
 
-def refuse_levels(levels: Sequence[float], agreement: float) -> None:
-    """Raise a `ValueError` where a classifier of one noise level was given others, or an agreement."""
-    if tuple(levels) != LEVELS or agreement != AGREEMENT:
+def given_levels(levels: Sequence[float] | None, agreement: float | None) -> dict[str, Any]:
+    """Those of the settings that are not `None`."""
+    return {name: value for name, value in (("levels", levels), ("agreement", agreement)) if value is not None}
+
+
+def refuse_levels(settings: Collection[str]) -> None:
+    """Raise a `ValueError` where `levels` or `agreement` is among the settings of a classifier of one noise level."""
+    if "levels" in settings or "agreement" in settings:
         raise ValueError(
-            'levels and agreement are for sigma="auto", one classifier of two noise levels: leave them out.'
+            'levels and agreement are for "auto" in place of a noise level, one classifier of two: leave them out.'
         )
 
 

@@ -81,6 +81,7 @@ class CertifiedImageClassificationPipeline(Pipeline):
                 raise TypeError(f"{name!r} is no setting of this pipeline; it takes {known}.")
         if settings.get("sigma", "auto") != "auto":  # an invalid sigma at construction is an error at construction
             GaussianNoise(settings["sigma"])
+            refuse_levels(settings)  # of this call: those of the construction may be for its other calls
         of_classifier = {name: value for name, value in settings.items() if name in CLASSIFIER_SETTINGS}
         return of_classifier, {name: value for name, value in settings.items() if name in CERTIFY_SETTINGS}, {}
 
@@ -142,7 +143,6 @@ class CertifiedImageClassificationPipeline(Pipeline):
             )
         if sigma == "auto":
             return self._classifiers[key].with_fallback(levels, agreement)
-        refuse_levels(levels, agreement)
         return self._classifiers[key].with_noise(noise)
 
     def preprocess(self, input_: Any, smoothed: SmoothedClassifier) -> torch.Tensor:

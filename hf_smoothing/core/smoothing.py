@@ -11,7 +11,7 @@ from PIL.Image import Image
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from .agreement import AGREEMENT, LEVELS, check_agreement, refuse_levels
+from .agreement import AGREEMENT, LEVELS, check_agreement, given_levels, refuse_levels
 from .base_classifier import BaseClassifier, Classifier
 from .calibration import Calibration
 from .certificates import Certificate
@@ -109,8 +109,8 @@ class SmoothedClassifier:
         *,
         device: torch.device | str | None = None,
         count_head: str | Path | None = None,
-        levels: Sequence[float] = LEVELS,
-        agreement: float = AGREEMENT,
+        levels: Sequence[float] | None = None,
+        agreement: float | None = None,
         batch_size: int = 128,
         autocast: torch.dtype | None = None,
         compile: bool = False,
@@ -121,10 +121,9 @@ class SmoothedClassifier:
         """
         Smooth any image classifier that `AutoModelForImageClassification` loads, from the Hub or a local folder.
 
-        `count_head` too is a name on the Hub or a folder; its calibration comes with it. With `noise="auto"` it is one
-        classifier of two noise levels, see [`with_fallback`], which takes `levels` and `agreement`. The model is put on
-        `device`, by default the CPU. The other settings are those of [`SmoothedClassifier`]; further ones (`model_kwargs`)
-        are passed on to transformers' `from_pretrained`, with a `dtype` of `torch.float32` by default.
+        `count_head` too is a name or a folder. `levels` and `agreement` are for `noise="auto"`, one classifier of two noise
+        levels, see [`with_fallback`]. `device` is the CPU by default. Other settings are those of [`SmoothedClassifier`];
+        further ones (`model_kwargs`) go to transformers' `from_pretrained`, with a `dtype` of `torch.float32` by default.
         """
         model_kwargs.setdefault("dtype", torch.float32)
         hub_options = {"revision", "token", "trust_remote_code", "subfolder", "cache_dir", "local_files_only"}
@@ -140,9 +139,10 @@ class SmoothedClassifier:
         head = None if count_head is None else CountPredictor.from_pretrained(count_head, device=device, **shared)
         shared |= {"batch_size": batch_size, "autocast": autocast, "compile": compile, "denoiser": denoiser}
         shared |= {"count_head": head, "noise_resolution": noise_resolution}
+        given = given_levels(levels, agreement)
         if noise == "auto":
-            return cls(model, GaussianNoise(levels[0]), **shared).with_fallback(levels, agreement)
-        refuse_levels(levels, agreement)
+            return cls(model, GaussianNoise(1.0), **shared).with_fallback(**given)
+        refuse_levels(given)
         return cls(model, noise, **shared)
 
     def with_noise(self, noise: SmoothingNoise) -> "SmoothedClassifier":

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig
 
@@ -74,8 +75,20 @@ def check_weights(module: nn.Module) -> None:
 
 def weights_digest(model: Any) -> str:
     """A hash of a module's names, shapes, types and weights."""
+    return _digest(model.state_dict())
+
+
+def saved_weights_digest(folder: Path) -> str | None:
+    """The [`weights_digest`] of the model saved in a folder, loaded in float32; `None` without `model.safetensors`."""
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        return None
+    return _digest({name: t.float() if t.is_floating_point() else t for name, t in load_file(path).items()})
+
+
+def _digest(weights: Mapping[str, torch.Tensor]) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(weights.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -34,16 +34,19 @@ def card_metadata(
     return metadata.to_yaml()
 
 
-def certified_points(report: Json, name: str) -> list[Json]:
+def certified_points(report: Json, name: str, weights: str | None = None) -> list[Json]:
     """
     The certified accuracies of the model `name` in a `report.json`, as [`best_by_radius`] gives them. Results of other
-    models and estimates are left out.
+    models and estimates are left out. A run of a folder with another name counts if its weights had the digest `weights`.
     """
-    own = [
-        entry
-        for entry in report["results"]
-        if Path(entry["model"] or "").name == name and entry["guarantee"] in ("per_input", "marginal")
-    ]
+
+    def is_own(entry: Json) -> bool:
+        settings = (entry["made_by"] or {}).get("settings", {})
+        return Path(entry["model"] or "").name == name or (
+            weights is not None and settings.get("model_weights") == weights
+        )
+
+    own = [entry for entry in report["results"] if is_own(entry) and entry["guarantee"] in ("per_input", "marginal")]
     return [point for point in best_by_radius(own) if point["standing"] == "counted"]
 
 

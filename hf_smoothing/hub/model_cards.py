@@ -11,6 +11,7 @@ import yaml
 from jinja2 import UndefinedError
 
 from ..core.configuration_mixed_noise_vit import MixedNoiseViTConfig
+from ..core.weights import saved_weights_digest
 from ..reporting.rendering import render
 from ..reporting.results import name_of_figure
 from ..utils.files import read_json
@@ -149,7 +150,8 @@ def read_card(folder: Path) -> Card:
     name, words = folder.resolve().name, read_words(folder)
     accuracy = {label: read_json(folder / file) for label, file in words.accuracy.items()}
     reports = [content for content in accuracy.values() if "results" in content]  # the study of a count head has none
-    points = [point for report in reports for point in certified_points(report, name)]
+    weights = saved_weights_digest(folder)
+    points = [point for report in reports for point in certified_points(report, name, weights)]
     return Card(name, words, read_json(folder / "config.json"), read_json(folder / TRAINING), accuracy, points)
 
 

@@ -15,8 +15,8 @@ TEMPLATES = Path(__file__).parent / "templates"
 _BOOKKEEPING = {"output_dir", "resume_from_checkpoint", "checkpointing_steps", "logging_steps", "report_to", "base"}
 """Settings of a training that change nothing in the model."""
 
-_SETTINGS_OF_CARD = {"dataset_name", "sigmas", "sigma_weights", "consistency_weight"}
-"""What a card shows of the settings of each stage: the images, the noise, and what is learned from it."""
+_SETTINGS_OF_CARD = {"dataset_name", "sigmas", "sigma_weights", "consistency_weight", "base_share"}
+"""What a card shows of the settings of each stage: the images, the noise, what is learned from it and kept."""
 
 
 def render_results(template: str, results: Json) -> str:

@@ -85,7 +85,7 @@ def train_classifier(
             "config": {name: value for name, value in config.items() if name != "transformers_version"},
             "frozen": sorted(name for name, parameter in model.named_parameters() if not parameter.requires_grad),
             "base": base,
-            "base_share": base_share,
+            **({"base_share": base_share} if base_share else {}),  # an older checkpoint has none
         },
         evaluate=evaluate,
         finish=finish,

@@ -109,7 +109,8 @@ def average_with_base(model: Any, base_weights: Mapping[str, torch.Tensor], base
     """
     A copy of a finetuned model whose weights are averaged with those before finetuning, except for the head.
 
-    It keeps more of the robustness of the base, and less of the accuracy on clean images.
+    It keeps more of the robustness of the base, and less of the accuracy on clean images. Running statistics are averaged
+    too.
 
     Args:
         model: the finetuned model.

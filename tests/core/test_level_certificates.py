@@ -69,10 +69,12 @@ def test_the_pipeline_with_a_fallback_level(pipe, demo_images):
     assert {row["sigma"] for row in other} == {0.5, 0.25}
     with pytest.raises(ValueError, match="method='sequential' has no meaning with sigma='auto'"):
         pipe(images, sigma="auto", radius=0.1)
-    for settings in ({"levels": (0.5, 0.25)}, {"agreement": 0.6}):
-        with pytest.raises(ValueError, match='levels and agreement are for sigma="auto"'):
+    for settings in ({"levels": (0.5, 0.25)}, {"agreement": 0.5}):
+        with pytest.raises(ValueError, match='levels and agreement are for "auto"'):
             pipe(images, sigma=0.5, **settings)
-        with pytest.raises(ValueError, match='levels and agreement are for sigma="auto"'):
+        both = pipeline("certified-image-classification", model=pipe.model.name_or_path, sigma="auto", **settings)
+        assert both(images[0], sigma=0.5, draws=40)["sigma"] == 0.5
+        with pytest.raises(ValueError, match='levels and agreement are for "auto"'):
             SmoothedClassifier.from_pretrained(pipe.model.name_or_path, GaussianNoise(0.5), **settings)
     one = SmoothedClassifier.from_pretrained(pipe.model.name_or_path, "auto", levels=(0.5, 0.25), agreement=0.6)
     assert [row.radius for row in one.certify(images, draws=40, max_draws=300, seed=0)] == [

@@ -10,10 +10,13 @@ import yaml
 from helpers.finished_runs import write_run
 from helpers.paths import ROOT
 from huggingface_hub import ModelCard
+from safetensors.torch import save_file
+from torch import nn
 from typer.testing import CliRunner
 
 from hf_smoothing.cli.app import app
-from hf_smoothing.hub.model_cards import Page, Picture, Words, create_card
+from hf_smoothing.core.weights import weights_digest
+from hf_smoothing.hub.model_cards import Page, Picture, Words, create_card, read_card
 
 CARDS = sorted(path.parent for path in ROOT.glob("model_cards/*/card.yaml"))
 
@@ -83,6 +86,18 @@ def folder(tmp_path):
     }
     (folder / "card.yaml").write_text(yaml.safe_dump(description))
     return folder
+
+
+def test_a_run_of_another_name_counts_if_it_had_the_same_weights(folder):
+    model = nn.Linear(3, 2).half()  # as weights may be stored
+    save_file(model.state_dict(), folder / "model.safetensors")
+    path = folder / "results" / "report.json"
+    report = json.loads(path.read_text())
+    report["results"][0]["model"] = "runs/before-it-was-renamed"
+    for weights, radii in ((weights_digest(nn.Linear(3, 2)), []), (weights_digest(model.float()), [0.5])):
+        report["results"][0]["made_by"]["settings"]["model_weights"] = weights
+        path.write_text(json.dumps(report))
+        assert [point["radius"] for point in read_card(folder).points] == radii
 
 
 def call(*arguments):

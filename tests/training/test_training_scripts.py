@@ -88,6 +88,21 @@ def test_a_finished_training_is_published_and_asks_for_a_license_only(trained):
     assert "names no license" in said
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--base_share", "1"], "base_share=1.0 must be 0 or above, and below 1."),
+        (["--base_share", "-0.1"], "base_share=-0.1 must be 0 or above, and below 1."),
+        (["--base_share", "0.25", "--freeze_backbone", "true"], "base_share does nothing with freeze_backbone"),
+    ],
+)
+def test_a_share_of_the_base_that_makes_no_sense_is_refused(processes, model, parquet, tmp_path, options, message):
+    done = processes.run(*finetune(model, parquet, tmp_path / "out", *options))
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_idle_cores_are_named(processes, model, parquet, tmp_path):
     """`accelerate launch` gives a process on CPUs one thread; the variable is what tells that it launched."""
     run = ("scripts/certify.py", "--model_name_or_path", model, "--dataset_name", parquet, "--split", "train[:2]")
