@@ -79,11 +79,14 @@ def weights_digest(model: Any) -> str:
 
 
 def saved_weights_digest(folder: Path) -> str | None:
-    """The [`weights_digest`] of the model saved in a folder, loaded in float32; `None` without `model.safetensors`."""
-    path = folder / "model.safetensors"
-    if not path.is_file():
+    """The [`weights_digest`] of the model saved in a folder, loaded in float32; `None` without its `model.safetensors`."""
+    try:
+        weights = load_file(folder / "model.safetensors")
+    except (FileNotFoundError, SafetensorError):  # or a pointer of Git LFS
         return None
-    return _digest({name: t.float() if t.is_floating_point() else t for name, t in load_file(path).items()})
+    return _digest(
+        {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
+    )
 
 
 def _digest(weights: Mapping[str, torch.Tensor]) -> str:

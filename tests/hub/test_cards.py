@@ -98,6 +98,8 @@ def test_a_run_of_another_name_counts_if_it_had_the_same_weights(folder):
         report["results"][0]["made_by"]["settings"]["model_weights"] = weights
         path.write_text(json.dumps(report))
         assert [point["radius"] for point in read_card(folder).points] == radii
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    assert not read_card(folder).points
 
 
 def call(*arguments):
