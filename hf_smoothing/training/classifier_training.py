@@ -66,10 +66,6 @@ def train_classifier(
     )
     settings = replace(settings, per_device_train_batch_size=batches.batch_size)
     config = model.config.to_dict()
-    finish = None
-    if base_share:
-        weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        finish = partial(average_with_base, base_weights=weights, base_share=base_share)
     evaluate = create_evaluation(evaluation, image_settings, class_names, preprocessing, accelerator)
     loop = TrainingLoop(
         model,
@@ -85,10 +81,10 @@ def train_classifier(
             "config": {name: value for name, value in config.items() if name != "transformers_version"},
             "frozen": sorted(name for name, parameter in model.named_parameters() if not parameter.requires_grad),
             "base": base,
-            **({"base_share": base_share} if base_share else {}),  # an older checkpoint has none
+            "base_share": base_share,
         },
         evaluate=evaluate,
-        finish=finish,
+        finish=_keep_base(model, base_share) if base_share else None,
     )
     results = {
         "command": command_line(),
@@ -105,6 +101,12 @@ def train_classifier(
         results_dir.mkdir(exist_ok=True)
         write_json(results, results_dir / "training.json")
     return results
+
+
+def _keep_base(model: Any, base_share: float) -> Callable[[Any], Any]:
+    """[`average_with_base`] with the present weights of a model."""
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    return partial(average_with_base, base_weights=weights, base_share=base_share)
 
 
 def create_loss(
